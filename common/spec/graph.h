@@ -1,0 +1,73 @@
+// The model of a spec as plain data: a topologically sorted list of named layers with inferred
+// shapes. Both the validator (client, server) and the worker's Program compiler read it, so there is
+// one shape inference. No generated headers here: worker/nn includes this file.
+//
+// Invariants:
+//  1. layers[i].inputs refer only to layers before i, or to kData.
+//  2. Shapes are per sample, NHWC without N: {h, w, c} or {features}.
+//  3. The last layer is the model's one output; every other layer is consumed.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lockstep::spec {
+
+enum class LayerType {
+  kDense, kConv2d, kMaxPool, kAveragePool, kGlobalAveragePool, kBatchNorm,
+  kRelu, kTanh, kSigmoid, kAdd, kFlatten, kDropout,
+};
+
+enum class Sync { kBatch, kShard };
+
+struct Initializer {
+  enum class Type { kZeros, kOnes, kNormal, kUniform };
+  // Xavier (Glorot & Bengio 2010) and He (He et al. 2015) are resolved to kNormal or kUniform with
+  // their scale when the graph is built.
+  Type type = Type::kZeros;
+  double scale = 0;  // kNormal: standard deviation; kUniform: limit of [-limit, limit)
+};
+
+// A trainable tensor, or a batch norm's running average (trainable = false).
+// Layouts: dense weight {out, in}; conv2d weight {out, kh, kw, in}; the rest {channels}.
+struct TensorSpec {
+  std::string name;  // "<layer>.weight", ".bias", ".running_mean", ".running_var"
+  std::vector<int64_t> shape;
+  Initializer init;
+  bool trainable = true;
+  bool decays = false;  // l2 and weight_decay apply: weights of dense and conv2d
+};
+
+constexpr int kData = -1;
+
+struct Layer {
+  std::string name;
+  LayerType type;
+  std::vector<int> inputs;           // index of a layer, or kData
+  std::vector<int64_t> output;       // shape per sample
+  std::vector<TensorSpec> tensors;   // in the order weight, bias, running_mean, running_var
+  // Attributes of the types that have them.
+  int64_t kernel = 0, stride = 1, padding = 0;
+  bool bias = false;                 // dense, conv2d
+  double rate = 0;                   // dropout
+  Sync sync = Sync::kBatch;          // batch_norm
+  double momentum = 0.1, epsilon = 1e-5;
+  int64_t flops = 0;                 // of one sample's forward pass; a multiply-add is two
+};
+
+enum class LossType { kSoftmaxCrossEntropy, kMeanSquaredError };
+enum class Target { kLabel, kInput };
+
+struct Graph {
+  std::vector<int64_t> data_shape;   // {h, w, c}
+  int64_t classes = 0;
+  std::vector<Layer> layers;
+  LossType loss = LossType::kSoftmaxCrossEntropy;
+  Target target = Target::kLabel;
+};
+
+int64_t ElementCount(const std::vector<int64_t>& shape);
+const char* LayerTypeName(LayerType type);  // the spec's name, "conv2d"
+
+}  // namespace lockstep::spec

@@ -1,0 +1,36 @@
+// Loading and validating job specs (proto/lockstep/v1/spec.proto) from YAML.
+//
+// Every error is InvalidArgument with one line:
+//   fashion.yaml:12: train.shards: 256 is more than train.batch (128); accepted: 1 to 128
+// or, for a field that an override set,
+//   --set train.shards=256: train.shards: ...
+// Thread-safe: pure functions.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/spec/graph.h"
+#include "lockstep/v1/spec.pb.h"
+
+namespace lockstep::spec {
+
+// Reads, applies overrides ("path.to.field=YAML value", list elements by number: model.layers.0.units=5;
+// or by name: model.layers.conv1.filters=8) in order, fills in defaults, validates everything that can
+// be known without the data. The result has every scalar default explicit, and a preset still as preset.
+absl::StatusOr<v1::JobSpec> LoadFile(const std::string& path, const std::vector<std::string>& overrides);
+absl::StatusOr<v1::JobSpec> LoadText(const std::string& text, const std::string& file_name,
+                                     const std::vector<std::string>& overrides);
+
+// Fills in defaults and validates a spec that came over the wire; errors name the field only.
+absl::StatusOr<v1::JobSpec> Normalize(const v1::JobSpec& spec);
+
+// The model as a graph, presets expanded, shapes inferred. Needs a spec that Normalize or Load returned.
+absl::StatusOr<Graph> BuildGraph(const v1::JobSpec& spec);
+
+// The spec as YAML that LoadText reads back to an equal message; with `expand`, a preset as its layers.
+std::string ToYaml(const v1::JobSpec& spec, bool expand);
+
+}  // namespace lockstep::spec

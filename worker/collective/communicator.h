@@ -1,0 +1,90 @@
+// A Communicator joins the members of one generation of a job. A member is one address space that
+// holds a flat state: on CPUs a worker process (whose slots are threads of one Team), on GPUs one
+// slot. It belongs to its generation: after an error or Abort it is dead and a new generation makes
+// a new one.
+//
+// Operations are enqueued on a lane; operations of one lane complete in order, lanes are independent,
+// so that small exchanges never queue behind gradient buckets. Every member enqueues the same
+// operations with the same sizes in the same order per lane. Enqueue reports argument errors only;
+// failures come from Wait, which names the members missing (DeadlineExceeded: "no answer from member
+// 2 (worker-b) on lane gradients"), or the cause given to Abort (Aborted).
+//
+// How NCCL fits: Allocate is ncclMemAlloc + registration; a lane is a communicator of its own;
+// EnqueueExchange is a group of ncclSend/ncclRecv of chunks into staging memory, to which `views`
+// point; EnqueueGather is ncclAllGather (equal chunks) or grouped send/recv; they run on `stream`,
+// capturable in a CUDA graph, and a Ticket is an event. On CPUs `stream` is ignored: shared memory
+// posts flags and peers read each other's memory without a copy; Gloo posts sends and receives on
+// unbound buffers.
+//
+// Thread safety: one thread at a time per lane; Abort from any thread, any number of times.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "worker/device/device.h"
+
+namespace lockstep::collective {
+
+enum class Lane { kGradients = 0, kMoments = 1 };
+constexpr int kLanes = 2;
+
+// Elements [ChunkBegin(n, size, r), ChunkBegin(n, size, r + 1)) of n belong to member r; boundaries are
+// multiples of 16 elements.
+int64_t ChunkBegin(int64_t count, int size, int rank);
+
+struct Ticket {
+  Lane lane = Lane::kGradients;
+  uint64_t sequence = 0;
+};
+
+// Bytes that this member has sent to others (or that others have read from its memory), per kind.
+struct Traffic {
+  uint64_t exchange_bytes = 0, gather_bytes = 0, small_bytes = 0, broadcast_bytes = 0;
+};
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // Memory that may be passed to the operations below; zeroed. Symmetric: all members allocate the
+  // same sizes in the same order, before the first operation. Freed with the Communicator.
+  virtual absl::StatusOr<void*> Allocate(size_t bytes) = 0;
+
+  // Each member m offers parts[m] vectors of `count` floats (`mine`, in Allocate'd memory). Afterwards
+  // views[m][p] points to this member's chunk of part p of member m, readable until this member's next
+  // EnqueueGather on the lane completes. Members may offer different numbers of parts, also none.
+  virtual absl::StatusOr<Ticket> EnqueueExchange(device::Stream* stream, Lane lane,
+                                                 absl::Span<const float* const> mine,
+                                                 absl::Span<const int> parts, int64_t count,
+                                                 std::vector<std::vector<const float*>>* views) = 0;
+  // data {count} in Allocate'd memory: this member's chunk is finished; fills in the others'.
+  virtual absl::StatusOr<Ticket> EnqueueGather(device::Stream* stream, Lane lane, float* data,
+                                               int64_t count) = 0;
+  // all {size() * bytes}: block m is member m's `mine`. Any memory; bytes at most kSmallBytes.
+  static constexpr size_t kSmallBytes = 4 << 20;
+  virtual absl::StatusOr<Ticket> EnqueueAllGather(device::Stream* stream, Lane lane, const void* mine,
+                                                  size_t bytes, void* all) = 0;
+  // Any memory.
+  virtual absl::StatusOr<Ticket> EnqueueBroadcast(device::Stream* stream, Lane lane, int root, void* data,
+                                                  size_t bytes) = 0;
+
+  // Returns when the operation (and so all before it on its lane) is complete.
+  virtual absl::Status Wait(const Ticket& ticket, absl::Time deadline) = 0;
+
+  // Wakes every Wait here with Aborted(cause) and lets peers that wait for us fail too, where the
+  // transport can. The first cause wins.
+  virtual void Abort(const absl::Status& cause) = 0;
+
+  virtual Traffic traffic() const = 0;
+};
+
+}  // namespace lockstep::collective

@@ -1,0 +1,50 @@
+// The canonical tree over leaves 0..n-1: a tree over n > 1 leaves splits at the largest power of two
+// below n. All reductions of a job combine their leaves in this order and no other, so a result does
+// not depend on who held which leaf. An absent leaf (an empty shard) has no value and its sibling
+// passes unchanged. Pure functions; thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+
+namespace lockstep::collective {
+
+// The subtree over leaves [begin, end).
+struct Node {
+  int begin = 0, end = 0;
+  friend bool operator==(const Node&, const Node&) = default;
+};
+
+// The fewest subtrees of the tree over `leaves` that cover exactly [begin, end), left to right.
+std::vector<Node> MaximalSubtrees(int leaves, int begin, int end);
+
+// buffer[dst] = buffer[dst] + buffer[src]; dst holds the left operand and src is free afterwards.
+struct Combine {
+  int dst = 0, src = 0;
+};
+
+// How the owner of leaves [begin, end) folds them in order with as few buffers as a binary counter
+// needs (at most ceil(log2 n) + 1).
+struct StackSchedule {
+  struct Leaf {
+    int buffer = -1;                // where leaf begin + i is written; -1: absent
+    std::vector<Combine> combines;  // to do once it is written
+  };
+  int buffers = 0;
+  std::vector<Leaf> leaves;         // of [begin, end)
+  std::vector<int> part_buffer;     // for each MaximalSubtrees(leaves, begin, end): where it ends up; -1: absent
+};
+// present[i] != 0: leaf i of 0..leaves-1 exists.
+StackSchedule MakeStackSchedule(int leaves, int begin, int end, absl::Span<const uint8_t> present);
+
+// Folds values that stand for `parts` (disjoint subtrees, left to right, absent ones already left out)
+// up to the subtrees `targets`; part i is buffer i. Each target's value ends in target_buffer (-1: absent).
+struct FoldSchedule {
+  std::vector<Combine> combines;
+  std::vector<int> target_buffer;
+};
+FoldSchedule MakeFoldSchedule(int leaves, absl::Span<const Node> parts, absl::Span<const Node> targets);
+
+}  // namespace lockstep::collective

@@ -1,0 +1,251 @@
+// The narrow waist: everything that layers, optimizers and the step loop may ask of a device.
+//
+// A Device is the CPU (worker/device/cpu) or one GPU (worker/device/cuda). Kernels are called on a
+// Stream and are ordered by it. On the CPU a stream is the calling thread and a kernel has run when
+// the call returns; on CUDA a call enqueues, pointers are device pointers, and only results placed in
+// host-visible memory may be read, after Synchronize or an event. Nothing above the waist may depend
+// on a kernel having run when the call returned, except through Synchronize. So that a step can be
+// captured as a CUDA graph, no kernel call allocates, synchronizes or reads host data that changes
+// between steps (such values, like the step number and learning rate, are passed through `StepScalars`
+// in host-visible memory).
+//
+// Prepared operations (Dense, Conv2d) are what oneDNN, cuBLASLt and cuDNN sit behind: an
+// implementation is chosen by a fixed rule when the operation is made, never by timing, and keeps
+// its own packed copy of the weights, refreshed by Pack in the optimizer's pass. They are shared by
+// the slots of one address space; each slot passes its own scratch memory.
+//
+// Exactness: a kernel's result for one call is a fixed function of its arguments' values, and
+// elementwise kernels give an element the same bits wherever the range is cut. All tensors are fp32,
+// NHWC, contiguous; `rows` is a number of samples. No alignment is assumed beyond 4 bytes for
+// offsets into flat vectors; Allocate returns 64-byte alignment (256 on CUDA).
+//
+// Thread safety: a Device and its operations may be used by several threads, each with its own
+// Stream and scratch. Errors: only making things can fail; a kernel called with arguments that its
+// documentation forbids is our own bug.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "common/digest.h"
+#include "common/philox.h"
+
+namespace lockstep::device {
+
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  // Returns when everything enqueued has run; on CUDA also reports what failed asynchronously.
+  virtual absl::Status Synchronize() = 0;
+};
+
+// Owns device memory, zeroed when allocated.
+class Memory {
+ public:
+  virtual ~Memory() = default;
+  virtual void* data() = 0;
+  virtual size_t size() const = 0;
+  float* floats() { return static_cast<float*>(data()); }
+};
+
+// Written by the host before each step, read by kernels when they run.
+struct StepScalars {
+  uint64_t step = 0;             // Philox step of dropout: the update being computed, from 1
+  float learning_rate = 0;
+  float adam_correction1 = 1;    // 1 - beta1^t
+  float adam_correction2 = 1;    // 1 - beta2^t
+};
+
+enum class Activation { kNone, kRelu };
+
+struct DenseShape {
+  int64_t in = 0, out = 0;
+  bool bias = false;
+  Activation activation = Activation::kNone;  // fused into Forward
+};
+
+// y = act(x W^T + b): x {rows, in}, W {out, in}, b {out}, y {rows, out}.
+class Dense {
+ public:
+  virtual ~Dense() = default;
+  virtual size_t scratch_bytes() const = 0;  // that each of the calls below may use
+  // Refreshes the packed copies from `weight` (logical layout). Call after every change of weights.
+  virtual void Pack(Stream& stream, const float* weight) = 0;
+  virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+                       void* scratch) = 0;
+  // dx = dy W. `dy` is the gradient after the activation's own backward (ReluBackward).
+  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx, void* scratch) = 0;
+  // dW = dy^T x in logical layout, db = column sums of dy (null without bias). Overwrites.
+  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
+                              float* db, void* scratch) = 0;
+};
+
+struct Conv2dShape {
+  int64_t height = 0, width = 0, in = 0, out = 0;  // of the input
+  int64_t kernel = 0, stride = 1, padding = 0;
+  bool bias = false;
+  Activation activation = Activation::kNone;
+  int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
+};
+
+// Cross-correlation: x {rows, h, w, in}, W {out, kh, kw, in}, y {rows, oh, ow, out}.
+class Conv2d {
+ public:
+  virtual ~Conv2d() = default;
+  virtual size_t scratch_bytes() const = 0;
+  virtual void Pack(Stream& stream, const float* weight) = 0;
+  virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+                       void* scratch) = 0;
+  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx, void* scratch) = 0;
+  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
+                              float* db, void* scratch) = 0;
+};
+
+struct PoolShape {
+  int64_t height = 0, width = 0, channels = 0;  // of the input
+  int64_t kernel = 0, stride = 0, padding = 0;  // square; padding < kernel
+  int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
+};
+
+// A batch norm over n = rows * spatial elements per channel (Ioffe & Szegedy 2015).
+struct BatchNormShape {
+  int64_t channels = 0;
+  bool relu = false;  // y = relu(normalized); backward masks by y > 0
+};
+
+enum class OptimizerType { kSgd, kMomentum, kNesterov, kAdam };
+
+// g' = g + l2 * w;  decoupled: w -= lr * weight_decay * w before the update (Loshchilov & Hutter 2019).
+//   sgd:      w -= lr g'
+//   momentum: v = mu v + g';  w -= lr v                    (PyTorch's form)
+//   nesterov: v = mu v + g';  w -= lr (g' + mu v)
+//   adam:     m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
+//             w -= lr * (m / c1) / (sqrt(v / c2) + eps)    (Kingma & Ba 2015, algorithm 1)
+struct OptimizerCoefficients {
+  OptimizerType type = OptimizerType::kSgd;
+  float momentum = 0, beta1 = 0, beta2 = 0, epsilon = 0;
+  float l2 = 0, weight_decay = 0;  // of this range: zero where the tensor does not decay
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  // "cpu avx512 onednn 2.6.3"; devices with equal strings give equal bits.
+  virtual std::string fingerprint() const = 0;
+  virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
+  // ResourceExhausted names the size.
+  virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) = 0;
+  // Memory that both host and kernels address (pinned on CUDA).
+  virtual absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) = 0;
+  virtual void Copy(Stream& stream, const void* from, void* to, size_t bytes) = 0;
+  virtual void Zero(Stream& stream, void* to, size_t bytes) = 0;
+
+  // `rows` lists every number of rows that will be asked for; primitives are made here, none later.
+  virtual absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
+                                                           absl::Span<const int64_t> rows) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
+                                                             absl::Span<const int64_t> rows) = 0;
+
+  // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of equals).
+  virtual void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
+                              float* y, uint8_t* argmax) = 0;
+  virtual void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const float* dy,
+                               const uint8_t* argmax, float* dx) = 0;
+  // Padding counts in the average (PyTorch's count_include_pad).
+  virtual void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
+                                  float* y) = 0;
+  virtual void AveragePoolBackward(Stream& stream, const PoolShape& shape, int64_t rows,
+                                   const float* dy, float* dx) = 0;
+  // x {rows, spatial, channels} -> y {rows, channels}.
+  virtual void GlobalAveragePoolForward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
+                                        const float* x, float* y) = 0;
+  virtual void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
+                                         const float* dy, float* dx) = 0;
+
+  // ---- batch norm. n = rows * spatial.
+  // mean[c], m2[c] = sum (x - mean)^2, without cancellation, one pass over memory.
+  virtual void BatchNormMoments(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
+                                float* mean, float* m2) = 0;
+  // (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a.
+  virtual void MergeMoments(Stream& stream, int64_t channels, int64_t count_a, const float* mean_a,
+                            const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
+                            float* mean, float* m2) = 0;
+  // inv_std = 1 / sqrt(m2 / n + epsilon); y = (x - mean) * inv_std * weight + bias, then relu.
+  virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
+                                const float* mean, const float* m2, int64_t moments_n, float epsilon,
+                                const float* weight, const float* bias, float* y) = 0;
+  // Same from running averages (inference).
+  virtual void BatchNormInference(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
+                                  const float* running_mean, const float* running_var, float epsilon,
+                                  const float* weight, const float* bias, float* y) = 0;
+  // sum_dy[c] = sum dy, sum_dy_xhat[c] = sum dy * xhat, dy masked by y > 0 where shape.relu.
+  virtual void BatchNormBackwardSums(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                     const float* x, const float* y, const float* dy, const float* mean,
+                                     const float* m2, int64_t moments_n, float epsilon, float* sum_dy,
+                                     float* sum_dy_xhat) = 0;
+  // dx = weight * inv_std * (dy - sum_dy / moments_n - xhat * sum_dy_xhat / moments_n).
+  virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
+                                 const float* y, const float* dy, const float* mean, const float* m2,
+                                 int64_t moments_n, float epsilon, const float* weight,
+                                 const float* sum_dy, const float* sum_dy_xhat, float* dx) = 0;
+  // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
+  virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
+                                     const float* m2, float momentum, float* running_mean,
+                                     float* running_var) = 0;
+
+  // ---- elementwise. Outputs may alias inputs.
+  virtual void ReluForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
+  virtual void ReluBackward(Stream& stream, int64_t n, const float* y, const float* dy, float* dx) = 0;
+  virtual void TanhForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
+  virtual void TanhBackward(Stream& stream, int64_t n, const float* y, const float* dy, float* dx) = 0;
+  virtual void SigmoidForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
+  virtual void SigmoidBackward(Stream& stream, int64_t n, const float* y, const float* dy, float* dx) = 0;
+  virtual void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
+  // Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
+  // stream (key, scalars->step); kept where ToUniform >= rate, and divided by 1 - rate. Backward is
+  // the same call on dy: the mask is computed again, not stored.
+  virtual void Dropout(Stream& stream, int64_t n, const float* x, float rate, PhiloxKey key,
+                       const StepScalars* scalars, uint64_t first, float* y) = 0;
+
+  // ---- losses. Gradients are already divided by the number of samples of the global batch.
+  // loss_sum: sum over rows of -log softmax(logits)[label]; correct: rows whose first largest logit is
+  // the label. dlogits = (softmax - onehot) * scale; null for evaluation.
+  virtual void SoftmaxCrossEntropy(Stream& stream, int64_t rows, int64_t classes, const float* logits,
+                                   const int32_t* labels, float scale, double* loss_sum, int64_t* correct,
+                                   float* dlogits) = 0;
+  // loss_sum: sum over rows of mean over features of (y - t)^2; dy = 2 (y - t) / features * scale.
+  virtual void MeanSquaredError(Stream& stream, int64_t rows, int64_t features, const float* y,
+                                const float* target, float scale, double* loss_sum, float* dy) = 0;
+  // out {rows, classes}: 1 at the label, else 0.
+  virtual void OneHot(Stream& stream, int64_t rows, int64_t classes, const int32_t* labels, float* out) = 0;
+  // correct: rows whose first largest element is the label.
+  virtual void CountCorrect(Stream& stream, int64_t rows, int64_t classes, const float* scores,
+                            const int32_t* labels, int64_t* correct) = 0;
+
+  // ---- flat vectors.
+  // One fused pass over [0, n) of the given pointers; slots that the type does not use are null.
+  virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
+                               const StepScalars* scalars, const float* gradient, float* parameters,
+                               float* slot0, float* slot1) = 0;
+  // *flag |= 1 where any element is infinite or NaN.
+  virtual void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) = 0;
+  // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
+  virtual void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
+                                uint64_t first_index, Digest* digest) = 0;
+  // out {count, features} = (u8 / 255 - mean[c]) / std[c] of samples data[indices[i]], c = i % channels.
+  // `mean` and `inv_std` have one value per channel.
+  virtual void GatherNormalize(Stream& stream, int64_t count, int64_t features, int64_t channels,
+                               const uint8_t* data, const int64_t* indices, const float* mean,
+                               const float* inv_std, float* out) = 0;
+};
+
+}  // namespace lockstep::device

@@ -1,0 +1,131 @@
+// A Plan: one slot's list of kernel calls for its shards, with its memory plan. Made once per
+// generation from (Program, row counts, shards held); running it allocates nothing and takes no lock.
+//
+// Forward and backward run in segments over all of the slot's shards; a segment ends at a
+// `sync: batch` norm, where the moments of all shards of all slots are needed before the next layer.
+// Without one, a shard walks through forward and backward while it is in cache, and all shards share
+// one arena; with one, each shard has its own.
+//
+// Operations (prepared dense and convolutions with their packed weights) belong to the address space
+// and are shared by its plans. On CUDA a plan also owns the graph that replays it: everything that
+// changes between steps reaches kernels through StepScalars and fixed input buffers.
+//
+// Not thread-safe: one thread drives one plan; plans of several slots run at once.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "worker/device/device.h"
+#include "worker/nn/program.h"
+#include "worker/optim/flat_state.h"
+
+namespace lockstep::nn {
+
+// Prepared operations of every dense and conv2d node.
+class Operations {
+ public:
+  // `rows`: every number of rows that a shard can have, in training and evaluation.
+  static absl::StatusOr<std::unique_ptr<Operations>> Make(std::shared_ptr<const Program> program,
+                                                          device::Device& device,
+                                                          absl::Span<const int64_t> rows);
+  // Refreshes the packed weights: operation i with i % parts == part. All slots call it with their
+  // part after each update; the caller puts a barrier behind it.
+  void Pack(device::Stream& stream, const float* parameters, int part, int parts);
+
+  device::Dense* dense(int node) const { return dense_[node].get(); }
+  device::Conv2d* conv2d(int node) const { return conv2d_[node].get(); }
+  size_t scratch_bytes() const { return scratch_bytes_; }
+
+ private:
+  Operations() = default;
+  std::shared_ptr<const Program> program_;
+  std::vector<std::unique_ptr<device::Dense>> dense_;    // by node; null where it is none
+  std::vector<std::unique_ptr<device::Conv2d>> conv2d_;
+  size_t scratch_bytes_ = 0;
+};
+
+// One shard's samples. Memory the device can read; valid until the step ends.
+struct ShardInput {
+  int shard = 0;
+  int64_t rows = 0;              // > 0: empty shards are not listed
+  const float* data = nullptr;   // {rows, data shape}
+  const int32_t* labels = nullptr;  // {rows}
+  int64_t first_position = 0;    // of its first sample in the global batch
+};
+
+// Where a shard's gradient goes; implemented by the canonical all-reduce. A leaf's tensor is written
+// whole, then announced; calls come in shard order for every range.
+class GradientSink {
+ public:
+  virtual ~GradientSink() = default;
+  // Base of the flat vector (parameter layout) that takes this shard's gradient.
+  virtual float* Leaf(int shard) = 0;
+  // Elements [begin, end) of the shard's leaf are complete.
+  virtual void Done(int shard, int64_t begin, int64_t end) = 0;
+};
+
+// Exchange of batch-norm records between all shards of the batch, wherever they are; implemented on
+// the Communicator's lane for moments. Collective: every slot of the job calls it in the same order.
+class MomentExchange {
+ public:
+  virtual ~MomentExchange() = default;
+  enum class Kind { kMoments, kSums };
+  // Merges the records of `channels` * 2 floats: kMoments merges (rows * spatial, mean, M2), kSums adds
+  // the two halves. `records[i]` belongs to shards[i].shard. Returns the merged record, valid until
+  // the next call, and in *rows the rows of the whole batch.
+  virtual absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
+                                               absl::Span<const ShardInput> shards,
+                                               absl::Span<const float* const> records, int64_t* rows) = 0;
+};
+
+// Per shard results of a step or evaluation batch, in host-visible memory of the plan.
+struct ShardResult {
+  double loss_sum = 0;    // sum over samples
+  int64_t correct = 0;    // 0 where the loss has no labels
+};
+
+class Plan {
+ public:
+  struct Options {
+    std::vector<int> shards;     // that the slot holds
+    int64_t max_rows = 0;        // of a shard, in training and evaluation
+    bool training = true;        // false: evaluation only
+    uint64_t seed = 0;           // of the job, for dropout
+  };
+  static absl::StatusOr<std::unique_ptr<Plan>> Make(std::shared_ptr<const Program> program,
+                                                    device::Device& device, const Operations& operations,
+                                                    const Options& options);
+
+  // Forward, loss and backward of one training step. `batch` is the number of samples of the global
+  // batch. Fails only where the exchange does.
+  absl::Status TrainStep(device::Stream& stream, optim::FlatState& state,
+                         const device::StepScalars* scalars, int64_t batch,
+                         absl::Span<const ShardInput> shards, GradientSink& sink,
+                         MomentExchange& exchange);
+  // Forward and loss at inference: running averages, no dropout.
+  void Evaluate(device::Stream& stream, optim::FlatState& state, absl::Span<const ShardInput> shards);
+
+  // Of the last call, by position in its `shards`.
+  const ShardResult& result(int position) const;
+  // The moments record (Program::moments()) of a shard of the last TrainStep.
+  const float* moments(int position) const;
+
+  // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of the
+  // first that has an element that is not finite ("conv1.weight", then outputs in execution order),
+  // or "" where all are finite. For diagnosis, collective like TrainStep; slow.
+  absl::StatusOr<std::string> FindNonFinite(device::Stream& stream, optim::FlatState& state,
+                                            const device::StepScalars* scalars,
+                                            absl::Span<const ShardInput> shards,
+                                            MomentExchange& exchange);
+
+  // The memory plan: bytes of the arena(s), as `explain` shows them.
+  int64_t activation_bytes() const;
+  int segments() const;
+};
+
+}  // namespace lockstep::nn

@@ -1,0 +1,93 @@
+// The state of a model as a handful of flat vectors, and the table of named views into them.
+//
+//  parameters   trainable tensors, in the order in which backward finishes them (the last layer
+//               first), so that gradient buckets are contiguous ranges that fill from the front
+//  slots        zero to two vectors of the same layout (momentum; Adam's m and v)
+//  statistics   batch norm's running averages, in layer order
+//
+// Everything is in logical layout; packed copies live in the device's prepared operations.
+// There is one FlatState per address space: the CPU slots of a worker share one and update disjoint
+// ranges, a GPU slot has its own. Not thread-safe by itself: the step loop hands out ranges.
+//
+// Invariants:
+//  1. A tensor begins at a multiple of kAlignment elements; padding between tensors is zero and is
+//     never part of a digest or a checkpoint.
+//  2. The layout is a function of the graph alone.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/digest.h"
+#include "common/spec/graph.h"
+#include "worker/device/device.h"
+
+namespace lockstep::optim {
+
+struct TensorView {
+  std::string name;
+  std::vector<int64_t> shape;
+  int64_t offset = 0;  // in elements, in its vector
+  int64_t size = 0;    // elements
+  bool decays = false;
+  spec::Initializer init;
+  uint64_t digest_key = 0;  // TensorKey(name)
+};
+
+struct FlatLayout {
+  static constexpr int64_t kAlignment = 16;  // elements: one cache line
+  std::vector<TensorView> tensors;           // by offset
+  int64_t size = 0;                          // elements, padding included
+};
+
+// Names of the slot vectors of an optimizer: {} | {"momentum"} | {"adam_m", "adam_v"}.
+std::vector<std::string> SlotNames(device::OptimizerType type);
+
+class FlatState {
+ public:
+  // All zero. ResourceExhausted where the device lacks memory.
+  static absl::StatusOr<std::unique_ptr<FlatState>> Make(device::Device& device, FlatLayout parameters,
+                                                         FlatLayout statistics,
+                                                         device::OptimizerType optimizer);
+
+  const FlatLayout& parameter_layout() const { return parameter_layout_; }
+  const FlatLayout& statistics_layout() const { return statistics_layout_; }
+  float* parameters() { return parameters_->floats(); }
+  float* statistics() { return statistics_->floats(); }
+  int slot_count() const { return static_cast<int>(slots_.size()); }
+  float* slot(int i) { return slots_[i]->floats(); }
+
+  // Every tensor of the state under its checkpoint name, in digest order: parameters "conv1.weight",
+  // then each slot "momentum/conv1.weight", then statistics "bn1.running_mean".
+  struct Named {
+    std::string name;
+    const std::vector<int64_t>* shape;
+    float* data;
+    int64_t size;
+    uint64_t digest_key;
+    enum class Kind { kParameter, kSlot, kStatistic } kind;
+  };
+  const std::vector<Named>& named() const { return named_; }
+
+  // Adds the digest of the part `part` of `parts` equal parts of each tensor to digests[i], one per
+  // named(): slots digest disjoint parts and the sums add up to the same digest however it was cut.
+  void AccumulateDigests(device::Device& device, device::Stream& stream, int part, int parts,
+                         absl::Span<Digest> digests);
+
+ private:
+  FlatState() = default;
+  FlatLayout parameter_layout_, statistics_layout_;
+  std::unique_ptr<device::Memory> parameters_, statistics_;
+  std::vector<std::unique_ptr<device::Memory>> slots_;
+  std::vector<Named> named_;
+};
+
+// Fills parameters and statistics with their initial values, a pure function of (seed, tensor name,
+// element index): Philox with purpose "initialize/<tensor name>". Host memory; the CPU's state, or a
+// staging copy. `part` of `parts` as above.
+void Initialize(const FlatLayout& layout, uint64_t seed, float* values);
+
+}  // namespace lockstep::optim
