@@ -1,6 +1,6 @@
 // The model of a spec as plain data: a topologically sorted list of named layers with inferred
-// shapes. Both the validator (client, server) and the worker's Program compiler read it, so there is
-// one shape inference. No generated headers here: worker/nn includes this file.
+// shapes. Both the validator (client, server) and the worker's Program compiler read it, so there
+// is one shape inference. No generated headers here: worker/nn includes this file.
 //
 // Invariants:
 //  1. layers[i].inputs refer only to layers before i, or to kData.
@@ -15,8 +15,18 @@
 namespace lockstep::spec {
 
 enum class LayerType {
-  kDense, kConv2d, kMaxPool, kAveragePool, kGlobalAveragePool, kBatchNorm,
-  kRelu, kTanh, kSigmoid, kAdd, kFlatten, kDropout,
+  kDense,
+  kConv2d,
+  kMaxPool,
+  kAveragePool,
+  kGlobalAveragePool,
+  kBatchNorm,
+  kRelu,
+  kTanh,
+  kSigmoid,
+  kAdd,
+  kFlatten,
+  kDropout,
 };
 
 enum class Sync { kBatch, kShard };
@@ -44,30 +54,43 @@ constexpr int kData = -1;
 struct Layer {
   std::string name;
   LayerType type;
-  std::vector<int> inputs;           // index of a layer, or kData
-  std::vector<int64_t> output;       // shape per sample
-  std::vector<TensorSpec> tensors;   // in the order weight, bias, running_mean, running_var
+  std::vector<int> inputs;          // index of a layer, or kData
+  std::vector<int64_t> output;      // shape per sample
+  std::vector<TensorSpec> tensors;  // in the order weight, bias, running_mean, running_var
   // Attributes of the types that have them.
   int64_t kernel = 0, stride = 1, padding = 0;
-  bool bias = false;                 // dense, conv2d
-  double rate = 0;                   // dropout
-  Sync sync = Sync::kBatch;          // batch_norm
+  bool bias = false;         // dense, conv2d
+  double rate = 0;           // dropout
+  Sync sync = Sync::kBatch;  // batch_norm
   double momentum = 0.1, epsilon = 1e-5;
-  int64_t flops = 0;                 // of one sample's forward pass; a multiply-add is two
+  int64_t flops = 0;  // of one sample's forward pass; a multiply-add is two
 };
 
 enum class LossType { kSoftmaxCrossEntropy, kMeanSquaredError };
 enum class Target { kLabel, kInput };
 
 struct Graph {
-  std::vector<int64_t> data_shape;   // {h, w, c}
+  std::vector<int64_t> data_shape;  // {h, w, c}
   int64_t classes = 0;
   std::vector<Layer> layers;
   LossType loss = LossType::kSoftmaxCrossEntropy;
   Target target = Target::kLabel;
 };
 
-int64_t ElementCount(const std::vector<int64_t>& shape);
-const char* LayerTypeName(LayerType type);  // the spec's name, "conv2d"
+// Product of the dimensions; 1 for {}. The shapes of a Graph cannot overflow it.
+inline int64_t ElementCount(const std::vector<int64_t>& shape) {
+  int64_t count = 1;
+  for (const int64_t dimension : shape) count *= dimension;
+  return count;
+}
+
+// The spec's name of a type, "conv2d".
+inline const char* LayerTypeName(LayerType type) {
+  constexpr const char* kNames[] = {
+      "dense",      "conv2d", "max_pool", "average_pool", "global_average_pool",
+      "batch_norm", "relu",   "tanh",     "sigmoid",      "add",
+      "flatten",    "dropout"};
+  return kNames[static_cast<int>(type)];
+}
 
 }  // namespace lockstep::spec

@@ -1,0 +1,232 @@
+#include "common/spec/normalize.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/spec/graph_builder.h"
+#include "common/spec/presets.h"
+#include "common/spec/schema.h"
+#include "fmt/format.h"
+
+namespace lockstep::spec {
+namespace {
+
+std::string AcceptedFor(const google::protobuf::Message& message, const std::string& field) {
+  return Accepted(*message.GetDescriptor()->FindFieldByName(field));
+}
+
+MaybeProblem CompleteNormalize(int channels, v1::NormalizeSpec* normalize) {
+  if (normalize->mean().empty()) normalize->add_mean(0);
+  if (normalize->std().empty()) normalize->add_std(1);
+  const auto check = [&](const std::string& name, int count) -> MaybeProblem {
+    if (count == 1 || count == channels) return std::nullopt;
+    return Problem{"data.normalize." + name,
+                   fmt::format("found a list of {} elements; accepted: 1, or {}, the channels of "
+                               "data.shape",
+                               count, channels)};
+  };
+  LOCKSTEP_RETURN_IF_PROBLEM(check("mean", normalize->mean_size()));
+  return check("std", normalize->std_size());
+}
+
+MaybeProblem CompleteData(v1::DataSpec* data) {
+  if (data->format().empty()) data->set_format("idx");
+  if (data->path().empty()) {
+    return Problem{"data.path",
+                   "missing; accepted: the folder of the data, absolute or below LOCKSTEP_DATA"};
+  }
+  if (data->shape().empty()) {
+    for (const int size : {28, 28, 1}) data->add_shape(size);
+  }
+  if (data->classes() == 0) data->set_classes(10);
+  if (data->prefetch() == 0) data->set_prefetch(2);
+  int64_t elements = int64_t{data->shape(0)} * data->shape(1);  // at most 65536 each
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (elements > kMost || elements * data->shape(2) > kMost)
+    return Problem{"data.shape", "a sample has more than 2^31 elements; accepted: at most that"};
+  return CompleteNormalize(data->shape(2), data->mutable_normalize());
+}
+
+MaybeProblem CompleteModel(v1::ModelSpec* model) {
+  const bool layers = !model->layers().empty();
+  if (model->preset().empty() && !layers) {
+    return Problem{"model", fmt::format("missing; accepted: preset ({}) or layers",
+                                        AcceptedFor(*model, "preset"))};
+  }
+  if (!model->preset().empty() && layers) {
+    return Problem{"model.layers", fmt::format("found layers and the preset {}; accepted: one of "
+                                               "them",
+                                               model->preset())};
+  }
+  if (layers) {
+    if (MaybeProblem problem = CheckApplicable(*model, "model", "layers", "", {}, {})) {
+      problem->text = "belongs to presets; accepted with layers: nothing more";
+      return problem;
+    }
+    return CompleteLayers(LayerSource(/*preset=*/false), model->mutable_layers());
+  }
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*model, "model", "preset", model->preset(), {},
+                                             PresetFields(model->preset())));
+  if (model->has_batch_norm() && !model->batch_norm() && !model->sync().empty()) {
+    return Problem{"model.sync",
+                   "given with batch_norm: false; accepted: only with batch_norm: true"};
+  }
+  CompletePreset(model);
+  return std::nullopt;
+}
+
+MaybeProblem CompleteLoss(v1::LossSpec* loss) {
+  if (loss->type().empty()) loss->set_type("softmax_cross_entropy");
+  const bool squared = loss->type() == "mean_squared_error";
+  std::vector<std::string> fields;
+  if (squared) fields.push_back("target");
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*loss, "loss", "type", loss->type(), {}, fields));
+  if (squared && loss->target().empty()) loss->set_target("label");
+  return std::nullopt;
+}
+
+MaybeProblem CompleteOptimizer(v1::OptimizerSpec* optimizer) {
+  if (optimizer->type().empty()) optimizer->set_type("sgd");
+  const bool adam = optimizer->type() == "adam";
+  const bool momentum = optimizer->type() == "momentum" || optimizer->type() == "nesterov";
+  std::vector<std::string> fields;
+  if (adam) fields = {"beta1", "beta2", "epsilon"};
+  if (momentum) fields = {"momentum"};
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*optimizer, "optimizer", "type", optimizer->type(),
+                                             {"learning_rate", "l2", "weight_decay"}, fields));
+  if (!optimizer->has_learning_rate()) {
+    return Problem{"optimizer.learning_rate",
+                   "missing; accepted: " + AcceptedFor(*optimizer, "learning_rate")};
+  }
+  if (momentum && !optimizer->has_momentum()) optimizer->set_momentum(0.9);
+  if (adam && !optimizer->has_beta1()) optimizer->set_beta1(0.9);
+  if (adam && !optimizer->has_beta2()) optimizer->set_beta2(0.999);
+  if (adam && !optimizer->has_epsilon()) optimizer->set_epsilon(1e-8);
+  if (!optimizer->has_l2()) optimizer->set_l2(0);
+  if (!optimizer->has_weight_decay()) optimizer->set_weight_decay(0);
+  return std::nullopt;
+}
+
+template <typename List>
+MaybeProblem CheckIncreasing(const List& list, const std::string& path) {
+  for (int i = 1; i < list.size(); ++i) {
+    if (list[i] > list[i - 1]) continue;
+    return Problem{
+        fmt::format("{}.{}", path, i),
+        fmt::format("found {} after {}; accepted: increasing values", list[i], list[i - 1])};
+  }
+  return std::nullopt;
+}
+
+MaybeProblem CompleteSchedule(v1::ScheduleSpec* schedule) {
+  if (schedule->type().empty()) schedule->set_type("constant");
+  const bool step = schedule->type() == "step", cosine = schedule->type() == "cosine";
+  std::vector<std::string> fields;
+  if (step) fields = {"at_steps", "at_epochs", "factor"};
+  if (cosine) fields = {"floor"};
+  LOCKSTEP_RETURN_IF_PROBLEM(
+      CheckApplicable(*schedule, "schedule", "type", schedule->type(), {"warmup_steps"}, fields));
+  if (!schedule->has_warmup_steps()) schedule->set_warmup_steps(0);
+  if (cosine && !schedule->has_floor()) schedule->set_floor(0);
+  if (!step) return std::nullopt;
+  if (schedule->at_steps().empty() && schedule->at_epochs().empty()) {
+    return Problem{"schedule",
+                   "at_steps and at_epochs are missing; type step needs at least one of them"};
+  }
+  if (!schedule->has_factor()) schedule->set_factor(0.1);
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckIncreasing(schedule->at_steps(), "schedule.at_steps"));
+  return CheckIncreasing(schedule->at_epochs(), "schedule.at_epochs");
+}
+
+bool IsOverride(const SourceMap& sources, const std::string& field) {
+  const Location* location = Locate(sources, field);
+  return location != nullptr && location->override;
+}
+
+// Of a batch and the shards that do not fit it, the one that was written is blamed; of two, the
+// override.
+MaybeProblem CheckShards(const SourceMap& sources, const std::string& batch_field, int batch,
+                         bool shards_given, int shards) {
+  if (shards <= batch) return std::nullopt;
+  const std::string shards_field = "train.shards";
+  const bool blame_shards =
+      shards_given && (IsOverride(sources, shards_field) || !IsOverride(sources, batch_field));
+  if (blame_shards) {
+    return Problem{shards_field, fmt::format("{} is more than {} ({}); accepted: 1 to {}", shards,
+                                             batch_field, batch, batch)};
+  }
+  return Problem{batch_field,
+                 fmt::format("{} is less than train.shards ({}{}); accepted: {} or more, or fewer "
+                             "shards",
+                             batch, shards, shards_given ? "" : ", the default", shards)};
+}
+
+// The rule of `every_steps` and `every_epochs`: each epoch, unless steps are given.
+template <typename Spec>
+void CompleteInterval(Spec* spec) {
+  if (!spec->has_every_epochs()) spec->set_every_epochs(spec->has_every_steps() ? 0 : 1);
+  if (!spec->has_every_steps()) spec->set_every_steps(0);
+}
+
+MaybeProblem CompleteTrain(const SourceMap& sources, v1::TrainSpec* train) {
+  if (train->batch() == 0)
+    return Problem{"train.batch", "missing; accepted: " + AcceptedFor(*train, "batch")};
+  if (!train->has_epochs() && !train->has_steps()) {
+    return Problem{"train",
+                   "epochs and steps are missing; at least one of them is needed, the "
+                   "first reached ends the run"};
+  }
+  const bool shards_given = train->shards() != 0;
+  if (!shards_given) train->set_shards(8);
+  LOCKSTEP_RETURN_IF_PROBLEM(
+      CheckShards(sources, "train.batch", train->batch(), shards_given, train->shards()));
+  if (!train->has_seed()) train->set_seed(1);
+  if (!train->has_digest_every()) train->set_digest_every(1);
+  v1::EvaluateSpec* evaluate = train->mutable_evaluate();
+  CompleteInterval(evaluate);
+  if (!evaluate->has_batch()) evaluate->set_batch(train->batch());
+  return CheckShards(sources, "train.evaluate.batch", evaluate->batch(), shards_given,
+                     train->shards());
+}
+
+void CompleteCheckpoint(v1::CheckpointSpec* checkpoint) {
+  CompleteInterval(checkpoint);
+  if (!checkpoint->has_keep()) checkpoint->set_keep(3);
+}
+
+MaybeProblem CompleteResources(int shards, v1::ResourceSpec* resources) {
+  if (resources->device().empty()) resources->set_device("cpu");
+  if (resources->slots() <= shards) return std::nullopt;
+  return Problem{
+      "resources.slots",
+      fmt::format("{} is more than train.shards ({}), the most slots that can have work; "
+                  "accepted: 1 to {}",
+                  resources->slots(), shards, shards)};
+}
+
+}  // namespace
+
+LayerList CompleteLayerList(const v1::JobSpec& spec) {
+  if (spec.model().preset().empty()) return spec.model().layers();
+  LayerList layers = ExpandPreset(spec.model(), spec.data().classes());
+  // Cannot fail for what ExpandPreset makes; tests/spec shows it for every preset.
+  (void)CompleteLayers(LayerSource(/*preset=*/true), &layers);
+  return layers;
+}
+
+MaybeProblem Complete(const SourceMap& sources, v1::JobSpec* spec, Graph* graph) {
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckValues(*spec, ""));
+  if (spec->name().empty()) spec->set_name("job");
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteData(spec->mutable_data()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteModel(spec->mutable_model()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteLoss(spec->mutable_loss()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteOptimizer(spec->mutable_optimizer()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteSchedule(spec->mutable_schedule()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteTrain(sources, spec->mutable_train()));
+  CompleteCheckpoint(spec->mutable_checkpoint());
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteResources(spec->train().shards(), spec->mutable_resources()));
+  return MakeGraph(*spec, CompleteLayerList(*spec), LayerSource(!spec->model().preset().empty()),
+                   graph);
+}
+
+}  // namespace lockstep::spec
