@@ -1,0 +1,366 @@
+// Core: a job from the queue to its end.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/core/core.h"
+#include "server/core/planted_bugs.h"
+#include "server/core/reason.h"
+
+namespace lockstep::server {
+
+void Core::Schedule() {
+  for (auto it = queue_.begin(); it != queue_.end();) {
+    JobEntry& job = jobs_.at(*it);
+    std::string waits_for;
+    std::vector<MemberPlacement> places = PlaceJob(job, &waits_for);
+    if (!places.empty()) {
+      ++it;  // StartJob takes the job out of the queue
+      StartJob(job, std::move(places));
+      continue;
+    }
+    SetReason(job, waits_for);
+    if (!Planted(PlantedBug::kQueueOvertaken)) break;
+    ++it;
+  }
+}
+
+std::vector<MemberPlacement> Core::PlaceJob(const JobEntry& job, std::string* waits_for) const {
+  const v1::JobSpec& spec = job.record.job.spec();
+  const std::string device = spec.resources().device().empty() ? "cpu" : spec.resources().device();
+  const int shards = std::max(1, spec.train().shards());
+  std::vector<FreeSlots> free;
+  int free_count = 0;
+  int exist = 0;
+  bool connected = false;
+  for (const auto& [name, worker] : workers_) {
+    if (worker.state == WorkerState::kLost) continue;
+    connected = true;
+    if (worker.info.device() != device) continue;
+    FreeSlots& slots = free.emplace_back();
+    slots.worker = name;
+    for (int slot = 0; slot < worker.info.slots(); ++slot) {
+      if (worker.owner[slot] == 0) slots.slots.push_back(slot);
+    }
+    free_count += static_cast<int>(slots.slots.size());
+    exist += worker.info.slots();
+  }
+
+  const bool given = spec.resources().has_slots() && spec.resources().slots() > 0;
+  const int wanted = std::min(shards, given ? spec.resources().slots() : std::max(1, free_count));
+  if (free_count >= wanted) return Place(std::move(free), wanted, shards);
+  if (!connected) {
+    *waits_for = "waits for a worker: none is connected";
+  } else {
+    *waits_for = absl::StrCat("waits for ", given ? absl::StrCat(wanted) : "at least 1",
+                              wanted == 1 ? " slot" : " slots", " of device ", device, "; ",
+                              free_count, free_count == 1 ? " is" : " are", " free, ", exist,
+                              exist == 1 ? " exists" : " exist");
+  }
+  return {};
+}
+
+void Core::StartJob(JobEntry& job, std::vector<MemberPlacement> places) {
+  v1::Job& record = job.record.job;
+  Generation& generation = job.generation.emplace();
+  generation.number = record.generation() + 1;
+  generation.prepare_after = last_ticket_ + 1;  // of the write that this step makes
+  record.set_generation(generation.number);
+  record.set_started_unix_ms(absl::ToUnixMillis(now_));
+  record.clear_reason();
+  record.clear_placement();
+  std::string where;
+  for (MemberPlacement& place : places) {
+    Worker& worker = workers_.at(place.worker);
+    absl::StrAppend(&where, where.empty() ? "" : ", ", place.worker, " ",
+                    DescribeSlots(place.slots), " (shards ", place.bounds.front(), " to ",
+                    place.bounds.back() - 1, ")");
+    for (size_t i = 0; i < place.slots.size(); ++i) {
+      worker.owner[place.slots[i]] = job.record.number;
+      v1::SlotPlacement* slot = record.add_placement();
+      slot->set_worker(place.worker);
+      slot->set_slot(place.slots[i]);
+      slot->set_first_shard(place.bounds[i]);
+      slot->set_last_shard(place.bounds[i + 1]);
+    }
+    Member& member = generation.members.emplace_back();
+    member.incarnation = worker.info.incarnation();
+    member.stream = worker.stream;
+    member.place = std::move(place);
+  }
+  Move(job, v1::STARTING);
+  Log(job.record.number, "INFO", absl::StrCat("generation ", generation.number, ": ", where));
+  for (const Member& member : generation.members) SettleWorker(workers_.at(member.place.worker));
+}
+
+void Core::SendPrepare(JobEntry& job) {
+  const v1::Job& record = job.record.job;
+  Generation& generation = *job.generation;
+  v1::CoordinatorMessage message;
+  v1::Prepare& prepare = *message.mutable_prepare();
+  prepare.set_job(record.id());
+  prepare.set_generation(generation.number);
+  *prepare.mutable_spec() = record.spec();
+  prepare.set_resume_from(record.resume_from());
+  prepare.set_output_dir(record.output_dir());
+  for (const Member& member : generation.members) {
+    const v1::Register& info = workers_.at(member.place.worker).info;
+    v1::Member& m = *prepare.add_members();
+    m.set_worker(info.name());
+    m.set_incarnation(member.incarnation);
+    m.set_host_id(info.host_id());
+    m.set_address(info.address());
+    m.mutable_bounds()->Add(member.place.bounds.begin(), member.place.bounds.end());
+    m.mutable_slots()->Add(member.place.slots.begin(), member.place.slots.end());
+  }
+  for (size_t rank = 0; rank < generation.members.size(); ++rank) {
+    prepare.set_rank(static_cast<int>(rank));
+    generation.members[rank].prepared = true;
+    actions_.emplace_back(SendToWorker{generation.members[rank].stream, message});
+  }
+  generation.ready_deadline = now_ + options_.ready_timeout;
+}
+
+// One line where the members cannot train together, else empty.
+std::string Core::CompareReady(const JobEntry& job) const {
+  const std::vector<Member>& members = job.generation->members;
+  const Member& first = members[0];
+  for (const Member& member : members) {
+    if (member.ready->data_digest() != first.ready->data_digest()) {
+      return absl::StrCat("worker ", member.place.worker, " has other data than worker ",
+                          first.place.worker, ": digest ", member.ready->data_digest(), " against ",
+                          first.ready->data_digest(), "; every worker must read the same files");
+    }
+    if (member.ready->fingerprint() != first.ready->fingerprint()) {
+      return absl::StrCat("worker ", member.place.worker, " computes otherwise than worker ",
+                          first.place.worker, ": fingerprint ", member.ready->fingerprint(),
+                          " against ", first.ready->fingerprint(),
+                          "; the workers of a job must have the same kind of device");
+    }
+  }
+  return "";
+}
+
+void Core::StartTraining(JobEntry& job) {
+  Generation& generation = *job.generation;
+  generation.ready_deadline = absl::InfiniteFuture();
+  const std::string difference = CompareReady(job);
+  if (!difference.empty()) return Fail(job, OneLine(difference), Cause::kPrimary);
+
+  v1::CoordinatorMessage message;
+  v1::Start& start = *message.mutable_start();
+  start.set_job(job.record.job.id());
+  start.set_generation(generation.number);
+  start.set_source_rank(-1);
+  int64_t newest = -1;
+  for (size_t rank = 0; rank < generation.members.size(); ++rank) {
+    const v1::Ready& ready = *generation.members[rank].ready;
+    start.add_rendezvous(ready.rendezvous());
+    if (ready.state_version() > newest) {
+      newest = ready.state_version();
+      start.set_source_rank(static_cast<int>(rank));
+    }
+  }
+  if (newest < 0 && !job.record.job.resume_from().empty()) {
+    return Fail(job,
+                OneLine(absl::StrCat("no worker has a checkpoint to go on from at ",
+                                     job.record.job.resume_from())),
+                Cause::kPrimary);
+  }
+  for (const Member& member : generation.members) {
+    actions_.emplace_back(SendToWorker{member.stream, message});
+  }
+  generation.started = true;
+  Move(job, v1::RUNNING);
+  for (const Member& member : generation.members) SettleWorker(workers_.at(member.place.worker));
+}
+
+void Core::StopPolitely(JobEntry& job) {
+  const bool running = job.record.job.state() == v1::RUNNING;
+  Move(job, v1::STOPPING);
+  if (!running) return AbortMembers(job);
+  v1::CoordinatorMessage message;
+  message.mutable_control()->set_job(job.record.job.id());
+  message.mutable_control()->set_generation(job.generation->number);
+  message.mutable_control()->set_stop(true);
+  for (const Member& member : job.generation->members) {
+    if (!member.left) actions_.emplace_back(SendToWorker{member.stream, message});
+  }
+  job.generation->abort_at = now_ + options_.stop_grace;
+}
+
+// Does nothing to a job that is being cancelled, and to one that is failing only where the reason
+// so far was an echo of this one.
+void Core::Fail(JobEntry& job, const std::string& reason, Cause cause) {
+  v1::Job& record = job.record.job;
+  if (record.state() == v1::STOPPING) {
+    std::optional<absl::Time>& since = job.generation->secondary_since;
+    if (record.target() != v1::FAILED || !since.has_value()) return;
+    if (cause == Cause::kSecondary ||
+        (cause == Cause::kPrimary && now_ - *since > options_.primary_wait)) {
+      return;
+    }
+    since.reset();
+    write_.durable = true;
+    return SetReason(job, reason);
+  }
+  record.set_reason(reason);
+  record.set_target(v1::FAILED);
+  if (cause == Cause::kSecondary) job.generation->secondary_since = now_;
+  Move(job, v1::STOPPING);
+  AbortMembers(job);
+}
+
+void Core::AbortMembers(JobEntry& job) {
+  Generation& generation = *job.generation;
+  generation.ready_deadline = absl::InfiniteFuture();
+  generation.abort_at = absl::InfiniteFuture();
+  generation.end_deadline = now_ + options_.end_timeout;
+  v1::CoordinatorMessage message;
+  message.mutable_abort()->set_job(job.record.job.id());
+  message.mutable_abort()->set_generation(generation.number);
+  message.mutable_abort()->set_reason(job.record.job.reason());
+  for (Member& member : generation.members) {
+    if (member.left) continue;
+    if (!member.prepared) {
+      Leave(job, member);
+      continue;
+    }
+    actions_.emplace_back(SendToWorker{member.stream, message});
+    if (Planted(PlantedBug::kSlotFreedAtAbort)) {
+      std::replace(workers_.at(member.place.worker).owner.begin(),
+                   workers_.at(member.place.worker).owner.end(), job.record.number, int64_t{0});
+      slots_changed_ = true;
+    }
+  }
+  FinishIfAllLeft(job);
+}
+
+void Core::Leave(JobEntry& job, Member& member) {
+  member.left = true;
+  Worker& worker = workers_.at(member.place.worker);
+  std::replace(worker.owner.begin(), worker.owner.end(), job.record.number, int64_t{0});
+  if (!Planted(PlantedBug::kNoScheduleAfterEnd)) slots_changed_ = true;
+  SettleWorker(worker);
+}
+
+// Fails the job where the replicas of one step differ. `digests`: by rank.
+void Core::CompareDigests(JobEntry& job, int64_t step, const std::map<int, std::string>& digests) {
+  std::map<std::string, int> votes;
+  for (const auto& [rank, digest] : digests) {
+    if (Planted(PlantedBug::kDigestOfNeighborsOnly) && rank > 1) continue;
+    ++votes[digest];
+  }
+  if (votes.size() <= 1) return;
+  // The lowest rank of the most voted: rank 0 where there is no majority.
+  const std::string* expected = nullptr;
+  for (const auto& [rank, digest] : digests) {
+    if (expected == nullptr || votes[digest] > votes[*expected]) expected = &digest;
+  }
+  for (const auto& [rank, digest] : digests) {
+    if (digest == *expected) continue;
+    const MemberPlacement& place = job.generation->members[rank].place;
+    return Fail(job,
+                OneLine(absl::StrCat("worker ", place.worker, " (", DescribeSlots(place.slots),
+                                     ") differs from the other replicas at step ", step,
+                                     ": state digest ", digest, ", theirs is ", *expected)),
+                Cause::kPrimary);
+  }
+}
+
+void Core::FinishIfAllLeft(JobEntry& job) {
+  if (!job.generation.has_value()) return;
+  const std::vector<Member>& members = job.generation->members;
+  if (!std::all_of(members.begin(), members.end(), [](const Member& m) { return m.left; })) return;
+  v1::Job& record = job.record.job;
+  if (record.state() == v1::RUNNING) {  // everybody completed; else it would be STOPPING
+    for (const auto& [step, digests] : std::exchange(job.generation->digests, {})) {
+      CompareDigests(job, step, digests);
+      if (record.state() != v1::RUNNING) return;  // ended by the comparison
+    }
+    std::map<int, std::string> digests;
+    for (size_t rank = 0; rank < members.size(); ++rank) {
+      digests[static_cast<int>(rank)] = members[rank].ended->state_digest();
+    }
+    CompareDigests(job, record.step(), digests);
+    if (record.state() == v1::RUNNING) End(job, v1::SUCCEEDED);
+  } else if (record.state() == v1::STOPPING) {
+    End(job, record.target());
+  }
+}
+
+void Core::End(JobEntry& job, v1::JobState state) {
+  v1::Job& record = job.record.job;
+  v1::JobResult& result = *record.mutable_result();
+  if (job.generation.has_value()) {
+    const std::optional<v1::Ended>& ended = job.generation->members[0].ended;
+    if (ended.has_value() && ended->has_result()) result = ended->result();
+  }
+  if (result.steps() == 0) {  // nobody could sum it up
+    result.set_steps(record.step());
+    result.set_epochs(record.steps_per_epoch() > 0 ? record.step() / record.steps_per_epoch() : 0);
+    if (record.has_last_step()) {
+      *result.mutable_train() = record.last_step().train();
+      result.set_seconds(record.last_step().seconds());
+    }
+    if (record.has_last_evaluation()) {
+      *result.mutable_validation() = record.last_evaluation().validation();
+    }
+  }
+  record.set_target(v1::JOB_STATE_UNSPECIFIED);
+  record.set_ended_unix_ms(absl::ToUnixMillis(now_));
+  job.generation.reset();
+  Move(job, state);
+  Log(job.record.number, state == v1::FAILED ? "ERROR" : "INFO",
+      record.reason().empty() ? Name(state) : absl::StrCat(Name(state), ": ", record.reason()));
+}
+
+void Core::Move(JobEntry& job, v1::JobState to) {
+  v1::Job& record = job.record.job;
+  const v1::JobState from = record.state();
+  v1::JobState state = from;
+  if (!Transition(&state, to).ok()) {
+    ++transitions_.refused;
+    return;
+  }
+  ++transitions_.job[from][to];
+  record.set_state(to);
+  if (from == v1::QUEUED) {
+    queue_.erase(job.record.number);
+    slots_changed_ = true;  // another one is the head of the queue
+  }
+  if (to == v1::STARTING) active_.insert(job.record.number);
+  if (HasEnded(to)) active_.erase(job.record.number);
+  write_.durable = true;
+  Publish(job);
+}
+
+void Core::Move(Worker& worker, WorkerState to) {
+  const WorkerState from = worker.state;
+  if (!Transition(&worker.state, to).ok()) {
+    ++transitions_.refused;
+    return;
+  }
+  ++transitions_.worker[static_cast<int>(from)][static_cast<int>(to)];
+}
+
+void Core::SetReason(JobEntry& job, const std::string& reason) {
+  if (job.record.job.reason() == reason) return;
+  job.record.job.set_reason(reason);
+  Publish(job);
+}
+
+void Core::Publish(JobEntry& job) {
+  v1::JobEvent event;
+  *event.mutable_job() = job.record.job;
+  AddEvent(job, std::move(event));
+}
+
+void Core::AddEvent(JobEntry& job, v1::JobEvent event) {
+  event.set_sequence(++job.last_sequence);
+  event.set_unix_ms(absl::ToUnixMillis(now_));
+  write_.events.push_back({job.record.number, std::move(event)});
+  changed_jobs_.insert(job.record.number);
+}
+
+}  // namespace lockstep::server
