@@ -1,0 +1,229 @@
+#include "worker/data/batch_loader.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace lockstep::data {
+namespace {
+
+constexpr int64_t kAlignedFloats = 16;  // 64 bytes
+
+int64_t RoundUp(int64_t n) { return (n + kAlignedFloats - 1) / kAlignedFloats * kAlignedFloats; }
+
+absl::Status CheckOptions(const BatchLoaderOptions& options) {
+  if (options.dataset == nullptr) return absl::InvalidArgumentError("the loader has no data set");
+  if (options.batch < 1 || options.shards < 1 || options.shards > options.batch) {
+    return absl::InvalidArgumentError(absl::StrCat("a batch of ", options.batch,
+                                                   " samples cannot be cut into ", options.shards,
+                                                   " shards; accepted: 1 to batch"));
+  }
+  if (options.first_shard < 0 || options.first_shard > options.last_shard ||
+      options.last_shard > options.shards) {
+    return absl::InvalidArgumentError(absl::StrCat("shards ", options.first_shard, " to ",
+                                                   options.last_shard, " are not within 0 to ",
+                                                   options.shards));
+  }
+  if (options.slots < 1 || options.depth < 1 || options.first_step < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a loader with ", options.slots, " slots, depth ", options.depth,
+                     " and first step ", options.first_step, "; each must be 1 or more"));
+  }
+  const auto channels = static_cast<size_t>(options.dataset->shape().channels);
+  for (const auto& [name, values] : {std::pair("mean", &options.mean), {"std", &options.std}}) {
+    if (values->size() != 1 && values->size() != channels) {
+      return absl::InvalidArgumentError(absl::StrCat("data.normalize.", name, " has ",
+                                                     values->size(), " values; accepted: 1 or ",
+                                                     channels, " (one per channel)"));
+    }
+  }
+  for (const double std : options.std) {
+    if (!(std > 0) || !std::isfinite(std)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("data.normalize.std is ", std, "; accepted: a number above 0"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+BatchLoader::BatchLoader(device::Device& device, BatchLoaderOptions options)
+    : device_(device), options_(std::move(options)) {}
+
+absl::StatusOr<std::unique_ptr<BatchLoader>> BatchLoader::Make(device::Device& device,
+                                                               BatchLoaderOptions options) {
+  absl::Status status = CheckOptions(options);
+  if (!status.ok()) return status;
+  auto loader = std::unique_ptr<BatchLoader>(new BatchLoader(device, std::move(options)));
+  status = loader->Allocate();
+  if (!status.ok()) return status;
+  loader->thread_ = std::thread(&BatchLoader::Run, loader.get());
+  return loader;
+}
+
+absl::Status BatchLoader::Allocate() {
+  absl::StatusOr<std::unique_ptr<device::Stream>> stream = device_.MakeStream();
+  if (!stream.ok()) return stream.status();
+  stream_ = *std::move(stream);
+
+  const Dataset& dataset = *options_.dataset;
+  if (options_.shuffle) order_.resize(static_cast<size_t>(dataset.samples()));
+
+  const auto host_visible = [&](int64_t bytes, std::unique_ptr<device::Memory>* memory) {
+    absl::StatusOr<std::unique_ptr<device::Memory>> made =
+        device_.AllocateHostVisible(static_cast<size_t>(std::max<int64_t>(bytes, 1)));
+    if (made.ok()) *memory = *std::move(made);
+    return made.status();
+  };
+
+  const int64_t channels = dataset.shape().channels;
+  const int64_t channel_bytes = channels * static_cast<int64_t>(sizeof(float));
+  absl::Status status = host_visible(channel_bytes, &mean_);
+  if (status.ok()) status = host_visible(channel_bytes, &inv_std_);
+  if (!status.ok()) return status;
+  for (size_t c = 0; c < static_cast<size_t>(channels); ++c) {
+    const double mean = options_.mean[options_.mean.size() == 1 ? 0 : c];
+    const double std = options_.std[options_.std.size() == 1 ? 0 : c];
+    mean_->floats()[c] = static_cast<float>(mean);
+    inv_std_->floats()[c] = static_cast<float>(1.0 / std);
+  }
+
+  // Where each shard lies in a buffer: at a fixed place with room for all its rows.
+  std::vector<int64_t> offsets;
+  int64_t floats = 0, rows = 0;
+  for (int shard = options_.first_shard; shard < options_.last_shard; ++shard) {
+    const ShardRange range = RangeOfShard(options_.batch, options_.shards, options_.batch, shard);
+    offsets.push_back(floats);
+    floats += RoundUp(range.count * dataset.features());
+    rows += range.count;
+  }
+  status = host_visible(rows * static_cast<int64_t>(sizeof(int64_t)), &indices_);
+  if (!status.ok()) return status;
+  for (int i = 0; i <= options_.depth; ++i) {
+    auto buffer = std::make_unique<Buffer>();
+    absl::StatusOr<std::unique_ptr<device::Memory>> data =
+        device_.Allocate(static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float));
+    if (!data.ok()) return data.status();
+    buffer->data = *std::move(data);
+    status = host_visible(rows * static_cast<int64_t>(sizeof(int32_t)), &buffer->labels);
+    if (!status.ok()) return status;
+    const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
+    for (int shard = options_.first_shard; shard < options_.last_shard; ++shard) {
+      const ShardRange range = RangeOfShard(options_.batch, options_.shards, options_.batch, shard);
+      const auto place = static_cast<size_t>(shard - options_.first_shard);
+      buffer->batch.shards.push_back(
+          {shard, 0, buffer->data->floats() + offsets[place], labels, range.first});
+      labels += range.count;
+    }
+    buffers_.push_back(std::move(buffer));
+  }
+  return absl::OkStatus();
+}
+
+BatchLoader::~BatchLoader() {
+  Stop();
+  if (thread_.joinable()) thread_.join();
+}
+
+void BatchLoader::Stop() {
+  absl::MutexLock lock(&mutex_);
+  if (status_.ok()) status_ = absl::CancelledError("the data loader was stopped");
+}
+
+absl::Duration BatchLoader::WaitTime() const {
+  absl::MutexLock lock(&mutex_);
+  return waited_;
+}
+
+absl::StatusOr<const Batch*> BatchLoader::Acquire(int64_t step) {
+  if (step < options_.first_step) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "batch ", step, " was asked for, but the loader begins at ", options_.first_step));
+  }
+  Buffer& buffer = BufferOf(step);
+  int64_t ready = buffer.ready_step.load(std::memory_order_acquire);
+  if (ready < step) {
+    const absl::Time begin = options_.clock->Now();
+    absl::MutexLock lock(&mutex_);
+    const auto decoded_or_failed = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+      ready = buffer.ready_step.load(std::memory_order_acquire);
+      return ready >= step || !status_.ok();
+    };
+    mutex_.Await(absl::Condition(&decoded_or_failed));
+    waited_ += options_.clock->Now() - begin;
+    if (ready < step) return status_;
+  }
+  if (ready > step) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "batch ", step, " was asked for again after it was released (now at ", ready, ")"));
+  }
+  return &buffer.batch;
+}
+
+void BatchLoader::Release(int64_t step) {
+  if (BufferOf(step).holders.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  absl::MutexLock lock(&mutex_);
+  ++released_;
+}
+
+void BatchLoader::Run() {
+  for (int64_t step = options_.first_step;; ++step) {
+    const int64_t needed = step - options_.first_step + 1 - static_cast<int64_t>(buffers_.size());
+    {
+      absl::MutexLock lock(&mutex_);
+      const auto free_or_stopped = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+        return released_ >= needed || !status_.ok();
+      };
+      mutex_.Await(absl::Condition(&free_or_stopped));
+      if (!status_.ok()) return;
+    }
+    Buffer& buffer = BufferOf(step);
+    const absl::Status decoded = Decode(step, buffer);
+    absl::MutexLock lock(&mutex_);
+    if (!status_.ok()) return;
+    if (!decoded.ok()) {
+      status_ = absl::Status(decoded.code(),
+                             absl::StrCat("decoding batch ", step, ": ", decoded.message()));
+      return;
+    }
+    buffer.holders.store(options_.slots, std::memory_order_relaxed);
+    buffer.ready_step.store(step, std::memory_order_release);
+  }
+}
+
+absl::Status BatchLoader::Decode(int64_t step, Buffer& buffer) {
+  const Dataset& dataset = *options_.dataset;
+  const BatchRange range = RangeOfStep(step, dataset.samples(), options_.batch);
+  if (options_.shuffle && order_epoch_ != range.epoch) {
+    FillPermutation(options_.seed, range.epoch, absl::MakeSpan(order_));
+    order_epoch_ = range.epoch;
+  }
+  buffer.batch.step = step;
+  buffer.batch.epoch = range.epoch;
+  buffer.batch.samples = range.count;
+  auto* indices = static_cast<int64_t*>(indices_->data());
+  for (ShardBatch& shard : buffer.batch.shards) {
+    const ShardRange rows = RangeOfShard(options_.batch, options_.shards, range.count, shard.shard);
+    shard.rows = rows.count;
+    shard.first_position = rows.first;
+    auto* labels = const_cast<int32_t*>(shard.labels);  // of our own memory
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const int64_t position = range.first + rows.first + row;
+      indices[row] = options_.shuffle ? order_[static_cast<size_t>(position)] : position;
+      labels[row] = dataset.labels()[indices[row]];
+    }
+    if (rows.count > 0) {
+      device_.GatherNormalize(*stream_, rows.count, dataset.features(), dataset.shape().channels,
+                              dataset.images(), indices, mean_->floats(), inv_std_->floats(),
+                              const_cast<float*>(shard.data));
+    }
+    indices += rows.count;
+  }
+  return stream_->Synchronize();
+}
+
+}  // namespace lockstep::data

@@ -1,0 +1,132 @@
+// Decodes batches ahead of the step, on a thread of its own, for the shards that this process owns.
+// A job has two: training (a new permutation every epoch) and validation (index order, over and
+// over: evaluation k begins at step (k - 1) * StepsPerEpoch + 1).
+//
+// Use is SPMD: every one of the process's slot threads calls Acquire(s) and then Release(s) for
+// s = first_step, first_step + 1, ...; a batch is shared by the slots, which read their own shards
+// of it, and its buffer is refilled when all of them have released it. No thread may acquire more
+// than `depth` batches beyond one that it still holds.
+//
+// On CUDA the loader's stream is the copy stream of one GPU: GatherNormalize writes device memory,
+// and a batch is ready when the stream has been synchronized, so the step needs no event to wait
+// for.
+//
+// Thread-safe. Owns its thread, stream and buffers; the device and clock outlive it. Nothing is
+// allocated after Make. Acquire takes a lock only where it has to wait, Release only in the last
+// slot.
+//
+// Invariants:
+//  1. A batch's content is a function of (data set, options, step): not of depth, slots, or
+//  first_step.
+//  2. depth + 1 buffers; the pointers of a buffer never change.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "common/clock.h"
+#include "worker/data/dataset.h"
+#include "worker/data/sampler.h"
+#include "worker/device/device.h"
+
+namespace lockstep::data {
+
+struct BatchLoaderOptions {
+  std::shared_ptr<const Dataset> dataset;
+  int64_t batch = 0;    // global
+  int shards = 1;       // of the job
+  int first_shard = 0;  // this process owns [first_shard, last_shard)
+  int last_shard = 1;
+  int slots = 1;  // threads that acquire every batch
+  int depth = 2;  // batches decoded ahead, at least 1
+  bool shuffle = true;
+  uint64_t seed = 0;               // of the job
+  int64_t first_step = 1;          // anywhere: in mid-epoch too
+  std::vector<double> mean = {0};  // x = (pixel / 255 - mean) / std; one value serves every channel
+  std::vector<double> std = {1};
+  Clock* clock = &RealClock();  // for WaitTime
+};
+
+// One shard's samples, in memory that the device reads.
+struct ShardBatch {
+  int shard = 0;
+  int64_t rows = 0;                 // 0: the shard is empty in this batch
+  const float* data = nullptr;      // {rows, h, w, c}, 64-byte aligned
+  const int32_t* labels = nullptr;  // {rows}; host-visible
+  int64_t first_position = 0;       // of its first sample in the global batch
+};
+
+struct Batch {
+  int64_t step = 0;
+  int64_t epoch = 0;               // from 1
+  int64_t samples = 0;             // of the global batch
+  std::vector<ShardBatch> shards;  // first_shard..last_shard-1, empty ones included
+};
+
+class BatchLoader {
+ public:
+  // Starts decoding. InvalidArgument names an option that makes no sense; what the device reports
+  // where it lacks memory.
+  static absl::StatusOr<std::unique_ptr<BatchLoader>> Make(device::Device& device,
+                                                           BatchLoaderOptions options);
+  ~BatchLoader();  // stops; no thread may still hold a batch
+  BatchLoader(const BatchLoader&) = delete;
+  BatchLoader& operator=(const BatchLoader&) = delete;
+
+  // Waits until the batch is decoded; valid until this thread releases it. Cancelled: Stop was
+  // called; FailedPrecondition: the step was released already; else what the device's stream
+  // reported.
+  absl::StatusOr<const Batch*> Acquire(int64_t step);
+  void Release(int64_t step);
+
+  // Wakes everyone that waits; Acquire fails from then on, except for batches that are ready.
+  void Stop();
+
+  // How long slots waited for data, the sum over slots.
+  absl::Duration WaitTime() const;
+
+ private:
+  struct Buffer {
+    Batch batch;
+    std::unique_ptr<device::Memory> data, labels;
+    std::atomic<int64_t> ready_step{0};
+    std::atomic<int> holders{0};
+  };
+
+  BatchLoader(device::Device& device, BatchLoaderOptions options);
+  absl::Status Allocate();
+  void Run();
+  absl::Status Decode(int64_t step, Buffer& buffer);
+  Buffer& BufferOf(int64_t step) {
+    return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
+  }
+
+  device::Device& device_;
+  const BatchLoaderOptions options_;
+  std::unique_ptr<device::Stream> stream_;
+  std::unique_ptr<device::Memory> mean_, inv_std_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
+
+  // Of the decoding thread alone.
+  std::unique_ptr<device::Memory> indices_;
+  std::vector<int64_t> order_;  // the permutation of order_epoch_
+  int64_t order_epoch_ = 0;
+
+  mutable absl::Mutex mutex_;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);  // why nothing more is decoded
+  // Slots release steps in order, so this many steps from first_step on are free.
+  int64_t released_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Duration waited_ ABSL_GUARDED_BY(mutex_);
+
+  std::thread thread_;  // last: runs on everything above
+};
+
+}  // namespace lockstep::data
