@@ -1,14 +1,15 @@
 // A Plan: one slot's list of kernel calls for its shards, with its memory plan. Made once per
-// generation from (Program, row counts, shards held); running it allocates nothing and takes no lock.
+// generation from (Program, row counts, shards held); running it allocates nothing and takes no
+// lock.
 //
 // Forward and backward run in segments over all of the slot's shards; a segment ends at a
-// `sync: batch` norm, where the moments of all shards of all slots are needed before the next layer.
-// Without one, a shard walks through forward and backward while it is in cache, and all shards share
-// one arena; with one, each shard has its own.
+// `sync: batch` norm, where the moments of all shards of all slots are needed before the next
+// layer. Without one, a shard walks through forward and backward while it is in cache, and all
+// shards share one arena; with one, each shard has its own.
 //
-// Operations (prepared dense and convolutions with their packed weights) belong to the address space
-// and are shared by its plans. On CUDA a plan also owns the graph that replays it: everything that
-// changes between steps reaches kernels through StepScalars and fixed input buffers.
+// Operations (prepared dense and convolutions with their packed weights) belong to the address
+// space and are shared by its plans. On CUDA a plan also owns the graph that replays it: everything
+// that changes between steps reaches kernels through StepScalars and fixed input buffers.
 //
 // Not thread-safe: one thread drives one plan; plans of several slots run at once.
 #pragma once
@@ -44,7 +45,7 @@ class Operations {
  private:
   Operations() = default;
   std::shared_ptr<const Program> program_;
-  std::vector<std::unique_ptr<device::Dense>> dense_;    // by node; null where it is none
+  std::vector<std::unique_ptr<device::Dense>> dense_;  // by node; null where it is none
   std::vector<std::unique_ptr<device::Conv2d>> conv2d_;
   size_t scratch_bytes_ = 0;
 };
@@ -52,14 +53,14 @@ class Operations {
 // One shard's samples. Memory the device can read; valid until the step ends.
 struct ShardInput {
   int shard = 0;
-  int64_t rows = 0;              // > 0: empty shards are not listed
-  const float* data = nullptr;   // {rows, data shape}
+  int64_t rows = 0;                 // > 0: empty shards are not listed
+  const float* data = nullptr;      // {rows, data shape}
   const int32_t* labels = nullptr;  // {rows}
-  int64_t first_position = 0;    // of its first sample in the global batch
+  int64_t first_position = 0;       // of its first sample in the global batch
 };
 
-// Where a shard's gradient goes; implemented by the canonical all-reduce. A leaf's tensor is written
-// whole, then announced; calls come in shard order for every range.
+// Where a shard's gradient goes; implemented by the canonical all-reduce. A leaf's tensor is
+// written whole, then announced; calls come in shard order for every range.
 class GradientSink {
  public:
   virtual ~GradientSink() = default;
@@ -70,54 +71,60 @@ class GradientSink {
 };
 
 // Exchange of batch-norm records between all shards of the batch, wherever they are; implemented on
-// the Communicator's lane for moments. Collective: every slot of the job calls it in the same order.
+// the Communicator's lane for moments. Collective: every slot of the job calls it in the same
+// order.
 class MomentExchange {
  public:
   virtual ~MomentExchange() = default;
   enum class Kind { kMoments, kSums };
-  // Merges the records of `channels` * 2 floats: kMoments merges (rows * spatial, mean, M2), kSums adds
-  // the two halves. `records[i]` belongs to shards[i].shard. Returns the merged record, valid until
-  // the next call, and in *rows the rows of the whole batch.
+  // Merges the records of `channels` * 2 floats: kMoments merges (rows * spatial, mean, M2), kSums
+  // adds the two halves. `records[i]` belongs to shards[i].shard. Returns the merged record, valid
+  // until the next call, and in *rows the rows of the whole batch.
   virtual absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
                                                absl::Span<const ShardInput> shards,
-                                               absl::Span<const float* const> records, int64_t* rows) = 0;
+                                               absl::Span<const float* const> records,
+                                               int64_t* rows) = 0;
 };
 
 // Per shard results of a step or evaluation batch, in host-visible memory of the plan.
 struct ShardResult {
-  double loss_sum = 0;    // sum over samples
-  int64_t correct = 0;    // 0 where the loss has no labels
+  double loss_sum = 0;  // sum over samples
+  int64_t correct = 0;  // 0 where the loss has no labels
 };
 
 class Plan {
  public:
+  ~Plan();
   struct Options {
-    std::vector<int> shards;     // that the slot holds
-    int64_t max_rows = 0;        // of a shard, in training and evaluation
-    bool training = true;        // false: evaluation only
-    uint64_t seed = 0;           // of the job, for dropout
+    std::vector<int> shards;  // that the slot holds
+    int64_t max_rows = 0;     // of a shard, in training and evaluation
+    bool training = true;     // false: evaluation only
+    uint64_t seed = 0;        // of the job, for dropout
   };
   static absl::StatusOr<std::unique_ptr<Plan>> Make(std::shared_ptr<const Program> program,
-                                                    device::Device& device, const Operations& operations,
+                                                    device::Device& device,
+                                                    const Operations& operations,
                                                     const Options& options);
 
   // Forward, loss and backward of one training step. `batch` is the number of samples of the global
-  // batch. Fails only where the exchange does.
+  // batch. Fails only where the exchange does, and with Internal where `shards` has more entries or
+  // rows than the plan was made for. Every slot calls it, also one whose `shards` is empty.
   absl::Status TrainStep(device::Stream& stream, optim::FlatState& state,
                          const device::StepScalars* scalars, int64_t batch,
                          absl::Span<const ShardInput> shards, GradientSink& sink,
                          MomentExchange& exchange);
   // Forward and loss at inference: running averages, no dropout.
-  void Evaluate(device::Stream& stream, optim::FlatState& state, absl::Span<const ShardInput> shards);
+  void Evaluate(device::Stream& stream, optim::FlatState& state,
+                absl::Span<const ShardInput> shards);
 
   // Of the last call, by position in its `shards`.
   const ShardResult& result(int position) const;
   // The moments record (Program::moments()) of a shard of the last TrainStep.
   const float* moments(int position) const;
 
-  // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of the
-  // first that has an element that is not finite ("conv1.weight", then outputs in execution order),
-  // or "" where all are finite. For diagnosis, collective like TrainStep; slow.
+  // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of
+  // the first that has an element that is not finite ("conv1.weight", then outputs in execution
+  // order), or "" where all are finite. For diagnosis, collective like TrainStep; slow.
   absl::StatusOr<std::string> FindNonFinite(device::Stream& stream, optim::FlatState& state,
                                             const device::StepScalars* scalars,
                                             absl::Span<const ShardInput> shards,
@@ -126,6 +133,15 @@ class Plan {
   // The memory plan: bytes of the arena(s), as `explain` shows them.
   int64_t activation_bytes() const;
   int segments() const;
+
+ private:
+  struct Impl;
+  explicit Plan(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
 };
+
+// activation_bytes() of a plan for `shards` shards of at most `max_rows` samples, without making
+// one.
+int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows, bool training);
 
 }  // namespace lockstep::nn

@@ -1,8 +1,9 @@
-// A spec's graph compiled once per job into an immutable Program: nodes with fusions chosen, the flat
-// layouts, and what each node needs in forward and backward. Device-blind; shared by all slots.
+// A spec's graph compiled once per job into an immutable Program: nodes with fusions chosen, the
+// flat layouts, and what each node needs in forward and backward. Device-blind; shared by all
+// slots.
 //
-// Fusions: dense or conv2d followed by a relu that is its only consumer; batch_norm followed by such a
-// relu; the loss with the softmax. A fused layer's output exists under the relu's name.
+// Fusions: dense or conv2d followed by a relu that is its only consumer; batch_norm followed by
+// such a relu; the loss with the softmax. A fused layer's output exists under the relu's name.
 //
 // A Plan (plan.h) is made from it per slot and generation. Thread-safe: immutable.
 #pragma once
@@ -21,10 +22,10 @@ namespace lockstep::nn {
 
 // One batch norm's place in the moments record of a leaf: mean at offset, M2 at offset + channels.
 struct MomentsSlice {
-  int layer = 0;          // index in graph().layers
+  int layer = 0;  // index in graph().layers
   int64_t channels = 0;
-  int64_t spatial = 0;    // elements per sample and channel: count = rows * spatial
-  int64_t offset = 0;     // in floats
+  int64_t spatial = 0;  // elements per sample and channel: count = rows * spatial
+  int64_t offset = 0;   // in floats
   float momentum = 0;
   int64_t running_mean = 0, running_var = 0;  // offsets in the statistics vector
 };
@@ -32,13 +33,15 @@ struct MomentsSlice {
 class Program {
  public:
   struct Node {
-    int layer = 0;                 // the layer that computes
-    int fused_relu = -1;           // the relu layer fused into it, or -1
-    std::vector<int> inputs;       // nodes, or spec::kData
-    std::vector<int64_t> output;   // shape per sample
-    int64_t weight = -1, bias = -1;  // offsets in the flat parameters, or -1
-    int moments = -1;              // index in moments(), or -1
-    bool needs_input_gradient = true;  // false where nothing before it has parameters
+    int layer = 0;                                     // the layer that computes
+    int fused_relu = -1;                               // the relu layer fused into it, or -1
+    std::vector<int> inputs;                           // nodes, or spec::kData
+    std::vector<int64_t> output;                       // shape per sample
+    int64_t weight = -1, bias = -1;                    // offsets in the flat parameters, or -1
+    int moments = -1;                                  // index in moments(), or -1
+    int64_t parameters_begin = 0, parameters_end = 0;  // its range of the flat vector with padding
+    bool needs_input_gradient = true;   // false where nothing before it has parameters
+    bool needs_output_gradient = true;  // it, or something before it, has parameters
   };
 
   // InvalidArgument for a graph that breaks graph.h's invariants.
@@ -51,6 +54,11 @@ class Program {
   const std::vector<MomentsSlice>& moments() const { return moments_; }
   int64_t moments_size() const { return moments_size_; }  // floats of a leaf's record
   bool has_synchronized_norm() const { return has_synchronized_norm_; }
+  const spec::Layer& layer(int node) const { return graph_.layers[nodes_[node].layer]; }
+  // Shape per sample of a node's output, or of the data.
+  const std::vector<int64_t>& shape(int node) const {
+    return node == spec::kData ? graph_.data_shape : nodes_[node].output;
+  }
   const std::string& node_name(int node) const;  // the name users know its output by
 
  private:

@@ -49,7 +49,8 @@ std::vector<std::string> SlotNames(device::OptimizerType type);
 class FlatState {
  public:
   // All zero. ResourceExhausted where the device lacks memory.
-  static absl::StatusOr<std::unique_ptr<FlatState>> Make(device::Device& device, FlatLayout parameters,
+  static absl::StatusOr<std::unique_ptr<FlatState>> Make(device::Device& device,
+                                                         FlatLayout parameters,
                                                          FlatLayout statistics,
                                                          device::OptimizerType optimizer);
 
@@ -60,8 +61,8 @@ class FlatState {
   int slot_count() const { return static_cast<int>(slots_.size()); }
   float* slot(int i) { return slots_[i]->floats(); }
 
-  // Every tensor of the state under its checkpoint name, in digest order: parameters "conv1.weight",
-  // then each slot "momentum/conv1.weight", then statistics "bn1.running_mean".
+  // Every tensor of the state under its checkpoint name, in digest order: parameters
+  // "conv1.weight", then each slot "momentum/conv1.weight", then statistics "bn1.running_mean".
   struct Named {
     std::string name;
     const std::vector<int64_t>* shape;
@@ -86,8 +87,10 @@ class FlatState {
 };
 
 // Fills parameters and statistics with their initial values, a pure function of (seed, tensor name,
-// element index): Philox with purpose "initialize/<tensor name>". Host memory; the CPU's state, or a
-// staging copy. `part` of `parts` as above.
+// element index): Philox with purpose "initialize/<tensor name>", step 0. Uniform: limit * (2u -
+// 1), u of 24 bits. Normal: Box & Muller 1958 in double, elements 2p and 2p + 1 from one pair of
+// 32-bit words. `values` is the whole vector in host memory, the CPU's state or a staging copy;
+// padding is left alone.
 void Initialize(const FlatLayout& layout, uint64_t seed, float* values);
 
 }  // namespace lockstep::optim

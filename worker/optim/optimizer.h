@@ -1,5 +1,6 @@
-// Optimizers and learning-rate schedules over the flat state. One fused pass over any range; bits do
-// not depend on how the vector is cut into ranges. Thread-safe: disjoint ranges may be updated at once.
+// Optimizers and learning-rate schedules over the flat state. One fused pass over any range; bits
+// do not depend on how the vector is cut into ranges. Thread-safe: disjoint ranges may be updated
+// at once.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,12 @@ namespace lockstep::optim {
 struct ScheduleOptions {
   enum class Type { kConstant, kStep, kCosine } type = Type::kConstant;
   double learning_rate = 0;
-  int64_t warmup_steps = 0;         // linear: step s of the warm-up has rate * s / warmup_steps
-  std::vector<int64_t> at_steps;    // kStep: the rate is multiplied by factor from the step after each
+  int64_t warmup_steps = 0;  // linear: step s of the warm-up has rate * s / warmup_steps
+  std::vector<int64_t>
+      at_steps;  // kStep: the rate is multiplied by factor from the step after each
   double factor = 0.1;
-  double floor = 0;                 // kCosine: fraction of the rate at the end
-  int64_t total_steps = 0;          // kCosine (Loshchilov & Hutter 2017, one cycle)
+  double floor = 0;         // kCosine: fraction of the rate at the end
+  int64_t total_steps = 0;  // kCosine (Loshchilov & Hutter 2017, one cycle)
 };
 
 // The learning rate of update `step`, from 1. Computed in double, a pure function.
@@ -25,13 +27,15 @@ double LearningRate(const ScheduleOptions& options, int64_t step);
 
 class Optimizer {
  public:
-  // `coefficients` with l2 and weight_decay as the spec gives them; they apply to tensors that decay.
+  // `coefficients` with l2 and weight_decay as the spec gives them; they apply to tensors that
+  // decay.
   Optimizer(const device::OptimizerCoefficients& coefficients, const FlatLayout& layout);
 
   // Fills in everything about `step` that the kernels read.
   void Prepare(const ScheduleOptions& schedule, int64_t step, device::StepScalars* scalars) const;
 
-  // Updates elements [begin, end) of the flat parameters (and slots) from `gradient` (whole vector).
+  // Updates elements [begin, end) of the flat parameters (and slots) from `gradient` (whole
+  // vector).
   void Update(device::Device& device, device::Stream& stream, int64_t begin, int64_t end,
               const device::StepScalars* scalars, const float* gradient, FlatState& state) const;
 
@@ -40,7 +44,8 @@ class Optimizer {
     int64_t begin, end;
     device::OptimizerCoefficients coefficients;
   };
-  std::vector<Range> ranges_;
+  device::OptimizerCoefficients coefficients_;
+  std::vector<Range> ranges_;  // ascending, cover the whole vector; padding goes with its tensor
 };
 
 }  // namespace lockstep::optim

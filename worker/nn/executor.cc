@@ -1,0 +1,211 @@
+#include "worker/nn/executor.h"
+
+#include <utility>
+
+#include "common/philox.h"
+
+namespace lockstep::nn {
+
+Executor::Executor(std::shared_ptr<const Program> program, device::Device& device,
+                   const Operations& operations, uint64_t seed, Lowering lowering,
+                   MemoryPlan memory, void* scratch)
+    : program_(std::move(program)),
+      device_(device),
+      operations_(operations),
+      lowering_(std::move(lowering)),
+      memory_(std::move(memory)),
+      scratch_(scratch) {
+  for (int i = 0; i < static_cast<int>(program_->nodes().size()); ++i) {
+    const Program::Node& node = program_->nodes()[i];
+    const spec::Layer& layer = program_->layer(i);
+    const std::vector<int64_t>& input = program_->shape(node.inputs[0]);
+    NodeConstants c;
+    c.in = spec::ElementCount(input);
+    c.out = spec::ElementCount(node.output);
+    c.channels = input.back();
+    c.spatial = c.in / c.channels;
+    if (input.size() == 3) {
+      c.pool = {input[0], input[1], input[2], layer.kernel, layer.stride, layer.padding};
+    }
+    c.norm = {c.channels, node.fused_relu >= 0};
+    c.synchronized = layer.sync == spec::Sync::kBatch;
+    c.epsilon = static_cast<float>(layer.epsilon);
+    c.rate = static_cast<float>(layer.rate);
+    c.key = MakePhiloxKey(seed, "dropout/" + layer.name);
+    constants_.push_back(c);
+  }
+}
+
+const float* Executor::Output(int call, const Frame& frame, int64_t* elements) const {
+  const Call& c = lowering_.calls[call];
+  if (c.out < 0) return nullptr;
+  *elements = constants_[c.node].out * frame.input->rows;
+  return Floats(c.out, frame);
+}
+
+void Executor::Run(int index, const StepContext& context, const Merged& merged,
+                   const Frame& frame) const {
+  const Call& call = lowering_.calls[index];
+  const NodeConstants& c = constants_[call.node];
+  device::Stream& stream = *context.stream;
+  const int64_t rows = frame.input->rows;
+  const float* a = Input(call.a, frame);
+  const float* b = Input(call.b, frame);
+  float* out = Floats(call.out, frame);
+  switch (call.type) {
+    case CallType::kLinearForward:
+    case CallType::kLinearBackwardInput:
+    case CallType::kLinearBackwardWeight:
+      return RunLinear(call, context, frame);
+    case CallType::kMaxPoolForward:
+      return device_.MaxPoolForward(stream, c.pool, rows, a, out, Bytes(call.out2, frame));
+    case CallType::kMaxPoolBackward:
+      return device_.MaxPoolBackward(stream, c.pool, rows, a, Bytes(call.b, frame), out);
+    case CallType::kAveragePoolForward:
+      return device_.AveragePoolForward(stream, c.pool, rows, a, out);
+    case CallType::kAveragePoolBackward:
+      return device_.AveragePoolBackward(stream, c.pool, rows, a, out);
+    case CallType::kGlobalAveragePoolForward:
+      return device_.GlobalAveragePoolForward(stream, rows, c.spatial, c.channels, a, out);
+    case CallType::kGlobalAveragePoolBackward:
+      return device_.GlobalAveragePoolBackward(stream, rows, c.spatial, c.channels, a, out);
+    case CallType::kBatchNormMoments:
+    case CallType::kBatchNormForward:
+    case CallType::kBatchNormInference:
+    case CallType::kBatchNormBackwardSums:
+    case CallType::kBatchNormBackward:
+      return RunBatchNorm(call, context, merged, frame);
+    case CallType::kReluForward:
+      return device_.ReluForward(stream, rows * c.out, a, out);
+    case CallType::kReluBackward:
+      return device_.ReluBackward(stream, rows * c.out, a, b, out);
+    case CallType::kTanhForward:
+      return device_.TanhForward(stream, rows * c.out, a, out);
+    case CallType::kTanhBackward:
+      return device_.TanhBackward(stream, rows * c.out, a, b, out);
+    case CallType::kSigmoidForward:
+      return device_.SigmoidForward(stream, rows * c.out, a, out);
+    case CallType::kSigmoidBackward:
+      return device_.SigmoidBackward(stream, rows * c.out, a, b, out);
+    case CallType::kAdd:
+      return device_.Add(stream, rows * c.out, a, b, out);
+    case CallType::kDropout:
+      return device_.Dropout(stream, rows * c.out, a, c.rate, c.key, context.scalars,
+                             static_cast<uint64_t>(frame.input->first_position * c.out), out);
+    case CallType::kSoftmaxCrossEntropy:
+    case CallType::kOneHot:
+    case CallType::kMeanSquaredError:
+    case CallType::kCountCorrect:
+      return RunLoss(call, context, frame);
+  }
+}
+
+void Executor::RunLinear(const Call& call, const StepContext& context, const Frame& frame) const {
+  const Program::Node& node = program_->nodes()[call.node];
+  const int64_t rows = frame.input->rows;
+  device::Stream& stream = *context.stream;
+  auto run = [&](auto* operation) {
+    const float* a = Input(call.a, frame);
+    if (call.type == CallType::kLinearForward) {
+      const float* bias = node.bias < 0 ? nullptr : context.state->parameters() + node.bias;
+      operation->Forward(stream, rows, a, bias, Floats(call.out, frame), scratch_);
+    } else if (call.type == CallType::kLinearBackwardInput) {
+      operation->BackwardInput(stream, rows, a, Floats(call.out, frame), scratch_);
+    } else {
+      float* db = node.bias < 0 ? nullptr : frame.leaf + node.bias;
+      operation->BackwardWeight(stream, rows, a, Floats(call.b, frame), frame.leaf + node.weight,
+                                db, scratch_);
+      FinishLeaf(call.node, context, frame);
+    }
+  };
+  if (device::Dense* dense = operations_.dense(call.node)) {
+    run(dense);
+  } else {
+    run(operations_.conv2d(call.node));
+  }
+}
+
+void Executor::RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
+                            const Frame& frame) const {
+  const Program::Node& node = program_->nodes()[call.node];
+  const NodeConstants& c = constants_[call.node];
+  const MomentsSlice& slice = program_->moments()[node.moments];
+  device::Stream& stream = *context.stream;
+  const int64_t n = frame.input->rows * slice.spatial;
+  const float* x = Input(call.a, frame);
+  float* out = Floats(call.out, frame);
+  if (call.type == CallType::kBatchNormMoments) {
+    float* mean = frame.moments + slice.offset;
+    return device_.BatchNormMoments(stream, c.norm, n, x, mean, mean + slice.channels);
+  }
+  const float* weight = context.state->parameters() + node.weight;
+  const float* bias = context.state->parameters() + node.bias;
+  if (call.type == CallType::kBatchNormInference) {
+    const float* statistics = context.state->statistics();
+    return device_.BatchNormInference(stream, c.norm, n, x, statistics + slice.running_mean,
+                                      statistics + slice.running_var, c.epsilon, weight, bias, out);
+  }
+  // The moments that normalize: the shard's own, or the whole batch's.
+  const float* mean = (c.synchronized ? merged.moments : frame.moments) + slice.offset;
+  const float* m2 = mean + slice.channels;
+  const int64_t moments_n = c.synchronized ? merged.rows[node.moments] * slice.spatial : n;
+  if (call.type == CallType::kBatchNormForward) {
+    return device_.BatchNormForward(stream, c.norm, n, x, mean, m2, moments_n, c.epsilon, weight,
+                                    bias, out);
+  }
+  const float* y = Floats(call.b, frame);
+  const float* dy = Floats(call.c, frame);
+  if (call.type == CallType::kBatchNormBackwardSums) {
+    float* sum_dy = frame.sums;
+    float* sum_dy_xhat = sum_dy + slice.channels;
+    device_.BatchNormBackwardSums(stream, c.norm, n, x, y, dy, mean, m2, moments_n, c.epsilon,
+                                  sum_dy, sum_dy_xhat);
+    // Leaves only add, so a leaf's share of the gradient is its own sums, also with whole-batch
+    // moments.
+    const size_t bytes = sizeof(float) * static_cast<size_t>(slice.channels);
+    device_.Copy(stream, sum_dy_xhat, frame.leaf + node.weight, bytes);
+    device_.Copy(stream, sum_dy, frame.leaf + node.bias, bytes);
+    return FinishLeaf(call.node, context, frame);
+  }
+  const float* sums = c.synchronized ? merged.sums : frame.sums;
+  device_.BatchNormBackward(stream, c.norm, n, x, y, dy, mean, m2, moments_n, c.epsilon, weight,
+                            sums, sums + slice.channels, out);
+}
+
+void Executor::RunLoss(const Call& call, const StepContext& context, const Frame& frame) const {
+  const int64_t rows = frame.input->rows, features = constants_[call.node].out;
+  device::Stream& stream = *context.stream;
+  const int32_t* labels = frame.input->labels;
+  const float* y = Input(call.a, frame);
+  float* out = Floats(call.out, frame);
+  switch (call.type) {
+    case CallType::kSoftmaxCrossEntropy:
+      return device_.SoftmaxCrossEntropy(stream, rows, features, y, labels, context.loss_scale,
+                                         &frame.result->loss_sum, &frame.result->correct, out);
+    case CallType::kOneHot:
+      return device_.OneHot(stream, rows, features, labels, out);
+    case CallType::kCountCorrect:
+      return device_.CountCorrect(stream, rows, features, y, labels, &frame.result->correct);
+    default:
+      return device_.MeanSquaredError(stream, rows, features, y, Input(call.b, frame),
+                                      context.loss_scale, &frame.result->loss_sum, out);
+  }
+}
+
+// A leaf's range is whole with its padding, which stays zero.
+void Executor::FinishLeaf(int index, const StepContext& context, const Frame& frame) const {
+  const Program::Node& node = program_->nodes()[index];
+  const std::vector<spec::TensorSpec>& tensors = program_->layer(index).tensors;
+  auto zero_padding = [&](int64_t tensor, int which, int64_t end) {
+    const int64_t begin = tensor + spec::ElementCount(tensors[which].shape);
+    if (begin < end) {
+      device_.Zero(*context.stream, frame.leaf + begin,
+                   sizeof(float) * static_cast<size_t>(end - begin));
+    }
+  };
+  zero_padding(node.weight, 0, node.bias < 0 ? node.parameters_end : node.bias);
+  if (node.bias >= 0) zero_padding(node.bias, 1, node.parameters_end);
+  context.sink->Done(frame.input->shard, node.parameters_begin, node.parameters_end);
+}
+
+}  // namespace lockstep::nn

@@ -1,0 +1,92 @@
+// Runs the calls of a Lowering: resolves values to addresses in a shard's arena and calls the
+// device's kernels, with everything that does not change between steps bound when it is made.
+// Internal to worker/nn. Not thread-safe; allocates nothing after Make.
+//
+// On CUDA every pointer below is fixed for the life of the plan, so the calls can be captured.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "worker/nn/lowering.h"
+#include "worker/nn/memory_plan.h"
+#include "worker/nn/plan.h"
+
+namespace lockstep::nn {
+
+// What is common to all shards of a call of the plan.
+struct StepContext {
+  device::Stream* stream = nullptr;
+  optim::FlatState* state = nullptr;
+  const device::StepScalars* scalars = nullptr;
+  float loss_scale = 0;
+  GradientSink* sink = nullptr;
+};
+
+// One shard's memory.
+struct Frame {
+  const ShardInput* input = nullptr;
+  uint8_t* arena = nullptr;
+  float* moments = nullptr;  // Program::moments() record
+  float* sums = nullptr;     // of the batch norm that backward is at
+  ShardResult* result = nullptr;
+  float* leaf = nullptr;
+};
+
+// What an exchange brought: by moments slice, in the layout of Program::moments(), and the rows.
+struct Merged {
+  float* moments = nullptr;
+  float* sums = nullptr;      // of the last kSums exchange
+  std::vector<int64_t> rows;  // of the whole batch, by slice
+};
+
+class Executor {
+ public:
+  Executor(std::shared_ptr<const Program> program, device::Device& device,
+           const Operations& operations, uint64_t seed, Lowering lowering, MemoryPlan memory,
+           void* scratch);
+
+  const Lowering& lowering() const { return lowering_; }
+  void Run(int call, const StepContext& context, const Merged& merged, const Frame& frame) const;
+  // The floats that a call of forward made, or null; `elements` of them.
+  const float* Output(int call, const Frame& frame, int64_t* elements) const;
+
+ private:
+  // What a node's calls need besides values.
+  struct NodeConstants {
+    int64_t in = 0, out = 0;  // elements per sample
+    device::PoolShape pool;
+    device::BatchNormShape norm;
+    int64_t spatial = 1, channels = 0;
+    bool synchronized = false;
+    float epsilon = 0, rate = 0;
+    PhiloxKey key;
+  };
+
+  void RunLinear(const Call& call, const StepContext& context, const Frame& frame) const;
+  void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
+                    const Frame& frame) const;
+  void RunLoss(const Call& call, const StepContext& context, const Frame& frame) const;
+  void FinishLeaf(int node, const StepContext& context, const Frame& frame) const;
+
+  float* Floats(int value, const Frame& frame) const {
+    return reinterpret_cast<float*>(Bytes(value, frame));
+  }
+  const float* Input(int value, const Frame& frame) const {
+    return value == kDataValue ? frame.input->data : Floats(value, frame);
+  }
+  uint8_t* Bytes(int value, const Frame& frame) const {
+    return value < 0 ? nullptr : frame.arena + memory_.offsets[value];
+  }
+
+  const std::shared_ptr<const Program> program_;
+  device::Device& device_;
+  const Operations& operations_;
+  const Lowering lowering_;
+  const MemoryPlan memory_;
+  void* const scratch_;
+  std::vector<NodeConstants> constants_;  // by node
+};
+
+}  // namespace lockstep::nn

@@ -1,0 +1,227 @@
+#include "worker/nn/lowering.h"
+
+#include "common/spec/graph.h"
+
+namespace lockstep::nn {
+namespace {
+
+using spec::LayerType;
+
+class Lowerer {
+ public:
+  Lowerer(const Program& program, bool training)
+      : program_(program),
+        training_(training),
+        outputs_(program.nodes().size(), kNoValue),
+        argmax_(program.nodes().size(), kNoValue),
+        gradients_(program.nodes().size(), kNoValue) {}
+
+  Lowering Run() {
+    const int nodes = static_cast<int>(program_.nodes().size());
+    for (int node = 0; node < nodes; ++node) Forward(node);
+    result_.forward_calls = static_cast<int>(result_.calls.size());
+    const int last = nodes - 1;
+    const bool backward = training_ && program_.nodes()[last].needs_output_gradient;
+    gradients_[last] = Loss(last, backward);
+    if (backward) {
+      for (int node = last; node >= 0; --node) {
+        if (program_.nodes()[node].needs_output_gradient) Backward(node);
+      }
+    }
+    EndSegment(Exchange::kNone, -1);
+    return std::move(result_);
+  }
+
+ private:
+  int64_t Elements(int node) const { return spec::ElementCount(program_.shape(node)); }
+  int ValueOf(int node) const { return node == spec::kData ? kDataValue : outputs_[node]; }
+
+  int NewFloats(int64_t elements) {
+    return NewBytes(elements * static_cast<int64_t>(sizeof(float)));
+  }
+  int NewBytes(int64_t bytes) {
+    result_.value_bytes.push_back(bytes);
+    return static_cast<int>(result_.value_bytes.size()) - 1;
+  }
+
+  // Emits a call that makes a new value of the shape of `shape_of`'s output, and returns the value.
+  int Emit(CallType type, int node, int shape_of, int a, int b = kNoValue, int c = kNoValue) {
+    const int out = NewFloats(Elements(shape_of));
+    result_.calls.push_back({type, node, a, b, c, out});
+    return out;
+  }
+  void EmitWithoutValue(CallType type, int node, int a, int b = kNoValue, int c = kNoValue) {
+    result_.calls.push_back({type, node, a, b, c});
+  }
+
+  void EndSegment(Exchange exchange, int moments) {
+    const int begin = result_.segments.empty() ? 0 : result_.segments.back().end;
+    const int end = static_cast<int>(result_.calls.size());
+    result_.segments.push_back({begin, end, exchange, moments});
+  }
+
+  bool IsSynchronized(int node) const { return program_.layer(node).sync == spec::Sync::kBatch; }
+
+  void Forward(int node) {
+    const Program::Node& n = program_.nodes()[node];
+    const int x = ValueOf(n.inputs[0]);
+    int& y = outputs_[node];
+    switch (program_.layer(node).type) {
+      case LayerType::kDense:
+      case LayerType::kConv2d:
+        y = Emit(CallType::kLinearForward, node, node, x);
+        break;
+      case LayerType::kMaxPool:
+        y = Emit(CallType::kMaxPoolForward, node, node, x);
+        argmax_[node] = result_.calls.back().out2 = NewBytes(Elements(node));
+        break;
+      case LayerType::kAveragePool:
+        y = Emit(CallType::kAveragePoolForward, node, node, x);
+        break;
+      case LayerType::kGlobalAveragePool:
+        y = Emit(CallType::kGlobalAveragePoolForward, node, node, x);
+        break;
+      case LayerType::kBatchNorm:
+        if (training_) {
+          EmitWithoutValue(CallType::kBatchNormMoments, node, x);
+          if (IsSynchronized(node)) EndSegment(Exchange::kMoments, n.moments);
+        }
+        y = Emit(training_ ? CallType::kBatchNormForward : CallType::kBatchNormInference, node,
+                 node, x);
+        break;
+      case LayerType::kRelu:
+        y = Emit(CallType::kReluForward, node, node, x);
+        break;
+      case LayerType::kTanh:
+        y = Emit(CallType::kTanhForward, node, node, x);
+        break;
+      case LayerType::kSigmoid:
+        y = Emit(CallType::kSigmoidForward, node, node, x);
+        break;
+      case LayerType::kAdd:
+        y = x;
+        for (size_t i = 1; i < n.inputs.size(); ++i) {
+          y = Emit(CallType::kAdd, node, node, y, ValueOf(n.inputs[i]));
+        }
+        break;
+      case LayerType::kFlatten:
+        y = x;
+        break;
+      case LayerType::kDropout:
+        y = Drops(node) ? Emit(CallType::kDropout, node, node, x) : x;
+        break;
+    }
+  }
+
+  bool Drops(int node) const { return training_ && program_.layer(node).rate > 0; }
+
+  // Returns the gradient of the output.
+  int Loss(int last, bool backward) {
+    const spec::Graph& graph = program_.graph();
+    const int y = outputs_[last];
+    const int gradient = backward ? NewFloats(Elements(last)) : kNoValue;
+    if (graph.loss == spec::LossType::kSoftmaxCrossEntropy) {
+      EmitWithoutValue(CallType::kSoftmaxCrossEntropy, last, y);
+      result_.calls.back().out = gradient;
+      return gradient;
+    }
+    int target = kDataValue;
+    if (graph.target == spec::Target::kLabel) {
+      target = Emit(CallType::kOneHot, last, last, kNoValue);
+      EmitWithoutValue(CallType::kCountCorrect, last, y);
+    }
+    EmitWithoutValue(CallType::kMeanSquaredError, last, y, target);
+    result_.calls.back().out = gradient;
+    return gradient;
+  }
+
+  // Adds a contribution to the gradient of a node's output.
+  void Contribute(int node, int value) {
+    if (node == spec::kData || !program_.nodes()[node].needs_output_gradient) return;
+    int& gradient = gradients_[node];
+    gradient = gradient == kNoValue ? value : Emit(CallType::kAdd, node, node, gradient, value);
+  }
+
+  void Backward(int node) {
+    const Program::Node& n = program_.nodes()[node];
+    const int input = n.inputs[0];
+    const int x = ValueOf(input), y = outputs_[node];
+    int dy = gradients_[node];
+    auto contribute = [&](CallType type, int a, int b = kNoValue, int c = kNoValue) {
+      if (n.needs_input_gradient) Contribute(input, Emit(type, node, input, a, b, c));
+    };
+    switch (program_.layer(node).type) {
+      case LayerType::kDense:
+      case LayerType::kConv2d:
+        if (n.fused_relu >= 0) dy = Emit(CallType::kReluBackward, node, node, y, dy);
+        EmitWithoutValue(CallType::kLinearBackwardWeight, node, x, dy);
+        contribute(CallType::kLinearBackwardInput, dy);
+        break;
+      case LayerType::kMaxPool:
+        contribute(CallType::kMaxPoolBackward, dy, argmax_[node]);
+        break;
+      case LayerType::kAveragePool:
+        contribute(CallType::kAveragePoolBackward, dy);
+        break;
+      case LayerType::kGlobalAveragePool:
+        contribute(CallType::kGlobalAveragePoolBackward, dy);
+        break;
+      case LayerType::kBatchNorm: {
+        const int mask = n.fused_relu >= 0 ? y : kNoValue;
+        EmitWithoutValue(CallType::kBatchNormBackwardSums, node, x, mask, dy);
+        if (n.needs_input_gradient && IsSynchronized(node)) EndSegment(Exchange::kSums, n.moments);
+        contribute(CallType::kBatchNormBackward, x, mask, dy);
+        break;
+      }
+      case LayerType::kRelu:
+        contribute(CallType::kReluBackward, y, dy);
+        break;
+      case LayerType::kTanh:
+        contribute(CallType::kTanhBackward, y, dy);
+        break;
+      case LayerType::kSigmoid:
+        contribute(CallType::kSigmoidBackward, y, dy);
+        break;
+      case LayerType::kAdd:
+        for (const int from : n.inputs) Contribute(from, dy);
+        break;
+      case LayerType::kFlatten:
+        Contribute(input, dy);
+        break;
+      case LayerType::kDropout:
+        if (Drops(node)) {
+          contribute(CallType::kDropout, dy);
+        } else {
+          Contribute(input, dy);
+        }
+        break;
+    }
+  }
+
+  const Program& program_;
+  const bool training_;
+  Lowering result_;
+  std::vector<int> outputs_, argmax_, gradients_;  // by node
+};
+
+}  // namespace
+
+bool IsElementwise(CallType type) {
+  switch (type) {
+    case CallType::kReluForward:
+    case CallType::kReluBackward:
+    case CallType::kTanhForward:
+    case CallType::kTanhBackward:
+    case CallType::kSigmoidForward:
+    case CallType::kSigmoidBackward:
+    case CallType::kAdd:
+    case CallType::kDropout:
+      return true;
+    default:
+      return false;
+  }
+}
+
+Lowering Lower(const Program& program, bool training) { return Lowerer(program, training).Run(); }
+
+}  // namespace lockstep::nn

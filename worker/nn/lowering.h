@@ -1,0 +1,82 @@
+// A Program lowered to a list of kernel calls on values (each written once, by one call), before
+// memory is assigned. Internal to worker/nn. Pure; thread-safe.
+//
+// Invariants:
+//  1. A value is written by exactly one call, before every call that reads it.
+//  2. Contributions to a gradient are added in the order in which backward reaches its consumers
+//  (the
+//     last consumer first), whatever the plan.
+//  3. A view (flatten; dropout at inference) has no call: its value is its input's.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "worker/nn/program.h"
+
+namespace lockstep::nn {
+
+constexpr int kNoValue = -2;
+constexpr int kDataValue = -1;  // the shard's input
+
+enum class CallType {
+  // dense or conv2d: out = layer(a); out = dL/dx from a = dy; leaf gradients from a = x, b = dy
+  kLinearForward,
+  kLinearBackwardInput,
+  kLinearBackwardWeight,
+  kMaxPoolForward,   // out, out2 = argmax
+  kMaxPoolBackward,  // a = dy, b = argmax
+  kAveragePoolForward,
+  kAveragePoolBackward,
+  kGlobalAveragePoolForward,
+  kGlobalAveragePoolBackward,
+  kBatchNormMoments,  // of a, into the shard's moments record
+  kBatchNormForward,
+  kBatchNormInference,
+  kBatchNormBackwardSums,  // a = x, b = y with a fused relu, c = dy; into the shard's sums and its
+                           // leaf
+  kBatchNormBackward,      // a, b, c the same
+  kReluForward,
+  kReluBackward,  // a = y, b = dy; so for tanh and sigmoid
+  kTanhForward,
+  kTanhBackward,
+  kSigmoidForward,
+  kSigmoidBackward,
+  kAdd,                  // out = a + b
+  kDropout,              // forward, and backward of a = dy
+  kSoftmaxCrossEntropy,  // a = logits, out = dL/dlogits or none
+  kOneHot,
+  kMeanSquaredError,  // a = y, b = target, out = dL/dy or none
+  kCountCorrect,
+};
+
+// True where out may lie where a or b does.
+bool IsElementwise(CallType type);
+
+struct Call {
+  CallType type;
+  int node;  // that it belongs to
+  int a = kNoValue, b = kNoValue, c = kNoValue;
+  int out = kNoValue, out2 = kNoValue;
+};
+
+enum class Exchange { kNone, kMoments, kSums };
+
+// Calls [begin, end), run for all shards; then an exchange of the records of moments()[moments].
+struct Segment {
+  int begin = 0, end = 0;
+  Exchange exchange = Exchange::kNone;
+  int moments = -1;
+};
+
+struct Lowering {
+  std::vector<int64_t> value_bytes;  // per sample
+  std::vector<Call> calls;
+  int forward_calls = 0;          // the calls of the loss begin here
+  std::vector<Segment> segments;  // partition calls; only the last has no exchange
+};
+
+// Forward, loss and backward of a training step; or forward and loss at inference.
+Lowering Lower(const Program& program, bool training);
+
+}  // namespace lockstep::nn

@@ -1,0 +1,63 @@
+#include <algorithm>
+#include <utility>
+
+#include "absl/memory/memory.h"
+#include "common/status_macros.h"
+#include "worker/nn/plan.h"
+
+namespace lockstep::nn {
+
+absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<const Program> program,
+                                                             device::Device& device,
+                                                             absl::Span<const int64_t> rows) {
+  auto operations = absl::WrapUnique(new Operations());
+  const int nodes = static_cast<int>(program->nodes().size());
+  operations->dense_.resize(nodes);
+  operations->conv2d_.resize(nodes);
+  for (int i = 0; i < nodes; ++i) {
+    const Program::Node& node = program->nodes()[i];
+    const spec::Layer& layer = program->layer(i);
+    const std::vector<int64_t>& input = program->shape(node.inputs[0]);
+    const device::Activation activation =
+        node.fused_relu >= 0 ? device::Activation::kRelu : device::Activation::kNone;
+    if (layer.type == spec::LayerType::kDense) {
+      const device::DenseShape shape{spec::ElementCount(input), node.output[0], layer.bias,
+                                     activation};
+      ASSIGN_OR_RETURN(operations->dense_[i], device.MakeDense(shape, rows));
+      operations->scratch_bytes_ =
+          std::max(operations->scratch_bytes_, operations->dense_[i]->scratch_bytes());
+    } else if (layer.type == spec::LayerType::kConv2d) {
+      device::Conv2dShape shape;
+      shape.height = input[0];
+      shape.width = input[1];
+      shape.in = input[2];
+      shape.out = node.output[2];
+      shape.kernel = layer.kernel;
+      shape.stride = layer.stride;
+      shape.padding = layer.padding;
+      shape.bias = layer.bias;
+      shape.activation = activation;
+      ASSIGN_OR_RETURN(operations->conv2d_[i], device.MakeConv2d(shape, rows));
+      operations->scratch_bytes_ =
+          std::max(operations->scratch_bytes_, operations->conv2d_[i]->scratch_bytes());
+    }
+  }
+  operations->program_ = std::move(program);
+  return operations;
+}
+
+void Operations::Pack(device::Stream& stream, const float* parameters, int part, int parts) {
+  int operation = 0;
+  for (size_t i = 0; i < dense_.size(); ++i) {
+    if (dense_[i] == nullptr && conv2d_[i] == nullptr) continue;
+    if (operation++ % parts != part) continue;
+    const float* weight = parameters + program_->nodes()[i].weight;
+    if (dense_[i] != nullptr) {
+      dense_[i]->Pack(stream, weight);
+    } else {
+      conv2d_[i]->Pack(stream, weight);
+    }
+  }
+}
+
+}  // namespace lockstep::nn

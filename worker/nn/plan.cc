@@ -1,0 +1,263 @@
+#include "worker/nn/plan.h"
+
+#include <algorithm>
+#include <cassert>
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "absl/memory/memory.h"
+#include "common/status_macros.h"
+#include "fmt/format.h"
+#include "worker/nn/executor.h"
+
+namespace lockstep::nn {
+namespace {
+
+size_t AtLeastOne(size_t bytes) { return std::max<size_t>(bytes, 1); }
+
+// Shards wait for each other only at a synchronized norm; without one they take turns in one arena.
+int ArenaCount(const Program& program, int shards, bool training) {
+  return training && program.has_synchronized_norm() ? std::max(shards, 1) : 1;
+}
+
+int64_t ArenaBytes(const MemoryPlan& training, const MemoryPlan& inference) {
+  return std::max(training.bytes, inference.bytes);
+}
+
+}  // namespace
+
+struct Plan::Impl {
+  std::shared_ptr<const Program> program;
+  device::Device* device = nullptr;
+  Options options;
+  int arena_count = 0;
+  int64_t arena_bytes = 0;
+  int64_t widest_norm = 0;
+  std::unique_ptr<device::Memory> arenas, scratch, moments, sums, merged_moments, merged_sums,
+      results, flag;
+  std::unique_ptr<Executor> train, inference;  // train is null in a plan for evaluation
+  Merged merged;
+  std::vector<Frame> frames;          // by position
+  std::vector<const float*> records;  // by position
+  StepContext context;
+
+  ShardResult* result(int position) const {
+    return static_cast<ShardResult*>(results->data()) + position;
+  }
+  absl::Status Bind(absl::Span<const ShardInput> shards, bool training);
+  absl::Status RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
+                           MomentExchange& exchange);
+  absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
+};
+
+Plan::Plan(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Plan::~Plan() = default;
+
+absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> program,
+                                                 device::Device& device,
+                                                 const Operations& operations,
+                                                 const Options& options) {
+  if (options.max_rows < 1) {
+    return absl::InvalidArgumentError(
+        fmt::format("a plan for {} rows; accepted: at least 1", options.max_rows));
+  }
+  auto impl = std::make_unique<Impl>();
+  Impl& p = *impl;
+  p.program = program;
+  p.device = &device;
+  p.options = options;
+  const int shards = static_cast<int>(options.shards.size());
+  const size_t positions = static_cast<size_t>(std::max(shards, 1));
+  for (const MomentsSlice& slice : program->moments()) {
+    p.widest_norm = std::max(p.widest_norm, slice.channels);
+  }
+
+  Lowering train = options.training ? Lower(*program, true) : Lowering();
+  Lowering inference = Lower(*program, false);
+  MemoryPlan train_memory = PlanMemory(train, options.max_rows);
+  MemoryPlan inference_memory = PlanMemory(inference, options.max_rows);
+  p.arena_bytes = ArenaBytes(train_memory, inference_memory);
+  p.arena_count = ArenaCount(*program, shards, options.training);
+
+  const size_t record = sizeof(float) * static_cast<size_t>(program->moments_size());
+  const size_t sums = sizeof(float) * 2 * static_cast<size_t>(p.widest_norm);
+  ASSIGN_OR_RETURN(p.arenas, device.Allocate(AtLeastOne(p.arena_bytes * p.arena_count)));
+  ASSIGN_OR_RETURN(p.scratch, device.Allocate(AtLeastOne(operations.scratch_bytes())));
+  ASSIGN_OR_RETURN(p.moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
+  ASSIGN_OR_RETURN(p.sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
+  ASSIGN_OR_RETURN(p.merged_moments, device.AllocateHostVisible(AtLeastOne(record)));
+  ASSIGN_OR_RETURN(p.merged_sums, device.AllocateHostVisible(AtLeastOne(sums)));
+  ASSIGN_OR_RETURN(p.results, device.AllocateHostVisible(sizeof(ShardResult) * positions));
+  ASSIGN_OR_RETURN(p.flag, device.AllocateHostVisible(sizeof(uint32_t)));
+  for (size_t i = 0; i < positions; ++i) new (p.result(static_cast<int>(i))) ShardResult();
+  p.merged.moments = p.merged_moments->floats();
+  p.merged.sums = p.merged_sums->floats();
+  p.merged.rows.resize(program->moments().size(), 0);
+  p.frames.resize(positions);
+  p.records.resize(positions, nullptr);
+
+  if (options.training) {
+    p.train =
+        std::make_unique<Executor>(program, device, operations, options.seed, std::move(train),
+                                   std::move(train_memory), p.scratch->data());
+  }
+  p.inference =
+      std::make_unique<Executor>(program, device, operations, options.seed, std::move(inference),
+                                 std::move(inference_memory), p.scratch->data());
+  return absl::WrapUnique(new Plan(std::move(impl)));
+}
+
+// Gives each shard its memory.
+absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training) {
+  if (shards.size() > options.shards.size()) {
+    return absl::InternalError(
+        fmt::format("{} shards for a plan of {}", shards.size(), options.shards.size()));
+  }
+  for (size_t i = 0; i < shards.size(); ++i) {
+    if (shards[i].rows < 1 || shards[i].rows > options.max_rows) {
+      return absl::InternalError(fmt::format("shard {} has {} rows in a plan of 1 to {}",
+                                             shards[i].shard, shards[i].rows, options.max_rows));
+    }
+    Frame& frame = frames[i];
+    frame.input = &shards[i];
+    const int64_t arena = training && arena_count > 1 ? static_cast<int64_t>(i) : 0;
+    frame.arena = static_cast<uint8_t*>(arenas->data()) + arena * arena_bytes;
+    frame.moments = moments->floats() + static_cast<int64_t>(i) * program->moments_size();
+    frame.sums = sums->floats() + static_cast<int64_t>(i) * 2 * widest_norm;
+    frame.result = result(static_cast<int>(i));
+    *frame.result = ShardResult();
+    frame.leaf = nullptr;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
+                                     MomentExchange& exchange) {
+  const MomentsSlice& slice = program->moments()[segment.moments];
+  const bool moments = segment.exchange == Exchange::kMoments;
+  for (size_t i = 0; i < shards.size(); ++i) {
+    records[i] = moments ? frames[i].moments + slice.offset : frames[i].sums;
+  }
+  // The exchange reads the records on the host.
+  RETURN_IF_ERROR(context.stream->Synchronize());
+  int64_t rows = 0;
+  ASSIGN_OR_RETURN(
+      const float* root,
+      exchange.Combine(moments ? MomentExchange::Kind::kMoments : MomentExchange::Kind::kSums,
+                       slice.channels, slice.spatial, shards,
+                       absl::MakeConstSpan(records.data(), shards.size()), &rows));
+  // Kept: forward's moments are needed again in backward, and kernels read fixed addresses.
+  device->Copy(*context.stream, root, moments ? merged.moments + slice.offset : merged.sums,
+               sizeof(float) * 2 * static_cast<size_t>(slice.channels));
+  if (moments) merged.rows[segment.moments] = rows;
+  return absl::OkStatus();
+}
+
+absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
+                             const device::StepScalars* scalars, int64_t batch,
+                             absl::Span<const ShardInput> shards, GradientSink& sink,
+                             MomentExchange& exchange) {
+  Impl& p = *impl_;
+  if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
+  for (const Segment& segment : p.train->lowering().segments) {
+    for (size_t i = 0; i < shards.size(); ++i) {
+      p.frames[i].leaf = sink.Leaf(shards[i].shard);
+      for (int call = segment.begin; call < segment.end; ++call) {
+        p.train->Run(call, p.context, p.merged, p.frames[i]);
+      }
+    }
+    if (segment.exchange != Exchange::kNone) {
+      RETURN_IF_ERROR(p.RunExchange(segment, shards, exchange));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,
+                    absl::Span<const ShardInput> shards) {
+  Impl& p = *impl_;
+  const absl::Status bound = p.Bind(shards, /*training=*/false);
+  assert(bound.ok());
+  if (!bound.ok()) return;
+  p.context = {&stream, &state, nullptr, 0, nullptr};
+  const int calls = static_cast<int>(p.inference->lowering().calls.size());
+  for (size_t i = 0; i < shards.size(); ++i) {
+    for (int call = 0; call < calls; ++call) {
+      p.inference->Run(call, p.context, p.merged, p.frames[i]);
+    }
+  }
+}
+
+const ShardResult& Plan::result(int position) const { return *impl_->result(position); }
+
+const float* Plan::moments(int position) const {
+  return impl_->moments->floats() + position * impl_->program->moments_size();
+}
+
+absl::StatusOr<bool> Plan::Impl::IsNonFinite(const float* x, int64_t n) {
+  auto* non_finite = static_cast<uint32_t*>(flag->data());
+  *non_finite = 0;
+  device->FlagNonFinite(*context.stream, n, x, non_finite);
+  RETURN_IF_ERROR(context.stream->Synchronize());
+  return *non_finite != 0;
+}
+
+absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::FlatState& state,
+                                                const device::StepScalars* scalars,
+                                                absl::Span<const ShardInput> shards,
+                                                MomentExchange& exchange) {
+  Impl& p = *impl_;
+  if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  p.context = {&stream, &state, scalars, 0, nullptr};
+  std::string first_parameter;
+  for (const optim::TensorView& tensor : p.program->parameters().tensors) {
+    ASSIGN_OR_RETURN(const bool bad,
+                     p.IsNonFinite(state.parameters() + tensor.offset, tensor.size));
+    if (!bad) continue;
+    first_parameter = tensor.name;
+    break;
+  }
+  // Exchanges are collective: also with the answer known, the forward pass runs to its end.
+  int first_node = std::numeric_limits<int>::max();
+  const int forward = p.train->lowering().forward_calls;
+  for (const Segment& segment : p.train->lowering().segments) {
+    if (segment.begin >= forward) break;
+    for (size_t i = 0; i < shards.size(); ++i) {
+      for (int call = segment.begin; call < std::min(segment.end, forward); ++call) {
+        p.train->Run(call, p.context, p.merged, p.frames[i]);
+        const int node = p.train->lowering().calls[call].node;
+        int64_t elements = 0;
+        const float* output = p.train->Output(call, p.frames[i], &elements);
+        if (output == nullptr || node >= first_node) continue;
+        ASSIGN_OR_RETURN(const bool bad, p.IsNonFinite(output, elements));
+        if (bad) first_node = node;
+      }
+    }
+    if (segment.end <= forward && segment.exchange != Exchange::kNone) {
+      RETURN_IF_ERROR(p.RunExchange(segment, shards, exchange));
+    }
+  }
+  if (!first_parameter.empty()) return first_parameter;
+  if (first_node == std::numeric_limits<int>::max()) return std::string();
+  return p.program->node_name(first_node);
+}
+
+int64_t Plan::activation_bytes() const { return impl_->arena_bytes * impl_->arena_count; }
+
+int Plan::segments() const {
+  const Executor* executor = impl_->train != nullptr ? impl_->train.get() : impl_->inference.get();
+  return static_cast<int>(executor->lowering().segments.size());
+}
+
+int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows,
+                               bool training) {
+  const MemoryPlan train = training ? PlanMemory(Lower(program, true), max_rows) : MemoryPlan();
+  const MemoryPlan inference = PlanMemory(Lower(program, false), max_rows);
+  return ArenaBytes(train, inference) * ArenaCount(program, shards, training);
+}
+
+}  // namespace lockstep::nn

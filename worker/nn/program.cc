@@ -1,0 +1,244 @@
+#include "worker/nn/program.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/memory/memory.h"
+#include "common/digest.h"
+#include "common/status_macros.h"
+#include "fmt/format.h"
+#include "fmt/ranges.h"
+
+namespace lockstep::nn {
+namespace {
+
+using spec::ElementCount;
+using spec::Graph;
+using spec::Layer;
+using spec::LayerType;
+using Shape = std::vector<int64_t>;
+
+// A max pool keeps the winner's place in its window in one byte.
+constexpr int64_t kLargestMaxPoolWindow = 256;
+
+absl::Status Bad(const Layer& layer, const std::string& text) {
+  return absl::InvalidArgumentError(fmt::format("layer {}: {}", layer.name, text));
+}
+
+int64_t AlignUp(int64_t n) {
+  constexpr int64_t kAlignment = optim::FlatLayout::kAlignment;
+  return (n + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+bool IsPositive(const Shape& shape) {
+  return !shape.empty() && std::all_of(shape.begin(), shape.end(), [](int64_t d) { return d > 0; });
+}
+
+// The shape that `layer` makes of its first input, empty where it cannot.
+Shape InferOutput(const Layer& layer, const Shape& input) {
+  switch (layer.type) {
+    case LayerType::kDense:
+    case LayerType::kConv2d:
+    case LayerType::kMaxPool:
+    case LayerType::kAveragePool: {
+      if (layer.type == LayerType::kDense) {
+        return layer.tensors.empty() || layer.tensors[0].shape.empty()
+                   ? Shape()
+                   : Shape{layer.tensors[0].shape[0]};
+      }
+      if (input.size() != 3 || layer.kernel < 1 || layer.stride < 1 || layer.padding < 0) return {};
+      const int64_t height = input[0] + 2 * layer.padding - layer.kernel;
+      const int64_t width = input[1] + 2 * layer.padding - layer.kernel;
+      if (height < 0 || width < 0) return {};
+      int64_t channels = input[2];
+      if (layer.type == LayerType::kConv2d) {
+        if (layer.tensors.empty() || layer.tensors[0].shape.empty()) return {};
+        channels = layer.tensors[0].shape[0];
+      } else if (layer.padding >= layer.kernel) {
+        return {};
+      }
+      return {height / layer.stride + 1, width / layer.stride + 1, channels};
+    }
+    case LayerType::kGlobalAveragePool:
+      return input.size() == 3 ? Shape{input[2]} : Shape();
+    case LayerType::kFlatten:
+      return {ElementCount(input)};
+    case LayerType::kBatchNorm:
+    case LayerType::kRelu:
+    case LayerType::kTanh:
+    case LayerType::kSigmoid:
+    case LayerType::kAdd:
+    case LayerType::kDropout:
+      return input;
+  }
+  return {};
+}
+
+// The tensors that `layer` must have.
+std::vector<Shape> InferTensors(const Layer& layer, const Shape& input) {
+  switch (layer.type) {
+    case LayerType::kDense:
+    case LayerType::kConv2d: {
+      const int64_t out = layer.output.back();
+      std::vector<Shape> shapes = {layer.type == LayerType::kDense
+                                       ? Shape{out, ElementCount(input)}
+                                       : Shape{out, layer.kernel, layer.kernel, input.back()}};
+      if (layer.bias) shapes.push_back({out});
+      return shapes;
+    }
+    case LayerType::kBatchNorm:
+      return std::vector<Shape>(4, Shape{input.back()});
+    default:
+      return {};
+  }
+}
+
+absl::Status CheckLayer(const Graph& graph, int index) {
+  const Layer& layer = graph.layers[index];
+  const size_t wanted =
+      layer.type == LayerType::kAdd ? std::max<size_t>(layer.inputs.size(), 1) : 1;
+  if (layer.inputs.size() != wanted) {
+    return Bad(layer, fmt::format("found {} inputs; accepted: {}", layer.inputs.size(), wanted));
+  }
+  for (const int input : layer.inputs) {
+    if (input != spec::kData && (input < 0 || input >= index)) {
+      return Bad(layer, fmt::format("found input {}; accepted: layers before it", input));
+    }
+  }
+  auto input_shape = [&](size_t i) -> const Shape& {
+    const int input = layer.inputs[i];
+    return input == spec::kData ? graph.data_shape : graph.layers[input].output;
+  };
+  const Shape& input = input_shape(0);
+  for (size_t i = 1; i < layer.inputs.size(); ++i) {
+    if (input_shape(i) != input) return Bad(layer, "accepted: inputs of one shape");
+  }
+  const Shape output = InferOutput(layer, input);
+  if (!IsPositive(output) || output != layer.output) {
+    return Bad(layer, fmt::format("found output {{{}}} of input {{{}}}; accepted: {{{}}}",
+                                  fmt::join(layer.output, ", "), fmt::join(input, ", "),
+                                  fmt::join(output, ", ")));
+  }
+  const std::vector<Shape> tensors = InferTensors(layer, input);
+  bool same = layer.tensors.size() == tensors.size();
+  for (size_t i = 0; same && i < tensors.size(); ++i) {
+    const bool trainable = layer.type != LayerType::kBatchNorm || i < 2;
+    same = layer.tensors[i].shape == tensors[i] && layer.tensors[i].trainable == trainable;
+  }
+  if (!same) return Bad(layer, "its tensors do not fit its shapes");
+  if (layer.type == LayerType::kMaxPool && layer.kernel * layer.kernel > kLargestMaxPoolWindow) {
+    return Bad(layer, fmt::format("found kernel {}; accepted: 1 to 16", layer.kernel));
+  }
+  if (layer.type == LayerType::kDropout && !(layer.rate >= 0 && layer.rate < 1)) {
+    return Bad(layer, fmt::format("found rate {}; accepted: 0 to below 1", layer.rate));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckGraph(const Graph& graph) {
+  if (graph.layers.empty()) return absl::InvalidArgumentError("the graph has no layer");
+  if (!IsPositive(graph.data_shape)) return absl::InvalidArgumentError("the data has no shape");
+  std::vector<int> uses(graph.layers.size(), 0);
+  for (size_t i = 0; i < graph.layers.size(); ++i) {
+    RETURN_IF_ERROR(CheckLayer(graph, static_cast<int>(i)));
+    for (const int input : graph.layers[i].inputs) {
+      if (input != spec::kData) ++uses[input];
+    }
+  }
+  for (size_t i = 0; i + 1 < graph.layers.size(); ++i) {
+    if (uses[i] == 0)
+      return Bad(graph.layers[i], "nothing uses its output, and it is not the last");
+  }
+  const int64_t output = ElementCount(graph.layers.back().output);
+  const bool labels =
+      graph.loss == spec::LossType::kSoftmaxCrossEntropy || graph.target == spec::Target::kLabel;
+  const int64_t wanted = labels ? graph.classes : ElementCount(graph.data_shape);
+  if (output != wanted) {
+    return Bad(graph.layers.back(),
+               fmt::format("found {} outputs; accepted: {} to fit the loss", output, wanted));
+  }
+  return absl::OkStatus();
+}
+
+// Appends a tensor and returns its offset.
+int64_t Append(const spec::TensorSpec& tensor, optim::FlatLayout* layout) {
+  const int64_t offset = layout->size, size = ElementCount(tensor.shape);
+  layout->tensors.push_back({tensor.name, tensor.shape, offset, size, tensor.decays, tensor.init,
+                             TensorKey(tensor.name)});
+  layout->size = AlignUp(offset + size);
+  return offset;
+}
+
+bool CanFuseRelu(LayerType type) {
+  return type == LayerType::kDense || type == LayerType::kConv2d || type == LayerType::kBatchNorm;
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph graph) {
+  RETURN_IF_ERROR(CheckGraph(graph));
+  auto program = absl::WrapUnique(new Program());
+  program->graph_ = std::move(graph);
+  const std::vector<Layer>& layers = program->graph_.layers;
+
+  std::vector<int> uses(layers.size(), 0);
+  for (const Layer& layer : layers) {
+    for (const int input : layer.inputs) {
+      if (input != spec::kData) ++uses[input];
+    }
+  }
+  std::vector<int> node_of(layers.size(), -1);
+  std::vector<Node>& nodes = program->nodes_;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    const int input = layer.inputs[0];
+    if (layer.type == LayerType::kRelu && input != spec::kData && uses[input] == 1 &&
+        CanFuseRelu(layers[input].type)) {
+      node_of[i] = node_of[input];
+      nodes[node_of[i]].fused_relu = static_cast<int>(i);
+      continue;
+    }
+    Node node;
+    node.layer = static_cast<int>(i);
+    node.output = layer.output;
+    node.needs_input_gradient = false;
+    for (const int from : layer.inputs) {
+      node.inputs.push_back(from == spec::kData ? spec::kData : node_of[from]);
+      node.needs_input_gradient |=
+          from != spec::kData && nodes[node_of[from]].needs_output_gradient;
+    }
+    node.needs_output_gradient = node.needs_input_gradient || !layer.tensors.empty();
+    if (layer.type == LayerType::kBatchNorm) {
+      MomentsSlice slice;
+      slice.layer = static_cast<int>(i);
+      slice.channels = layer.output.back();
+      slice.spatial = ElementCount(layer.output) / slice.channels;
+      slice.offset = program->moments_size_;
+      slice.momentum = static_cast<float>(layer.momentum);
+      slice.running_mean = Append(layer.tensors[2], &program->statistics_);
+      slice.running_var = Append(layer.tensors[3], &program->statistics_);
+      node.moments = static_cast<int>(program->moments_.size());
+      program->moments_.push_back(slice);
+      program->moments_size_ += 2 * slice.channels;
+      program->has_synchronized_norm_ |= layer.sync == spec::Sync::kBatch;
+    }
+    node_of[i] = static_cast<int>(nodes.size());
+    nodes.push_back(std::move(node));
+  }
+  // Backward finishes the last node first.
+  for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
+    const std::vector<spec::TensorSpec>& tensors = layers[node->layer].tensors;
+    node->parameters_begin = program->parameters_.size;
+    if (!tensors.empty()) node->weight = Append(tensors[0], &program->parameters_);
+    if (tensors.size() > 1) node->bias = Append(tensors[1], &program->parameters_);
+    node->parameters_end = program->parameters_.size;
+  }
+  return std::shared_ptr<const Program>(std::move(program));
+}
+
+const std::string& Program::node_name(int node) const {
+  const Node& n = nodes_[node];
+  return graph_.layers[n.fused_relu >= 0 ? n.fused_relu : n.layer].name;
+}
+
+}  // namespace lockstep::nn

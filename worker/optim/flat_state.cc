@@ -1,0 +1,122 @@
+#include "worker/optim/flat_state.h"
+
+#include <cmath>
+#include <utility>
+
+#include "absl/memory/memory.h"
+#include "common/philox.h"
+#include "common/status_macros.h"
+
+namespace lockstep::optim {
+namespace {
+
+absl::StatusOr<std::unique_ptr<device::Memory>> AllocateFloats(device::Device& device,
+                                                               int64_t size) {
+  // A model without parameters or statistics still has (empty) vectors with an address.
+  return device.Allocate(sizeof(float) *
+                         static_cast<size_t>(size > 0 ? size : FlatLayout::kAlignment));
+}
+
+// Elements 2p and 2p + 1 of a standard normal stream.
+std::pair<double, double> NormalPair(uint32_t a, uint32_t b) {
+  const double radius = std::sqrt(-2.0 * std::log((a + 1.0) * 0x1p-32));
+  const double angle = 2.0 * M_PI * 0x1p-32 * b;
+  return {radius * std::cos(angle), radius * std::sin(angle)};
+}
+
+}  // namespace
+
+std::vector<std::string> SlotNames(device::OptimizerType type) {
+  switch (type) {
+    case device::OptimizerType::kSgd:
+      return {};
+    case device::OptimizerType::kMomentum:
+    case device::OptimizerType::kNesterov:
+      return {"momentum"};
+    case device::OptimizerType::kAdam:
+      return {"adam_m", "adam_v"};
+  }
+  return {};
+}
+
+absl::StatusOr<std::unique_ptr<FlatState>> FlatState::Make(device::Device& device,
+                                                           FlatLayout parameters,
+                                                           FlatLayout statistics,
+                                                           device::OptimizerType optimizer) {
+  auto state = absl::WrapUnique(new FlatState());
+  state->parameter_layout_ = std::move(parameters);
+  state->statistics_layout_ = std::move(statistics);
+  const int64_t size = state->parameter_layout_.size;
+  ASSIGN_OR_RETURN(state->parameters_, AllocateFloats(device, size));
+  ASSIGN_OR_RETURN(state->statistics_, AllocateFloats(device, state->statistics_layout_.size));
+  const std::vector<std::string> slot_names = SlotNames(optimizer);
+  for (size_t i = 0; i < slot_names.size(); ++i) {
+    ASSIGN_OR_RETURN(std::unique_ptr<device::Memory> slot, AllocateFloats(device, size));
+    state->slots_.push_back(std::move(slot));
+  }
+
+  auto add = [&](const FlatLayout& layout, const std::string& prefix, float* base,
+                 Named::Kind kind) {
+    for (const TensorView& view : layout.tensors) {
+      const std::string name = prefix + view.name;
+      state->named_.push_back(
+          {name, &view.shape, base + view.offset, view.size, TensorKey(name), kind});
+    }
+  };
+  add(state->parameter_layout_, "", state->parameters(), Named::Kind::kParameter);
+  for (size_t i = 0; i < slot_names.size(); ++i) {
+    add(state->parameter_layout_, slot_names[i] + "/", state->slot(static_cast<int>(i)),
+        Named::Kind::kSlot);
+  }
+  add(state->statistics_layout_, "", state->statistics(), Named::Kind::kStatistic);
+  return state;
+}
+
+void FlatState::AccumulateDigests(device::Device& device, device::Stream& stream, int part,
+                                  int parts, absl::Span<Digest> digests) {
+  for (size_t i = 0; i < named_.size(); ++i) {
+    const Named& tensor = named_[i];
+    const int64_t begin = tensor.size * part / parts;
+    const int64_t end = tensor.size * (part + 1) / parts;
+    if (begin == end) continue;
+    device.AccumulateDigest(stream, end - begin, tensor.data + begin, tensor.digest_key,
+                            static_cast<uint64_t>(begin), &digests[i]);
+  }
+}
+
+void Initialize(const FlatLayout& layout, uint64_t seed, float* values) {
+  for (const TensorView& view : layout.tensors) {
+    float* out = values + view.offset;
+    const PhiloxKey key = MakePhiloxKey(seed, "initialize/" + view.name);
+    for (int64_t first = 0; first < view.size; first += 4) {
+      double block[4] = {0, 0, 0, 0};
+      switch (view.init.type) {
+        case spec::Initializer::Type::kZeros:
+          break;
+        case spec::Initializer::Type::kOnes:
+          for (double& x : block) x = 1;
+          break;
+        case spec::Initializer::Type::kUniform: {
+          const PhiloxBlock bits = Philox(key, static_cast<uint64_t>(first / 4), 0);
+          for (int i = 0; i < 4; ++i)
+            block[i] = view.init.scale * (2.0 * ToUniform(bits.x[i]) - 1.0);
+          break;
+        }
+        case spec::Initializer::Type::kNormal: {
+          const PhiloxBlock bits = Philox(key, static_cast<uint64_t>(first / 4), 0);
+          for (int i = 0; i < 4; i += 2) {
+            const auto [even, odd] = NormalPair(bits.x[i], bits.x[i + 1]);
+            block[i] = view.init.scale * even;
+            block[i + 1] = view.init.scale * odd;
+          }
+          break;
+        }
+      }
+      for (int64_t i = first; i < view.size && i < first + 4; ++i) {
+        out[i] = static_cast<float>(block[i - first]);
+      }
+    }
+  }
+}
+
+}  // namespace lockstep::optim

@@ -1,0 +1,81 @@
+#include "worker/optim/optimizer.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace lockstep::optim {
+namespace {
+
+bool SameDecay(const device::OptimizerCoefficients& a, const device::OptimizerCoefficients& b) {
+  return a.l2 == b.l2 && a.weight_decay == b.weight_decay;
+}
+
+}  // namespace
+
+double LearningRate(const ScheduleOptions& options, int64_t step) {
+  const double rate = options.learning_rate;
+  if (step <= options.warmup_steps) {
+    return rate * static_cast<double>(step) / static_cast<double>(options.warmup_steps);
+  }
+  switch (options.type) {
+    case ScheduleOptions::Type::kConstant:
+      return rate;
+    case ScheduleOptions::Type::kStep: {
+      double scaled = rate;
+      for (const int64_t at : options.at_steps) {
+        if (step > at) scaled *= options.factor;
+      }
+      return scaled;
+    }
+    case ScheduleOptions::Type::kCosine: {
+      const double length = static_cast<double>(options.total_steps - options.warmup_steps);
+      const double done = static_cast<double>(step - options.warmup_steps);
+      const double progress = length > 0 ? std::min(1.0, done / length) : 1.0;
+      const double wave = 0.5 * (1.0 + std::cos(M_PI * progress));
+      return rate * (options.floor + (1.0 - options.floor) * wave);
+    }
+  }
+  return rate;
+}
+
+Optimizer::Optimizer(const device::OptimizerCoefficients& coefficients, const FlatLayout& layout)
+    : coefficients_(coefficients) {
+  for (size_t i = 0; i < layout.tensors.size(); ++i) {
+    const bool last = i + 1 == layout.tensors.size();
+    Range range{layout.tensors[i].offset, last ? layout.size : layout.tensors[i + 1].offset,
+                coefficients};
+    if (!layout.tensors[i].decays) range.coefficients.l2 = range.coefficients.weight_decay = 0;
+    if (!ranges_.empty() && SameDecay(ranges_.back().coefficients, range.coefficients)) {
+      ranges_.back().end = range.end;
+    } else {
+      ranges_.push_back(range);
+    }
+  }
+}
+
+void Optimizer::Prepare(const ScheduleOptions& schedule, int64_t step,
+                        device::StepScalars* scalars) const {
+  scalars->step = static_cast<uint64_t>(step);
+  scalars->learning_rate = static_cast<float>(LearningRate(schedule, step));
+  if (coefficients_.type == device::OptimizerType::kAdam) {
+    const double t = static_cast<double>(step);
+    scalars->adam_correction1 = static_cast<float>(1.0 - std::pow(double{coefficients_.beta1}, t));
+    scalars->adam_correction2 = static_cast<float>(1.0 - std::pow(double{coefficients_.beta2}, t));
+  }
+}
+
+void Optimizer::Update(device::Device& device, device::Stream& stream, int64_t begin, int64_t end,
+                       const device::StepScalars* scalars, const float* gradient,
+                       FlatState& state) const {
+  float* slot0 = state.slot_count() > 0 ? state.slot(0) : nullptr;
+  float* slot1 = state.slot_count() > 1 ? state.slot(1) : nullptr;
+  for (const Range& range : ranges_) {
+    const int64_t first = std::max(begin, range.begin), last = std::min(end, range.end);
+    if (first >= last) continue;
+    device.OptimizerUpdate(stream, range.coefficients, last - first, scalars, gradient + first,
+                           state.parameters() + first, slot0 == nullptr ? nullptr : slot0 + first,
+                           slot1 == nullptr ? nullptr : slot1 + first);
+  }
+}
+
+}  // namespace lockstep::optim
