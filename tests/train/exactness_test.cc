@@ -1,0 +1,181 @@
+// DESIGN section 1 as equalities: a job's result is a function of its spec, never of the cluster.
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <map>
+#include <string>
+#include <tuple>
+
+#include "absl/strings/str_cat.h"
+#include "tests/train/members.h"
+
+namespace lockstep::train {
+namespace {
+
+struct Case {
+  const char* model;
+  int workers, slots;
+};
+
+class Exactness : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {};
+
+std::string YamlOf(const std::string& model) { return model == "mlp" ? MlpYaml() : CnnYaml(); }
+
+// Everything of an evaluation but its duration.
+std::string Numbers(const Run& run) {
+  std::string text;
+  for (v1::Evaluation e : run.evaluations) {
+    e.clear_seconds();
+    absl::StrAppend(&text, e.ShortDebugString(), "\n");
+  }
+  for (v1::StepMetrics s : run.steps) {
+    s.clear_seconds();
+    absl::StrAppend(&text, s.ShortDebugString(), "\n");
+  }
+  return text;
+}
+
+std::string FileContent(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  EXPECT_TRUE(file.good()) << path;
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+TEST_P(Exactness, EveryNumberIsThatOfOneSlot) {
+  const auto [model, placement] = GetParam();
+  const Cluster one{.workers = 1, .slots = 1, .output_dir = TemporaryFolder()};
+  const Cluster many{.workers = placement.first, .slots = placement.second, .output_dir = TemporaryFolder()};
+  const Run expected = RunMembers(YamlOf(model), one);
+  const Run actual = RunMembers(YamlOf(model), many);
+  ASSERT_EQ(AgreedDigest(actual), AgreedDigest(expected));
+  ASSERT_EQ(expected.steps.size(), 30u);
+  ASSERT_EQ(expected.evaluations.size(), 5u);  // steps 7, 14, 21, 28 and the last, 30
+  EXPECT_EQ(Numbers(actual), Numbers(expected));
+  EXPECT_EQ(FileContent(many.output_dir + "/digests.jsonl"), FileContent(one.output_dir + "/digests.jsonl"));
+  for (const char* step : {"step-00000013", "step-00000026", "step-00000030"}) {
+    const std::string file = absl::StrCat("/checkpoints/", step, "/model.safetensors");
+    EXPECT_TRUE(FileContent(many.output_dir + file) == FileContent(one.output_dir + file)) << file;
+  }
+}
+
+// Each shard's forward and backward run exactly once a step across the cluster.
+TEST_P(Exactness, EveryShardRunsOnceAStep) {
+  const auto [model, placement] = GetParam();
+  const Run run = RunMembers(YamlOf(model), {.workers = placement.first, .slots = placement.second});
+  AgreedDigest(run);
+  // 30 steps of 11 a epoch: the two short batches leave shards 3 to 7 empty.
+  for (int shard = 0; shard < 8; ++shard) {
+    int holders = 0;
+    int64_t steps = 0;
+    for (const v1::Ended& ended : run.ended) {
+      ASSERT_EQ(ended.shard_steps_size(), 8);
+      holders += ended.shard_steps(shard) > 0;
+      steps += ended.shard_steps(shard);
+    }
+    EXPECT_EQ(holders, 1) << shard;
+    EXPECT_EQ(steps, shard < 3 ? 30 : 28) << shard;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, Exactness,
+    testing::Combine(testing::Values("mlp", "cnn"),
+                     testing::Values(std::pair(1, 1), std::pair(1, 2), std::pair(2, 1), std::pair(3, 1),
+                                     std::pair(2, 2), std::pair(5, 1), std::pair(8, 1))),
+    [](const auto& info) {
+      return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).first, "x",
+                          std::get<1>(info.param).second);
+    });
+
+// Hosts exchange through Gloo, and two workers of three may share one: the digest does not know.
+class Transports : public testing::TestWithParam<std::pair<const char*, std::vector<std::string>>> {};
+
+TEST_P(Transports, GiveTheSameDigest) {
+  const std::vector<std::string>& hosts = GetParam().second;
+  Cluster cluster{.workers = static_cast<int>(hosts.size()), .slots = 1, .host_ids = hosts};
+  for (const std::string& host : hosts) cluster.addresses.push_back(host == "a" ? "127.0.0.1" : "127.0.0.2");
+  EXPECT_EQ(AgreedDigest(RunMembers(MlpYaml(), cluster)), AgreedDigest(RunMembers(MlpYaml(), {})));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Transports,
+                         testing::Values(std::pair("TwoHosts", std::vector<std::string>{"a", "b"}),
+                                         std::pair("Mixed", std::vector<std::string>{"a", "a", "b"}),
+                                         std::pair("ThreeHosts", std::vector<std::string>{"a", "b", "c"})),
+                         [](const auto& info) { return info.param.first; });
+
+// With one slot each and power-of-two placements, a member sends at most what a ring all-reduce sends.
+TEST(Bytes, AreThoseOfARing) {
+  for (int workers : {2, 4, 8}) {
+    const std::string yaml = R"(
+model: {preset: mlp, hidden: [500]}
+optimizer: {learning_rate: 0.1}
+data: {path: /usr/share/datasets/fashion-mnist, train_samples: 640, validation_samples: 80}
+train: {batch: 64, steps: 10, shards: 8}
+)";
+    const Run run = RunMembers(yaml, {.workers = workers, .slots = 1});
+    AgreedDigest(run);
+    // dense 784 x 500 without bias, batch_norm 2 x 500, dense 500 x 10 + 10; each begins on a cache line.
+    const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
+    const int64_t gradient = 4 * (padded(784 * 500) + 2 * padded(500) + padded(5000) + padded(10));
+    for (const v1::Ended& ended : run.ended) {
+      EXPECT_GT(ended.gradient_bytes_sent(), 0);
+      // Chunks end on cache lines: a member's own may be a line shorter than the mean, in every bucket.
+      EXPECT_LE(ended.gradient_bytes_sent(), 10 * (2 * (workers - 1) * gradient / workers + 2 * 8 * 64 * workers))
+          << workers;
+    }
+    int64_t total = 0;
+    for (const v1::Ended& ended : run.ended) total += ended.gradient_bytes_sent();
+    EXPECT_LE(total, 10 * 2 * (workers - 1) * gradient) << workers;
+  }
+}
+
+// Saved in mid-epoch, stopped, resumed on another placement: the bits of the undisturbed run.
+class Resume : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {};
+
+TEST_P(Resume, OnAnotherPlacementGivesTheBitsOfTheUndisturbedRun) {
+  const auto [model, placement] = GetParam();
+  const Cluster whole{.workers = 2, .slots = 1, .output_dir = TemporaryFolder()};
+  const Run undisturbed = RunMembers(YamlOf(model), whole);
+  const std::string digest = AgreedDigest(undisturbed);
+  Cluster rest{.workers = placement.first, .slots = placement.second};
+  rest.resume_from = whole.output_dir + "/checkpoints/step-00000013";
+  rest.output_dir = TemporaryFolder();
+  const Run resumed = RunMembers(YamlOf(model), rest);
+  EXPECT_EQ(AgreedDigest(resumed), digest);
+  ASSERT_EQ(resumed.steps.size(), 17u);
+  EXPECT_EQ(resumed.steps.front().step(), 14);
+  // The epoch's means are those of the whole epoch, not of the part after the resume.
+  EXPECT_EQ(resumed.ended[0].result().train().SerializeAsString(),
+            undisturbed.ended[0].result().train().SerializeAsString());
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Resume,
+                         testing::Combine(testing::Values("mlp", "cnn"),
+                                          testing::Values(std::pair(1, 1), std::pair(1, 3), std::pair(3, 1))),
+                         [](const auto& info) {
+                           return absl::StrCat(std::get<0>(info.param), "_",
+                                               std::get<1>(info.param).first, "x",
+                                               std::get<1>(info.param).second);
+                         });
+
+TEST(Digest, IsTheSameRunAfterRunAndAnotherForAnotherSeed) {
+  const std::string first = AgreedDigest(RunMembers(MlpYaml(), {.workers = 1, .slots = 2}));
+  EXPECT_EQ(AgreedDigest(RunMembers(MlpYaml(), {.workers = 1, .slots = 2})), first);
+  std::string other = MlpYaml();
+  other.replace(other.find("seed: 7"), 7, "seed: 8");
+  EXPECT_NE(AgreedDigest(RunMembers(other, {.workers = 1, .slots = 2})), first);
+}
+
+// One flipped bit in one replica shows in its digest at the next checkpoint and at the end.
+TEST(Digest, ShowsAFlippedBit) {
+  const Run run = RunMembers(MlpYaml(), {.workers = 2, .slots = 1, .flip_bit_at_step = 5});
+  ASSERT_EQ(run.ended.size(), 2u);
+  EXPECT_NE(run.ended[0].state_digest(), run.ended[1].state_digest());
+  std::map<int64_t, std::vector<std::string>> by_step;
+  for (const v1::ReplicaDigest& d : run.digests) by_step[d.step()].push_back(d.state_digest());
+  ASSERT_EQ(by_step[13].size(), 2u);
+  EXPECT_NE(by_step[13][0], by_step[13][1]);
+}
+
+}  // namespace
+}  // namespace lockstep::train

@@ -1,0 +1,181 @@
+// lockstep-worker: joins the agent (the stream to the coordinator) and train (what jobs do).
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <iostream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "common/host.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
+#include "worker/agent/agent.h"
+#include "worker/train/member_job.h"
+#include "worker/train/offline.h"
+
+namespace {
+
+using lockstep::agent::Agent;
+
+struct Flags {
+  std::string coordinator = "127.0.0.1:7070";
+  std::string slots = absl::StrCat("cpu:", lockstep::AvailableCores());
+  std::string name = lockstep::HostName();
+  std::string host_id = lockstep::DefaultHostId();
+  std::string advertise;
+  std::string work_dir = "lockstep-worker";
+  std::string data;
+  std::string evaluate;
+  std::string log_level = "info";
+  int64_t flip_bit_at_step = 0;
+  bool insecure = false;
+  bool explain = false;
+  bool die_with_parent = false;
+};
+
+// "cpu:4" -> 4 slots. 0: malformed.
+int ParseSlots(const std::string& text) {
+  absl::string_view count = text;
+  int slots = 0;
+  if (!absl::ConsumePrefix(&count, "cpu:") || !absl::SimpleAtoi(count, &slots)) return 0;
+  return slots >= 1 && slots <= 1024 ? slots : 0;
+}
+
+// One generation of a job as the agent sees it, on MemberJob.
+class TrainJob : public lockstep::agent::Job {
+ public:
+  explicit TrainJob(lockstep::train::MemberOptions options) : job_(std::move(options)) {}
+  absl::StatusOr<lockstep::v1::Ready> Prepare() override { return job_.Prepare(); }
+  lockstep::v1::Ended Run(const lockstep::v1::Start& start) override { return job_.Run(start); }
+  void Stop() override { job_.Stop(); }
+  void Abort(const std::string& reason) override { job_.Abort(reason); }
+
+ private:
+  lockstep::train::MemberJob job_;
+};
+
+int Serve(const Flags& flags, int slots) {
+  lockstep::agent::AgentOptions options;
+  options.coordinator = flags.coordinator;
+  options.insecure = flags.insecure;
+  options.name = flags.name;
+  options.host = lockstep::HostName();
+  options.host_id = flags.host_id;
+  options.advertise = flags.advertise;
+  options.slots = slots;
+  options.version = LOCKSTEP_VERSION;
+
+  // Signals are taken by a thread of their own, so that handlers may lock.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+
+  const auto factory = [&](const lockstep::v1::Prepare& prepare, lockstep::agent::Outbox& outbox) {
+    lockstep::train::MemberOptions member;
+    member.prepare = prepare;
+    member.host = lockstep::HostName();
+    member.address = prepare.members(prepare.rank()).address();
+    member.work_dir = flags.work_dir;
+    member.version = LOCKSTEP_VERSION;
+    member.data_path = flags.data;
+    member.flip_bit_at_step = flags.flip_bit_at_step;
+    member.send = [&outbox](lockstep::v1::WorkerMessage message) { outbox.Send(std::move(message)); };
+    return std::make_unique<TrainJob>(std::move(member));
+  };
+  Agent agent(options, factory);
+  std::thread([&agent, signals] {
+    int signal = 0;
+    sigwait(&signals, &signal);
+    spdlog::info("stopping on signal {}", signal);
+    agent.Shutdown();
+    // A second signal, or a job that does not let go, ends the process all the same.
+    timespec patience{.tv_sec = 3, .tv_nsec = 0};
+    sigtimedwait(&signals, nullptr, &patience);
+    _exit(1);
+  }).detach();
+  const absl::Status status = agent.Run();
+  if (!status.ok()) {
+    std::cerr << "lockstep-worker: " << status.message() << std::endl;
+    _exit(1);
+  }
+  std::cout.flush();
+  _exit(0);  // the signal thread is still waiting
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Flags flags;
+  CLI::App app("A Lockstep worker: offers this machine's slots to a coordinator.", "lockstep-worker");
+  app.footer("Example: lockstep-worker --coordinator 10.0.0.1:7070 --slots cpu:2 --insecure");
+  app.set_version_flag("--version", LOCKSTEP_VERSION);
+  app.add_option("--coordinator", flags.coordinator, "host:port of lockstep-server")->capture_default_str();
+  app.add_option("--slots", flags.slots, "what to offer: cpu:N, N slots of one thread each")
+      ->capture_default_str();
+  app.add_option("--name", flags.name, "unique among the workers of a coordinator")->capture_default_str();
+  app.add_option("--host-id", flags.host_id,
+                 "equal for workers that can share memory; others exchange over the network")
+      ->capture_default_str();
+  app.add_option("--advertise", flags.advertise,
+                 "IP address that workers on other hosts reach this one by (default: the local address of "
+                 "the connection to the coordinator)");
+  app.add_option("--work-dir", flags.work_dir, "where jobs without an output folder write")
+      ->capture_default_str();
+  app.add_option("--data", flags.data, "folder of the data, in place of the spec's data.path");
+  app.add_flag("--insecure", flags.insecure, "allow a coordinator that is not on loopback, without encryption");
+  app.add_option("--log-level", flags.log_level, "debug, info, warning or error")
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
+      ->capture_default_str();
+  app.add_option("--evaluate", flags.evaluate, "score the newest checkpoint in this folder, print JSON, exit");
+  app.add_flag("--explain", flags.explain, "read a spec on standard input, print its plan as JSON, exit");
+  app.add_flag("--die-with-parent", flags.die_with_parent, "end when the process that started this one ends");
+  app.add_option("--flip-bit-at-step", flags.flip_bit_at_step,
+                 "fault injection: corrupt one bit of this replica after the step")
+      ->group("Testing");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  if (flags.die_with_parent) {
+    const pid_t parent = getppid();
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) return 1;
+  }
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("lockstep-worker"));
+  spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e %L %v");
+  spdlog::set_level(spdlog::level::from_str(flags.log_level));
+
+  if (flags.explain || !flags.evaluate.empty()) {
+    absl::StatusOr<std::string> json;
+    if (flags.explain) {
+      const std::string spec{std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>()};
+      json = lockstep::train::ExplainSpec(spec);
+    } else {
+      json = lockstep::train::EvaluateCheckpoint(flags.evaluate, flags.data, lockstep::AvailableCores());
+    }
+    if (!json.ok()) {
+      std::cerr << "lockstep-worker: " << json.status().message() << std::endl;
+      return absl::IsInvalidArgument(json.status()) ? 2 : 1;
+    }
+    std::cout << *json << std::endl;
+    return 0;
+  }
+  const int slots = ParseSlots(flags.slots);
+  if (slots == 0) {
+    std::cerr << "lockstep-worker: --slots " << flags.slots << ": accepted: cpu:N with N from 1 to 1024" << std::endl;
+    return 2;
+  }
+  return Serve(flags, slots);
+}

@@ -1,0 +1,505 @@
+#include "worker/train/member_job.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "common/fs.h"
+#include "common/spec/spec.h"
+#include "common/status_macros.h"
+#include "spdlog/spdlog.h"
+#include "worker/collective/rendezvous.h"
+#include "worker/data/idx.h"
+#include "worker/data/batch_loader.h"
+#include "worker/data/sampler.h"
+#include "worker/device/cpu/cpu_device.h"
+#include "worker/train/checkpoint.h"
+#include "worker/train/probe.h"
+#include "worker/train/step_loop.h"
+
+namespace lockstep::train {
+namespace {
+
+
+constexpr absl::Duration kConnectTimeout = absl::Seconds(8);
+
+// Peers' failures reach us as these codes from the collectives; what we do wrong ourselves has others.
+bool IsEcho(const absl::Status& status) {
+  return absl::IsAborted(status) || absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
+         absl::IsCancelled(status);
+}
+
+}  // namespace
+
+class MemberJob::Impl : public StepLoop::CheckpointSink {
+ public:
+  explicit Impl(MemberOptions options) : options_(std::move(options)) {}
+
+  absl::StatusOr<v1::Ready> Prepare() {
+    const v1::Prepare& prepare = options_.prepare;
+    ASSIGN_OR_RETURN(spec_, spec::Normalize(prepare.spec()));
+    member_ = &prepare.members(prepare.rank());
+    bounds_.assign(member_->bounds().begin(), member_->bounds().end());
+    shards_ = spec_.train().shards();
+    output_dir_ = prepare.output_dir().empty() ? JoinPath(options_.work_dir, prepare.job())
+                                               : prepare.output_dir();
+    ASSIGN_OR_RETURN(spec::Graph graph, spec::BuildGraph(spec_));
+    has_accuracy_ = graph.loss == spec::LossType::kSoftmaxCrossEntropy ||
+                    graph.target == spec::Target::kLabel;
+    RETURN_IF_ERROR(LoadData(graph));
+    ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
+    ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
+    ASSIGN_OR_RETURN(stream_, device_->MakeStream());
+    RETURN_IF_ERROR(MakePlans());
+    RETURN_IF_ERROR(MakeState());
+    RETURN_IF_ERROR(LoadCheckpoint());
+    RETURN_IF_ERROR(OpenEnd());
+
+    v1::Ready ready;
+    ready.set_state_version(loaded_.has_value() ? loaded_->manifest.step() : -1);
+    ASSIGN_OR_RETURN(const std::string probe,
+                     ProbeDigest(program_, *device_, *operations_, probe_rows_, spec_.train().seed()));
+    ready.set_fingerprint(absl::StrCat(device_->fingerprint(), ", probe ", probe));
+    ready.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
+    ready.set_rendezvous(rendezvous_->bytes());
+    return ready;
+  }
+
+  v1::Ended Run(const v1::Start& start) {
+    v1::Ended ended;
+    absl::Status status = Train(start);
+    if (writer_ != nullptr) {
+      const absl::Status written = writer_->Finish();
+      if (status.ok()) status = written;
+    }
+    recorder_.reset();  // sends what is left
+    if (loop_ != nullptr) {
+      *ended.mutable_result() = loop_->result();
+      ended.set_state_digest(loop_->result().state_digest());
+      for (int64_t n : loop_->shard_steps()) ended.add_shard_steps(n);
+    }
+    if (communicator_ != nullptr) {
+      const collective::Traffic traffic = communicator_->traffic();
+      ended.set_gradient_bytes_sent(
+          static_cast<int64_t>(traffic.exchange_bytes + traffic.gather_bytes));
+    }
+    if (!status.ok()) {
+      ended.set_outcome(v1::Ended::ERRORED);
+      ended.set_error(std::string(status.message()));
+      ended.set_secondary(IsEcho(status));
+    } else {
+      ended.set_outcome(loop_->stopped() ? v1::Ended::STOPPED : v1::Ended::COMPLETED);
+    }
+    return ended;
+  }
+
+  void Stop() {
+    absl::MutexLock lock(&mutex_);
+    stop_ = true;
+    if (running_ != nullptr) running_->Stop();
+  }
+
+  void Abort(const std::string& reason) { Fail(absl::AbortedError(reason)); }
+
+  // ---- StepLoop::CheckpointSink: slot 0, all others waiting.
+  absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
+                          const std::optional<v1::Evaluation>& evaluation,
+                          absl::Span<const Digest> tensors, const Digest& parameters,
+                          const Digest& state) override {
+    v1::WorkerMessage message;
+    v1::ReplicaDigest* digest = message.mutable_digest();
+    digest->set_job(options_.prepare.job());
+    digest->set_generation(options_.prepare.generation());
+    digest->set_step(step);
+    digest->set_state_digest(ToHex(state));
+    options_.send(std::move(message));
+    if (options_.prepare.rank() != 0) return absl::OkStatus();
+
+    CheckpointSnapshot snapshot;
+    v1::CheckpointManifest& manifest = snapshot.manifest;
+    manifest.set_format_version(1);
+    manifest.set_job(options_.prepare.job());
+    *manifest.mutable_spec() = spec_;
+    manifest.set_step(step);
+    manifest.set_fingerprint(device_->fingerprint());
+    manifest.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
+    manifest.set_parameter_digest(ToHex(parameters));
+    manifest.set_state_digest(ToHex(state));
+    manifest.set_epoch_loss_sum(epoch.loss_sum);
+    manifest.set_epoch_correct(epoch.correct);
+    manifest.set_epoch_samples(epoch.samples);
+    if (evaluation.has_value()) *manifest.mutable_last_evaluation() = *evaluation;
+    manifest.set_version(options_.version);
+    const auto& named = state_->named();
+    for (size_t i = 0; i < named.size(); ++i) {
+      v1::TensorDigest* tensor = manifest.add_tensors();
+      tensor->set_name(named[i].name);
+      tensor->set_digest(ToHex(tensors[i]));
+      snapshot.tensors.push_back({named[i].name, *named[i].shape,
+                                  std::vector<float>(named[i].data, named[i].data + named[i].size)});
+    }
+    return writer_->Start(std::move(snapshot));
+  }
+
+ private:
+  absl::Status LoadData(const spec::Graph& graph) {
+    std::string folder = options_.data_path;
+    if (folder.empty()) {
+      ASSIGN_OR_RETURN(folder, spec::ResolveDataPath(spec_.data().path()));
+    }
+    data::IdxOptions idx;
+    idx.folder = folder;
+    idx.shape = {graph.data_shape[0], graph.data_shape[1], graph.data_shape[2]};
+    idx.classes = spec_.data().classes();
+    idx.split = data::Split::kTrain;
+    idx.max_samples = spec_.data().train_samples();
+    ASSIGN_OR_RETURN(train_set_, data::LoadIdx(RealFileSystem(), idx));
+    idx.split = data::Split::kValidation;
+    idx.max_samples = spec_.data().validation_samples();
+    ASSIGN_OR_RETURN(validation_set_, data::LoadIdx(RealFileSystem(), idx));
+    length_ = MakeRunLength(spec_, train_set_->samples());
+    evaluation_.samples = validation_set_->samples();
+    evaluation_.batch = spec_.train().evaluate().batch();
+    evaluation_.steps_per_epoch = data::StepsPerEpoch(evaluation_.samples, evaluation_.batch);
+    evaluation_.total_steps = evaluation_.steps_per_epoch;
+    return absl::OkStatus();
+  }
+
+  absl::Status MakePlans() {
+    std::vector<int64_t> rows = data::RowCounts(length_.samples, length_.batch, shards_, bounds_.front(),
+                                                bounds_.back());
+    const std::vector<int64_t> evaluation_rows = data::RowCounts(
+        evaluation_.samples, evaluation_.batch, shards_, bounds_.front(), bounds_.back());
+    rows.insert(rows.end(), evaluation_rows.begin(), evaluation_rows.end());
+    // The probe must be the same on every member, whatever rows its own shards have.
+    probe_rows_ = data::RangeOfShard(length_.batch, shards_, length_.batch, shards_ - 1).count;
+    rows.push_back(probe_rows_);
+    std::sort(rows.begin(), rows.end());
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    ASSIGN_OR_RETURN(operations_, nn::Operations::Make(program_, *device_, rows));
+    for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
+      nn::Plan::Options options;
+      for (int shard = bounds_[i]; shard < bounds_[i + 1]; ++shard) options.shards.push_back(shard);
+      options.max_rows = rows.back();
+      options.training = !options_.evaluate_only;
+      options.seed = spec_.train().seed();
+      ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program_, *device_, *operations_, options));
+      plans_.push_back(std::move(plan));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status MakeState() {
+    const device::OptimizerCoefficients coefficients = MakeCoefficients(spec_.optimizer());
+    ASSIGN_OR_RETURN(state_, optim::FlatState::Make(*device_, program_->parameters(),
+                                                    program_->statistics(), coefficients.type));
+    optimizer_ = std::make_unique<optim::Optimizer>(coefficients, program_->parameters());
+    optim::Initialize(program_->parameters(), spec_.train().seed(), state_->parameters());
+    optim::Initialize(program_->statistics(), spec_.train().seed(), state_->statistics());
+    return absl::OkStatus();
+  }
+
+  // The checkpoint to go on from, where this member can see it. Only members that find it offer it.
+  absl::Status LoadCheckpoint() {
+    const std::string& from = options_.prepare.resume_from();
+    if (from.empty()) return absl::OkStatus();
+    std::vector<CheckpointTensorSpec> expected;
+    for (const auto& named : state_->named()) expected.push_back({named.name, *named.shape});
+    absl::StatusOr<LoadedCheckpoint> loaded = LoadNewestCheckpoint(RealFileSystem(), from, expected);
+    if (absl::IsNotFound(loaded.status()) && options_.prepare.rank() != 0) return absl::OkStatus();
+    if (!loaded.ok()) return loaded.status();
+    loaded_ = *std::move(loaded);
+    for (const std::string& note : loaded_->notes) Log("WARNING", note);
+    return CheckSameRun(loaded_->manifest);
+  }
+
+  // A run goes on only where every later step is the one that the undisturbed run would have made.
+  absl::Status CheckSameRun(const v1::CheckpointManifest& manifest) {
+    if (options_.evaluate_only) return absl::OkStatus();
+    const v1::TrainSpec& then = manifest.spec().train();
+    const v1::TrainSpec& now = spec_.train();
+    const auto differs = [&](const char* field, uint64_t a, uint64_t b) -> absl::Status {
+      if (a == b) return absl::OkStatus();
+      return absl::FailedPreconditionError(absl::StrCat(
+          "cannot go on from ", loaded_->path, ": it was made with ", field, " ", a, ", the spec says ", b));
+    };
+    RETURN_IF_ERROR(differs("train.batch", then.batch(), now.batch()));
+    RETURN_IF_ERROR(differs("train.shards", then.shards(), now.shards()));
+    RETURN_IF_ERROR(differs("train.seed", then.seed(), now.seed()));
+    const std::string data = data::CombinedDigest(*train_set_, *validation_set_);
+    if (manifest.data_digest() != data) {
+      return absl::FailedPreconditionError(absl::StrCat("cannot go on from ", loaded_->path,
+                                                        ": it was made with other data (digest ",
+                                                        manifest.data_digest(), ", here ", data, ")"));
+    }
+    if (manifest.step() > length_.total_steps) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("cannot go on from ", loaded_->path, ": it is at step ", manifest.step(),
+                       ", beyond the spec's ", length_.total_steps));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status OpenEnd() {
+    const v1::Prepare& prepare = options_.prepare;
+    placement_.leaves = shards_;
+    collective::RendezvousOptions rendezvous;
+    rendezvous.rank = prepare.rank();
+    rendezvous.address = options_.address;
+    for (const v1::Member& m : prepare.members()) {
+      placement_.bounds.emplace_back(m.bounds().begin(), m.bounds().end());
+      rendezvous.members.push_back({m.worker(), m.host_id()});
+    }
+    rendezvous.shared_bytes =
+        collective::CanonicalAllReduce::SharedBytes(placement_, program_->parameters().size);
+    ASSIGN_OR_RETURN(rendezvous_, collective::OpenRendezvous(rendezvous));
+    return absl::OkStatus();
+  }
+
+  absl::Status Train(const v1::Start& start) {
+    ASSIGN_OR_RETURN(communicator_,
+                     rendezvous_->Connect({start.rendezvous().begin(), start.rendezvous().end()},
+                                          absl::Now() + kConnectTimeout));
+    {
+      absl::MutexLock lock(&mutex_);
+      connected_ = communicator_.get();
+      RETURN_IF_ERROR(failure_);
+    }
+    team_ = std::make_unique<collective::Team>(static_cast<int>(plans_.size()));
+    std::vector<int64_t> offsets;
+    for (const optim::TensorView& tensor : program_->parameters().tensors) offsets.push_back(tensor.offset);
+    const int64_t size = program_->parameters().size;
+    ASSIGN_OR_RETURN(all_reduce_, collective::CanonicalAllReduce::Make(
+                                      *device_, communicator_.get(), team_.get(), placement_, size,
+                                      collective::MakeBuckets(size, offsets, kBucketBytes)));
+    v1::CheckpointManifest from;
+    RETURN_IF_ERROR(ShareState(start.source_rank(), &from));
+    RETURN_IF_ERROR(MakeLoop(from));
+    {
+      absl::MutexLock lock(&mutex_);
+      running_ = loop_.get();
+      if (stop_) loop_->Stop();
+      if (!failure_.ok()) loop_->Abort(failure_);
+    }
+    std::vector<std::thread> threads;
+    for (int slot = 1; slot < team_->slots(); ++slot) {
+      threads.emplace_back([this, slot] { RunSlot(slot); });
+    }
+    RunSlot(0);
+    for (std::thread& thread : threads) thread.join();
+    absl::MutexLock lock(&mutex_);
+    running_ = nullptr;
+    return failure_;
+  }
+
+  void RunSlot(int slot) {
+    const absl::Status status = loop_->Run(slot);
+    if (!status.ok()) {
+      Fail(absl::Status(status.code(),
+                        absl::StrCat("slot ", slot, ": ", absl::string_view(status.message()))));
+    }
+  }
+
+  // The first failure is kept, but one of our own replaces the echo of a peer's.
+  void Fail(const absl::Status& cause) {
+    absl::MutexLock lock(&mutex_);
+    if (failure_.ok() || (IsEcho(failure_) && !IsEcho(cause))) failure_ = cause;
+    if (connected_ != nullptr) connected_->Abort(cause);
+    if (running_ != nullptr) running_->Abort(cause);
+  }
+
+  // Members whose state is behind take the source's, and with it the manifest of its checkpoint.
+  absl::Status ShareState(int source, v1::CheckpointManifest* manifest) {
+    if (source < 0) return absl::OkStatus();
+    const bool is_source = source == options_.prepare.rank();
+    if (is_source) {
+      const auto& named = state_->named();
+      for (size_t i = 0; i < named.size(); ++i) {
+        const std::vector<float>& values = loaded_->tensors[i];
+        std::memcpy(named[i].data, values.data(), values.size() * sizeof(float));
+      }
+      *manifest = loaded_->manifest;
+      Log("INFO", absl::StrCat("going on from ", loaded_->path, ", step ", manifest->step()));
+    }
+    std::string bytes = is_source ? manifest->SerializeAsString() : "";
+    uint64_t length = bytes.size();
+    RETURN_IF_ERROR(Broadcast(source, &length, sizeof(length)));
+    if (length > (64u << 20)) return absl::InternalError("a manifest of more than 64 MiB was announced");
+    bytes.resize(length);
+    RETURN_IF_ERROR(Broadcast(source, bytes.data(), bytes.size()));
+    if (!manifest->ParseFromString(bytes)) return absl::InternalError("a manifest did not parse");
+    RETURN_IF_ERROR(Broadcast(source, state_->parameters(), sizeof(float) * program_->parameters().size));
+    for (int i = 0; i < state_->slot_count(); ++i) {
+      RETURN_IF_ERROR(Broadcast(source, state_->slot(i), sizeof(float) * program_->parameters().size));
+    }
+    RETURN_IF_ERROR(Broadcast(source, state_->statistics(), sizeof(float) * program_->statistics().size));
+    loaded_.reset();
+    return absl::OkStatus();
+  }
+
+  absl::Status Broadcast(int source, void* data, size_t bytes) {
+    if (bytes == 0) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const collective::Ticket ticket,
+                     communicator_->EnqueueBroadcast(stream_.get(), collective::Lane::kGradients, source,
+                                                     data, bytes));
+    return communicator_->Wait(ticket, absl::Now() + absl::Minutes(5));
+  }
+
+  absl::Status MakeLoop(const v1::CheckpointManifest& from) {
+    StepLoop::Options o;
+    o.rank = options_.prepare.rank();
+    o.bounds = bounds_;
+    o.shards = shards_;
+    o.length = length_;
+    o.evaluation = evaluation_;
+    o.first_step = from.step() + 1;
+    o.epoch = {from.epoch_loss_sum(), from.epoch_correct(), from.epoch_samples()};
+    o.has_accuracy = has_accuracy_;
+    o.digest_every = spec_.train().digest_every();
+    o.evaluate_every_steps = spec_.train().evaluate().every_steps();
+    o.evaluate_every_epochs = spec_.train().evaluate().every_epochs();
+    o.checkpoint_every_steps = spec_.checkpoint().every_steps();
+    o.checkpoint_every_epochs = spec_.checkpoint().every_epochs();
+    o.schedule = MakeSchedule(spec_, length_);
+    o.evaluate_only = options_.evaluate_only;
+    o.flip_bit_at_step = options_.flip_bit_at_step;
+
+    if (o.rank == 0 && !options_.evaluate_only) {
+      RETURN_IF_ERROR(MakeDirectories(JoinPath(output_dir_, "checkpoints")));
+      CheckpointWriter::Options writer;
+      writer.folder = JoinPath(output_dir_, "checkpoints");
+      writer.keep = spec_.checkpoint().keep();
+      writer.written = [this](const v1::CheckpointInfo& info) {
+        v1::Progress progress;
+        v1::CheckpointInfo* added = progress.add_checkpoints();
+        *added = info;
+        added->set_host(options_.host);
+        SendProgress(std::move(progress));
+      };
+      writer_ = std::make_unique<CheckpointWriter>(RealFileSystem(), std::move(writer));
+      Recorder::Options recorder;
+      recorder.digest_path = JoinPath(output_dir_, "digests.jsonl");
+      recorder.first_step = o.first_step;
+      for (const auto& named : state_->named()) recorder.tensor_names.push_back(named.name);
+      recorder.send = [this](v1::Progress progress) { SendProgress(std::move(progress)); };
+      recorder_ = std::make_unique<Recorder>(std::move(recorder));
+      RETURN_IF_ERROR(recorder_->status());
+      SendProgress(v1::Progress());  // tells the run's length
+    }
+    RETURN_IF_ERROR(MakeLoaders(o.first_step));
+
+    StepLoop::Parts parts;
+    parts.program = program_;
+    parts.device = device_.get();
+    parts.state = state_.get();
+    parts.operations = operations_.get();
+    parts.optimizer = optimizer_.get();
+    for (const auto& plan : plans_) parts.plans.push_back(plan.get());
+    parts.communicator = communicator_.get();
+    parts.team = team_.get();
+    parts.all_reduce = all_reduce_.get();
+    parts.train = train_loader_.get();
+    parts.validation = validation_loader_.get();
+    parts.recorder = recorder_.get();
+    ASSIGN_OR_RETURN(loop_, StepLoop::Make(std::move(o), std::move(parts), this));
+    return absl::OkStatus();
+  }
+
+  absl::Status MakeLoaders(int64_t first_step) {
+    data::BatchLoaderOptions o;
+    o.shards = shards_;
+    o.first_shard = bounds_.front();
+    o.last_shard = bounds_.back();
+    o.slots = static_cast<int>(plans_.size());
+    o.depth = spec_.data().prefetch();
+    o.mean.assign(spec_.data().normalize().mean().begin(), spec_.data().normalize().mean().end());
+    o.std.assign(spec_.data().normalize().std().begin(), spec_.data().normalize().std().end());
+    o.dataset = train_set_;
+    o.batch = length_.batch;
+    o.shuffle = true;
+    o.seed = spec_.train().seed();
+    o.first_step = first_step;
+    ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
+    o.dataset = validation_set_;
+    o.batch = evaluation_.batch;
+    o.shuffle = false;
+    o.first_step = 1;
+    ASSIGN_OR_RETURN(validation_loader_, data::BatchLoader::Make(*device_, o));
+    return absl::OkStatus();
+  }
+
+  void SendProgress(v1::Progress progress) {
+    progress.set_job(options_.prepare.job());
+    progress.set_generation(options_.prepare.generation());
+    progress.set_steps_per_epoch(length_.steps_per_epoch);
+    progress.set_total_steps(length_.total_steps);
+    v1::WorkerMessage message;
+    *message.mutable_progress() = std::move(progress);
+    options_.send(std::move(message));
+  }
+
+  void Log(const std::string& severity, const std::string& text) {
+    spdlog::log(severity == "INFO" ? spdlog::level::info : spdlog::level::warn, "job {}: {}",
+                options_.prepare.job(), text);
+    v1::WorkerMessage message;
+    message.mutable_log()->set_job(options_.prepare.job());
+    v1::LogLine* line = message.mutable_log()->add_lines();
+    line->set_unix_ms(absl::ToUnixMillis(absl::Now()));
+    line->set_worker(member_->worker());
+    line->set_severity(severity);
+    line->set_text(text);
+    options_.send(std::move(message));
+  }
+
+  const MemberOptions options_;
+  v1::JobSpec spec_;
+  const v1::Member* member_ = nullptr;
+  std::vector<int> bounds_;
+  int shards_ = 0;
+  int64_t probe_rows_ = 0;
+  bool has_accuracy_ = true;
+  std::string output_dir_;
+  RunLength length_, evaluation_;
+  std::shared_ptr<const data::Dataset> train_set_, validation_set_;
+  std::shared_ptr<const nn::Program> program_;
+  // In an order that destroys users before what they use.
+  std::unique_ptr<device::Device> device_;
+  std::unique_ptr<device::Stream> stream_;
+  std::unique_ptr<nn::Operations> operations_;
+  std::unique_ptr<optim::FlatState> state_;
+  std::unique_ptr<optim::Optimizer> optimizer_;
+  std::vector<std::unique_ptr<nn::Plan>> plans_;
+  std::optional<LoadedCheckpoint> loaded_;
+  collective::Placement placement_;
+  std::unique_ptr<collective::Rendezvous> rendezvous_;
+  std::unique_ptr<collective::Communicator> communicator_;
+  std::unique_ptr<collective::Team> team_;
+  std::unique_ptr<collective::CanonicalAllReduce> all_reduce_;
+  std::unique_ptr<data::BatchLoader> train_loader_, validation_loader_;
+  std::unique_ptr<Recorder> recorder_;
+  std::unique_ptr<CheckpointWriter> writer_;
+  std::unique_ptr<StepLoop> loop_;
+
+  absl::Mutex mutex_;
+  collective::Communicator* connected_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  StepLoop* running_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+};
+
+MemberJob::MemberJob(MemberOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
+MemberJob::~MemberJob() = default;
+absl::StatusOr<v1::Ready> MemberJob::Prepare() { return impl_->Prepare(); }
+v1::Ended MemberJob::Run(const v1::Start& start) { return impl_->Run(start); }
+void MemberJob::Stop() { impl_->Stop(); }
+void MemberJob::Abort(const std::string& reason) { impl_->Abort(reason); }
+
+}  // namespace lockstep::train

@@ -1,0 +1,74 @@
+#include "worker/train/probe.h"
+
+#include <cstring>
+#include <vector>
+
+#include "common/digest.h"
+#include "common/philox.h"
+#include "common/status_macros.h"
+#include "worker/optim/flat_state.h"
+
+namespace lockstep::train {
+namespace {
+
+// A batch of one shard: its gradient is the sum, its moments are the batch's.
+class Alone : public nn::GradientSink, public nn::MomentExchange {
+ public:
+  explicit Alone(float* gradient) : gradient_(gradient) {}
+  float* Leaf(int) override { return gradient_; }
+  void Done(int, int64_t, int64_t) override {}
+  absl::StatusOr<const float*> Combine(Kind, int64_t channels, int64_t,
+                                       absl::Span<const nn::ShardInput> shards,
+                                       absl::Span<const float* const> records, int64_t* rows) override {
+    *rows = shards[0].rows;
+    merged_.assign(records[0], records[0] + 2 * channels);
+    return merged_.data();
+  }
+
+ private:
+  float* gradient_;
+  std::vector<float> merged_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> program, device::Device& device,
+                                        nn::Operations& operations, int64_t rows, uint64_t seed) {
+  const spec::Graph& graph = program->graph();
+  ASSIGN_OR_RETURN(auto stream, device.MakeStream());
+  ASSIGN_OR_RETURN(auto state, optim::FlatState::Make(device, program->parameters(), program->statistics(),
+                                                      device::OptimizerType::kSgd));
+  optim::Initialize(program->parameters(), seed, state->parameters());
+  operations.Pack(*stream, state->parameters(), 0, 1);
+
+  const int64_t features = spec::ElementCount(graph.data_shape);
+  ASSIGN_OR_RETURN(auto data, device.AllocateHostVisible(sizeof(float) * rows * features));
+  ASSIGN_OR_RETURN(auto labels, device.AllocateHostVisible(sizeof(int32_t) * rows));
+  const PhiloxKey key = MakePhiloxKey(0, "probe");
+  for (int64_t i = 0; i < rows * features; ++i) data->floats()[i] = 2 * ToUniform(PhiloxAt(key, i, 0)) - 1;
+  auto* label = static_cast<int32_t*>(labels->data());
+  for (int64_t i = 0; i < rows; ++i) {
+    label[i] = static_cast<int32_t>(PhiloxAt(key, i, 1) % static_cast<uint32_t>(graph.classes));
+  }
+  ASSIGN_OR_RETURN(auto scalars_memory, device.AllocateHostVisible(sizeof(device::StepScalars)));
+  auto* scalars = new (scalars_memory->data()) device::StepScalars();
+  scalars->step = 1;
+
+  nn::Plan::Options options;
+  options.shards = {0};
+  options.max_rows = rows;
+  options.seed = seed;
+  ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program, device, operations, options));
+  ASSIGN_OR_RETURN(auto gradient, device.Allocate(sizeof(float) * program->parameters().size));
+  Alone alone(gradient->floats());
+  const nn::ShardInput input{0, rows, data->floats(), label, 0};
+  RETURN_IF_ERROR(plan->TrainStep(*stream, *state, scalars, rows, {input}, alone, alone));
+  ASSIGN_OR_RETURN(auto digest_memory, device.AllocateHostVisible(sizeof(Digest)));
+  auto* digest = new (digest_memory->data()) Digest();
+  device.AccumulateDigest(*stream, program->parameters().size, gradient->floats(), TensorKey("probe"), 0,
+                          digest);
+  RETURN_IF_ERROR(stream->Synchronize());
+  return ToHex(*digest);
+}
+
+}  // namespace lockstep::train

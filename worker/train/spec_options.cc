@@ -1,0 +1,65 @@
+#include "worker/train/spec_options.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+namespace lockstep::train {
+
+RunLength MakeRunLength(const v1::JobSpec& spec, int64_t samples) {
+  RunLength length;
+  length.samples = samples;
+  length.batch = spec.train().batch();
+  length.steps_per_epoch = (samples + length.batch - 1) / length.batch;
+  int64_t total = std::numeric_limits<int64_t>::max();
+  if (spec.train().has_epochs() && spec.train().epochs() > 0) {
+    total = std::min(total, spec.train().epochs() * length.steps_per_epoch);
+  }
+  if (spec.train().has_steps() && spec.train().steps() > 0) {
+    total = std::min<int64_t>(total, spec.train().steps());
+  }
+  length.total_steps = total;
+  return length;
+}
+
+device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec) {
+  device::OptimizerCoefficients c;
+  const std::string& type = spec.type();
+  c.type = type == "momentum"   ? device::OptimizerType::kMomentum
+           : type == "nesterov" ? device::OptimizerType::kNesterov
+           : type == "adam"     ? device::OptimizerType::kAdam
+                                : device::OptimizerType::kSgd;
+  c.momentum = static_cast<float>(spec.momentum());
+  c.beta1 = static_cast<float>(spec.beta1());
+  c.beta2 = static_cast<float>(spec.beta2());
+  c.epsilon = static_cast<float>(spec.epsilon());
+  c.l2 = static_cast<float>(spec.l2());
+  c.weight_decay = static_cast<float>(spec.weight_decay());
+  return c;
+}
+
+optim::ScheduleOptions MakeSchedule(const v1::JobSpec& spec, const RunLength& length) {
+  using Type = optim::ScheduleOptions::Type;
+  const v1::ScheduleSpec& s = spec.schedule();
+  optim::ScheduleOptions options;
+  options.type = s.type() == "step" ? Type::kStep : s.type() == "cosine" ? Type::kCosine : Type::kConstant;
+  options.learning_rate = spec.optimizer().learning_rate();
+  options.warmup_steps = s.warmup_steps();
+  for (int64_t step : s.at_steps()) options.at_steps.push_back(step);
+  for (double epoch : s.at_epochs()) {
+    options.at_steps.push_back(std::llround(epoch * static_cast<double>(length.steps_per_epoch)));
+  }
+  std::sort(options.at_steps.begin(), options.at_steps.end());
+  options.factor = s.factor();
+  options.floor = s.floor();
+  options.total_steps = length.total_steps;
+  return options;
+}
+
+bool Due(int64_t every_steps, int64_t every_epochs, const RunLength& length, int64_t step) {
+  if (every_steps > 0 && step % every_steps == 0) return true;
+  return every_epochs > 0 && step % (every_epochs * length.steps_per_epoch) == 0;
+}
+
+}  // namespace lockstep::train

@@ -1,0 +1,499 @@
+#include "worker/train/step_loop.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/status_macros.h"
+#include "worker/data/sampler.h"
+
+namespace lockstep::train {
+namespace {
+
+using collective::CanonicalAllReduce;
+
+// The part of [0, n) that slot `i` of `k` works on, cut at cache lines.
+int64_t PartBegin(int64_t n, int k, int i) { return collective::ChunkBegin(n, k, i); }
+
+}  // namespace
+
+// A slot's own memory, all of it allocated before the first step.
+struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
+  Slot(StepLoop* loop, int index) : loop(loop), index(index) {}
+
+  // ---- nn::GradientSink
+  float* Leaf(int shard) override { return loop->parts_.all_reduce->Leaf(index, shard); }
+  void Done(int shard, int64_t begin, int64_t end) override {
+    loop->parts_.all_reduce->Done(index, *stream, shard, begin, end);
+  }
+
+  // ---- nn::MomentExchange
+  absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
+                                       absl::Span<const nn::ShardInput> shards,
+                                       absl::Span<const float* const> leaf_records,
+                                       int64_t* rows) override {
+    const size_t bytes = sizeof(int64_t) + sizeof(float) * 2 * channels;
+    std::fill(record_pointers.begin(), record_pointers.end(), nullptr);
+    for (size_t i = 0; i < shards.size(); ++i) {
+      const int local = shards[i].shard - first_shard;
+      uint8_t* record = exchange_records.data() + local * exchange_stride;
+      std::memcpy(record, &shards[i].rows, sizeof(int64_t));
+      std::memcpy(record + sizeof(int64_t), leaf_records[i], sizeof(float) * 2 * channels);
+      record_pointers[local] = record;
+    }
+    device::Device& device = *loop->parts_.device;
+    const auto fold = [&](void* left, const void* right) {
+      auto* rows_left = static_cast<int64_t*>(left);
+      const auto* rows_right = static_cast<const int64_t*>(right);
+      auto* a = reinterpret_cast<float*>(rows_left + 1);
+      const auto* b = reinterpret_cast<const float*>(rows_right + 1);
+      if (kind == Kind::kMoments) {
+        device.MergeMoments(*stream, channels, *rows_left * spatial, a, a + channels,
+                            *rows_right * spatial, b, b + channels, a, a + channels);
+      } else {
+        device.Add(*stream, 2 * channels, a, b, a);
+      }
+      *rows_left += *rows_right;
+    };
+    ASSIGN_OR_RETURN(const void* root, loop->parts_.all_reduce->MergeSmall(index, record_pointers, bytes,
+                                                                          fold, loop->Deadline()));
+    *rows = *static_cast<const int64_t*>(root);
+    return reinterpret_cast<const float*>(static_cast<const int64_t*>(root) + 1);
+  }
+
+  StepLoop* const loop;
+  const int index;
+  int first_shard = 0, shard_count = 0;
+  nn::Plan* plan = nullptr;
+  std::unique_ptr<device::Stream> stream;
+  // Host-visible: written by the host and read by kernels, or the other way round.
+  struct Shared {
+    device::StepScalars scalars;
+    uint32_t non_finite = 0;
+  };
+  std::unique_ptr<device::Memory> shared_memory, digests_memory;
+  Shared* shared = nullptr;
+  device::StepScalars* scalars = nullptr;
+  absl::Span<Digest> digests;               // this slot's part of every tensor's
+  std::vector<uint8_t> present;             // by leaf of the job
+  std::vector<nn::ShardInput> shards;       // of the current batch
+  std::vector<const void*> record_pointers; // by own shard
+  std::vector<uint8_t> records;             // trailers with moments
+  size_t record_bytes = 0;
+  std::vector<uint8_t> exchange_records;
+  size_t exchange_stride = 0;
+  std::vector<double> shard_loss;           // evaluation sums by own shard
+  std::vector<int64_t> shard_correct, shard_rows;
+
+  int64_t step = 0;
+  absl::Time step_began;
+  const Trailer* trailer = nullptr;
+  Trailer evaluated;                        // stands in for the trailer once an evaluation replaced it
+  int64_t evaluation_batches = 0;           // taken from the validation loader so far
+  int64_t blamed = 0;                       // place in execution order of this slot's first non-finite tensor
+};
+
+StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
+    : options_(std::move(options)),
+      parts_(std::move(parts)),
+      checkpoints_(checkpoints),
+      tensor_digests_(parts_.state->named().size()),
+      epoch_(options_.epoch),
+      shard_steps_(options_.shards, 0) {}
+
+StepLoop::~StepLoop() = default;
+
+absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts parts,
+                                                         CheckpointSink* checkpoints) {
+  std::unique_ptr<StepLoop> loop(new StepLoop(std::move(options), std::move(parts), checkpoints));
+  const Options& o = loop->options_;
+  const Parts& p = loop->parts_;
+  int64_t widest_norm = 0;
+  for (const nn::MomentsSlice& slice : p.program->moments()) {
+    widest_norm = std::max(widest_norm, slice.channels);
+  }
+  const auto round_up = [](size_t n) { return (n + 63) / 64 * 64; };
+  for (int i = 0; i + 1 < static_cast<int>(o.bounds.size()); ++i) {
+    auto slot = std::make_unique<Slot>(loop.get(), i);
+    slot->first_shard = o.bounds[i];
+    slot->shard_count = o.bounds[i + 1] - o.bounds[i];
+    slot->plan = p.plans[i];
+    ASSIGN_OR_RETURN(slot->stream, p.device->MakeStream());
+    ASSIGN_OR_RETURN(slot->shared_memory, p.device->AllocateHostVisible(sizeof(Slot::Shared)));
+    slot->shared = new (slot->shared_memory->data()) Slot::Shared();
+    slot->scalars = &slot->shared->scalars;
+    const size_t tensors = p.state->named().size();
+    ASSIGN_OR_RETURN(slot->digests_memory, p.device->AllocateHostVisible(sizeof(Digest) * tensors));
+    slot->digests = absl::MakeSpan(static_cast<Digest*>(slot->digests_memory->data()), tensors);
+    slot->present.resize(o.shards);
+    slot->shards.reserve(slot->shard_count);
+    slot->record_pointers.resize(slot->shard_count);
+    slot->record_bytes = round_up(sizeof(Trailer) + sizeof(float) * p.program->moments_size());
+    slot->records.resize(slot->record_bytes * slot->shard_count);
+    slot->exchange_stride = round_up(sizeof(int64_t) + sizeof(float) * 2 * widest_norm);
+    slot->exchange_records.resize(slot->exchange_stride * slot->shard_count);
+    slot->shard_loss.resize(slot->shard_count);
+    slot->shard_correct.resize(slot->shard_count);
+    slot->shard_rows.resize(slot->shard_count);
+    loop->slots_.push_back(std::move(slot));
+  }
+  return loop;
+}
+
+absl::Status StepLoop::Run(int index) {
+  Slot& slot = *slots_[index];
+  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), index, parts_.team->slots());
+  RETURN_IF_ERROR(Barrier(slot));
+  if (index == 0) started_ = absl::Now();
+  if (options_.evaluate_only) {
+    slot.step = options_.first_step - 1;
+    RETURN_IF_ERROR(Evaluate(slot));
+    return DigestState(slot);
+  }
+  // ---- the step loop --------------------------------------------------------------------------
+  for (slot.step = options_.first_step; slot.step <= options_.length.total_steps; ++slot.step) {
+    RETURN_IF_ERROR(NextShards(slot));
+    RETURN_IF_ERROR(ForwardBackward(slot));
+    RETURN_IF_ERROR(FinishReduce(slot));
+    RETURN_IF_ERROR(Gate(slot));
+    Optimize(slot);
+    UpdateStatistics(slot);
+    RETURN_IF_ERROR(Commit(slot));
+    RETURN_IF_ERROR(Report(slot));
+    RETURN_IF_ERROR(Evaluate(slot));
+    RETURN_IF_ERROR(Checkpoint(slot));
+    if (slot.trailer->stop != 0) break;
+  }
+  // ---------------------------------------------------------------------------------------------
+  slot.step = std::min(slot.step, options_.length.total_steps);
+  RETURN_IF_ERROR(DigestState(slot));
+  if (index == 0) {
+    stopped_ = slot.step < options_.length.total_steps;
+    result_.set_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
+    result_.set_samples_per_second(training_time_ > absl::ZeroDuration()
+                                       ? trained_samples_ / absl::ToDoubleSeconds(training_time_)
+                                       : 0);
+  }
+  return Barrier(slot);
+}
+
+absl::Status StepLoop::NextShards(Slot& slot) {
+  slot.step_began = absl::Now();
+  ASSIGN_OR_RETURN(const data::Batch* batch, parts_.train->Acquire(slot.step));
+  TakeShards(slot, *batch);
+  for (int shard = 0; shard < options_.shards; ++shard) {
+    slot.present[shard] =
+        data::RangeOfShard(options_.length.batch, options_.shards, batch->samples, shard).count > 0;
+  }
+  parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
+  return parts_.all_reduce->Begin(slot.index, slot.present, Deadline());
+}
+
+// This slot's shards of a batch that have samples.
+void StepLoop::TakeShards(Slot& slot, const data::Batch& batch) {
+  slot.shards.clear();
+  for (const data::ShardBatch& s : batch.shards) {
+    const int local = s.shard - slot.first_shard;
+    if (s.rows > 0 && local >= 0 && local < slot.shard_count) {
+      slot.shards.push_back({s.shard, s.rows, s.data, s.labels, s.first_position});
+    }
+  }
+}
+
+absl::Status StepLoop::ForwardBackward(Slot& slot) {
+  RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.scalars,
+                                       options_.length.BatchSize(slot.step), slot.shards, slot, slot));
+  for (const nn::ShardInput& shard : slot.shards) ++shard_steps_[shard.shard];
+  return absl::OkStatus();
+}
+
+absl::Status StepLoop::FinishReduce(Slot& slot) {
+  std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
+  const size_t moments_bytes = sizeof(float) * parts_.program->moments_size();
+  RETURN_IF_ERROR(slot.stream->Synchronize());
+  for (size_t i = 0; i < slot.shards.size(); ++i) {
+    const int local = slot.shards[i].shard - slot.first_shard;
+    uint8_t* record = slot.records.data() + local * slot.record_bytes;
+    const nn::ShardResult& result = slot.plan->result(static_cast<int>(i));
+    new (record) Trailer{slot.shards[i].rows, result.loss_sum, result.correct,
+                         stop_requested_.load(std::memory_order_relaxed) ? 1 : 0};
+    if (moments_bytes > 0) {
+      std::memcpy(record + sizeof(Trailer), slot.plan->moments(static_cast<int>(i)), moments_bytes);
+    }
+    slot.record_pointers[local] = record;
+  }
+  const auto fold = [&](void* left, const void* right) {
+    auto* a = static_cast<Trailer*>(left);
+    const auto* b = static_cast<const Trailer*>(right);
+    auto* moments_a = reinterpret_cast<float*>(a + 1);
+    const auto* moments_b = reinterpret_cast<const float*>(b + 1);
+    for (const nn::MomentsSlice& s : parts_.program->moments()) {
+      float* mean = moments_a + s.offset;
+      const float* other = moments_b + s.offset;
+      parts_.device->MergeMoments(*slot.stream, s.channels, a->rows * s.spatial, mean, mean + s.channels,
+                                  b->rows * s.spatial, other, other + s.channels, mean,
+                                  mean + s.channels);
+    }
+    a->rows += b->rows;
+    a->loss_sum += b->loss_sum;
+    a->correct += b->correct;
+    a->stop |= b->stop;
+  };
+  ASSIGN_OR_RETURN(const void* root, parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
+                                                                   slot.record_bytes, fold, Deadline()));
+  slot.trailer = static_cast<const Trailer*>(root);
+  return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
+}
+
+absl::Status StepLoop::Gate(Slot& slot) {
+  const int k = parts_.team->slots();
+  const int64_t size = parts_.program->parameters().size;
+  const int64_t begin = PartBegin(size, k, slot.index), end = PartBegin(size, k, slot.index + 1);
+  uint32_t& flag = slot.shared->non_finite;
+  flag = std::isfinite(slot.trailer->loss_sum) ? 0 : 1;
+  parts_.device->FlagNonFinite(*slot.stream, end - begin, parts_.all_reduce->result() + begin, &flag);
+  RETURN_IF_ERROR(slot.stream->Synchronize());
+  std::atomic<uint32_t>& latch = non_finite_[slot.step % 2];
+  if (flag != 0) latch |= flag;
+  RETURN_IF_ERROR(Barrier(slot));
+  if (slot.index == 0) non_finite_[(slot.step + 1) % 2] = 0;
+  return latch == 0 ? absl::OkStatus() : NameNonFinite(slot);
+}
+
+void StepLoop::Optimize(Slot& slot) {
+  const int k = parts_.team->slots();
+  const int64_t size = parts_.program->parameters().size;
+  parts_.optimizer->Update(*parts_.device, *slot.stream, PartBegin(size, k, slot.index),
+                           PartBegin(size, k, slot.index + 1), slot.scalars,
+                           parts_.all_reduce->result(), *parts_.state);
+}
+
+void StepLoop::UpdateStatistics(Slot& slot) {
+  const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
+  const auto* merged = reinterpret_cast<const float*>(slot.trailer + 1);
+  float* statistics = parts_.state->statistics();
+  for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
+    const nn::MomentsSlice& s = moments[i];
+    parts_.device->UpdateRunningAverages(*slot.stream, s.channels, slot.trailer->rows * s.spatial,
+                                         merged + s.offset, merged + s.offset + s.channels, s.momentum,
+                                         statistics + s.running_mean, statistics + s.running_var);
+  }
+}
+
+absl::Status StepLoop::Commit(Slot& slot) {
+  parts_.train->Release(slot.step);
+  if (slot.step == options_.flip_bit_at_step && slot.index == 0) {
+    auto* bits = reinterpret_cast<uint32_t*>(parts_.state->parameters());
+    *bits ^= 1;
+  }
+  RETURN_IF_ERROR(Barrier(slot));  // all parameters are updated
+  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index, parts_.team->slots());
+  if (options_.digest_every > 0 && slot.step % options_.digest_every == 0) {
+    return DigestState(slot);  // its barriers also order packing before the next forward
+  }
+  return Barrier(slot);
+}
+
+absl::Status StepLoop::Report(Slot& slot) {
+  if (slot.index != 0) return absl::OkStatus();
+  const absl::Time now = absl::Now();
+  training_time_ += now - slot.step_began;
+  const Trailer& t = *slot.trailer;
+  trained_samples_ += t.rows;
+  epoch_.loss_sum += t.loss_sum;
+  epoch_.correct += t.correct;
+  epoch_.samples += t.rows;
+  const auto set_score = [&](v1::Score* score, const EpochSums& sums) {
+    score->set_loss(sums.loss_sum / static_cast<double>(sums.samples));
+    score->set_samples(sums.samples);
+    if (options_.has_accuracy) {
+      score->set_accuracy(static_cast<double>(sums.correct) / static_cast<double>(sums.samples));
+    }
+  };
+  result_.set_steps(slot.step);
+  result_.set_epochs(slot.step / options_.length.steps_per_epoch);
+  if (options_.length.EndsEpoch(slot.step)) {
+    last_epoch_ = epoch_;
+    epoch_ = EpochSums();
+  }
+  set_score(result_.mutable_train(), last_epoch_.samples > 0 ? last_epoch_ : epoch_);
+  if (parts_.recorder == nullptr) return absl::OkStatus();
+  StepRecord record;
+  record.step = slot.step;
+  record.epoch = options_.length.EpochOf(slot.step);
+  record.loss = t.loss_sum / static_cast<double>(t.rows);
+  record.accuracy = static_cast<double>(t.correct) / static_cast<double>(t.rows);
+  record.has_accuracy = options_.has_accuracy;
+  record.samples = t.rows;
+  record.learning_rate = slot.scalars->learning_rate;
+  record.seconds = absl::ToDoubleSeconds(now - started_);
+  record.has_digests = digested_step_ == slot.step;
+  record.state = state_digest_;
+  record.parameters = parameter_digest_;
+  parts_.recorder->PushStep(record, record.has_digests ? absl::MakeConstSpan(tensor_digests_)
+                                                       : absl::Span<const Digest>());
+  return parts_.recorder->status();
+}
+
+absl::Status StepLoop::Evaluate(Slot& slot) {
+  const bool last = slot.step == options_.length.total_steps || options_.evaluate_only;
+  if (!last && !Due(options_.evaluate_every_steps, options_.evaluate_every_epochs, options_.length,
+                    slot.step)) {
+    return absl::OkStatus();
+  }
+  const absl::Time began = absl::Now();
+  std::fill(slot.shard_loss.begin(), slot.shard_loss.end(), 0.0);
+  std::fill(slot.shard_correct.begin(), slot.shard_correct.end(), 0);
+  std::fill(slot.shard_rows.begin(), slot.shard_rows.end(), 0);
+  for (int64_t b = 1; b <= options_.evaluation.steps_per_epoch; ++b) {
+    // The loader counts on through all evaluations, each an "epoch" in index order.
+    const int64_t ticket = ++slot.evaluation_batches;
+    ASSIGN_OR_RETURN(const data::Batch* batch, parts_.validation->Acquire(ticket));
+    TakeShards(slot, *batch);
+    slot.plan->Evaluate(*slot.stream, *parts_.state, slot.shards);
+    RETURN_IF_ERROR(slot.stream->Synchronize());
+    for (size_t i = 0; i < slot.shards.size(); ++i) {
+      const int local = slot.shards[i].shard - slot.first_shard;
+      const nn::ShardResult& result = slot.plan->result(static_cast<int>(i));
+      slot.shard_loss[local] += result.loss_sum;
+      slot.shard_correct[local] += result.correct;
+      slot.shard_rows[local] += slot.shards[i].rows;
+    }
+    parts_.validation->Release(ticket);
+  }
+  std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
+  for (int i = 0; i < slot.shard_count; ++i) {
+    if (slot.shard_rows[i] == 0) continue;
+    uint8_t* record = slot.records.data() + i * slot.record_bytes;
+    new (record) Trailer{slot.shard_rows[i], slot.shard_loss[i], slot.shard_correct[i], 0};
+    slot.record_pointers[i] = record;
+  }
+  const auto fold = [](void* left, const void* right) {
+    auto* a = static_cast<Trailer*>(left);
+    const auto* b = static_cast<const Trailer*>(right);
+    a->rows += b->rows;
+    a->loss_sum += b->loss_sum;
+    a->correct += b->correct;
+  };
+  const int64_t stop = slot.trailer != nullptr ? slot.trailer->stop : 0;
+  ASSIGN_OR_RETURN(const void* root, parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
+                                                                   sizeof(Trailer), fold, Deadline()));
+  const auto* total = static_cast<const Trailer*>(root);
+  if (slot.index == 0) {
+    v1::Evaluation evaluation;
+    evaluation.set_step(slot.step);
+    evaluation.set_epoch(slot.step / options_.length.steps_per_epoch);
+    evaluation.mutable_validation()->set_loss(total->loss_sum / static_cast<double>(total->rows));
+    evaluation.mutable_validation()->set_samples(total->rows);
+    if (options_.has_accuracy) {
+      evaluation.mutable_validation()->set_accuracy(static_cast<double>(total->correct) /
+                                                    static_cast<double>(total->rows));
+    }
+    evaluation.set_seconds(absl::ToDoubleSeconds(absl::Now() - began));
+    *result_.mutable_validation() = evaluation.validation();
+    evaluation_ = evaluation;
+    if (parts_.recorder != nullptr) parts_.recorder->PushEvaluation(evaluation);
+  }
+  // The root of this merge replaced the step's trailer; what the loop still needs of it is the stop word.
+  slot.evaluated = Trailer{total->rows, total->loss_sum, total->correct, stop};
+  slot.trailer = &slot.evaluated;
+  return absl::OkStatus();
+}
+
+absl::Status StepLoop::Checkpoint(Slot& slot) {
+  const bool last = slot.step == options_.length.total_steps;
+  if (!last && !Due(options_.checkpoint_every_steps, options_.checkpoint_every_epochs, options_.length,
+                    slot.step)) {
+    return absl::OkStatus();
+  }
+  RETURN_IF_ERROR(DigestState(slot));
+  absl::Status status;
+  if (slot.index == 0) {
+    status = checkpoints_->Checkpoint(slot.step, epoch_, evaluation_, tensor_digests_,
+                                      parameter_digest_, state_digest_);
+  }
+  RETURN_IF_ERROR(status);
+  return Barrier(slot);  // the state may change again
+}
+
+// Collective within the member. The digest is a sum over parts, so slots take disjoint parts.
+absl::Status StepLoop::DigestState(Slot& slot) {
+  RETURN_IF_ERROR(Barrier(slot));  // everybody's updates are done, and everybody has read the last digest
+  if (digested_step_ == slot.step) return Barrier(slot);
+  std::fill(slot.digests.begin(), slot.digests.end(), Digest());
+  parts_.state->AccumulateDigests(*parts_.device, *slot.stream, slot.index, parts_.team->slots(),
+                                  slot.digests);
+  RETURN_IF_ERROR(slot.stream->Synchronize());
+  RETURN_IF_ERROR(Barrier(slot));
+  if (slot.index == 0) {
+    state_digest_ = parameter_digest_ = Digest();
+    const auto& named = parts_.state->named();
+    for (size_t i = 0; i < named.size(); ++i) {
+      Digest sum;
+      for (const auto& other : slots_) sum += other->digests[i];
+      tensor_digests_[i] = sum;
+      state_digest_ += sum;
+      if (named[i].kind == optim::FlatState::Named::Kind::kParameter) parameter_digest_ += sum;
+    }
+    digested_step_ = slot.step;
+    result_.set_state_digest(ToHex(state_digest_));
+    result_.set_parameter_digest(ToHex(parameter_digest_));
+  }
+  return Barrier(slot);
+}
+
+// Every replica saw the same non-finite sum; each looks for the first tensor that is to blame among
+// its own shards, and the earliest in execution order of all is named.
+absl::Status StepLoop::NameNonFinite(Slot& slot) {
+  // The exchanges below reuse the trailer's memory.
+  const double loss = slot.trailer->loss_sum / static_cast<double>(slot.trailer->rows);
+  ASSIGN_OR_RETURN(const std::string found, slot.plan->FindNonFinite(*slot.stream, *parts_.state,
+                                                                     slot.scalars, slot.shards, slot));
+  std::vector<std::string> order;
+  for (const optim::TensorView& t : parts_.program->parameters().tensors) order.push_back(t.name);
+  for (size_t i = 0; i < parts_.program->nodes().size(); ++i) {
+    order.push_back(parts_.program->node_name(static_cast<int>(i)));
+  }
+  slot.blamed = static_cast<int64_t>(
+      std::find(order.begin(), order.end(), found) - order.begin());
+  RETURN_IF_ERROR(Barrier(slot));
+  int64_t first = static_cast<int64_t>(order.size());
+  for (const auto& other : slots_) first = std::min(first, other->blamed);
+  ASSIGN_OR_RETURN(const void* all, parts_.all_reduce->AllGather(slot.index, &first, sizeof(first), Deadline()));
+  for (int m = 0; m < parts_.communicator->size(); ++m) {
+    first = std::min(first, static_cast<const int64_t*>(all)[m]);
+  }
+  std::string name = "the loss";
+  if (first < static_cast<int64_t>(order.size())) {
+    name = order[first];
+  } else {
+    for (const optim::TensorView& t : parts_.program->parameters().tensors) {
+      uint32_t& flag = slot.shared->non_finite = 0;
+      parts_.device->FlagNonFinite(*slot.stream, t.size, parts_.all_reduce->result() + t.offset, &flag);
+      RETURN_IF_ERROR(slot.stream->Synchronize());
+      if (flag != 0) {
+        name = absl::StrCat("the gradient of ", t.name);
+        break;
+      }
+    }
+  }
+  return absl::OutOfRangeError(absl::StrCat(
+      "step ", slot.step, ": the ", std::isfinite(loss) ? "gradient" : absl::StrCat("loss (", loss, ")"),
+      " is not finite; the first tensor that is not finite is ", name,
+      "; the step was not applied. Try a smaller optimizer.learning_rate"));
+}
+
+absl::Status StepLoop::Barrier(const Slot& slot) { return parts_.team->Barrier(slot.index, Deadline()); }
+
+void StepLoop::Abort(const absl::Status& cause) {
+  parts_.train->Stop();
+  parts_.validation->Stop();
+  parts_.team->Abort(cause);
+  parts_.communicator->Abort(cause);
+}
+
+}  // namespace lockstep::train

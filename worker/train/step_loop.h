@@ -1,0 +1,150 @@
+// The step loop: what every slot thread of every member runs, in the same order (SPMD). All decisions
+// that affect results (the gate, stopping, when to evaluate) are computed by every replica from
+// identical numbers, so that replicas never disagree and nobody has to be asked.
+//
+// A step is atomic: the state version is the number of steps committed. The gate latches one
+// decision: the reduced gradient and loss are finite and nobody has aborted; only then do optimizer,
+// statistics and version move.
+//
+// Member holds what the slots of one address space share; each slot owns its Plan, stream and
+// StepScalars. Thread safety: Run is called once by each slot's thread; Stop and Abort by any thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "common/digest.h"
+#include "lockstep/v1/job.pb.h"
+#include "worker/collective/all_reduce.h"
+#include "worker/data/batch_loader.h"
+#include "worker/device/device.h"
+#include "worker/nn/plan.h"
+#include "worker/optim/optimizer.h"
+#include "worker/train/recorder.h"
+#include "worker/train/spec_options.h"
+
+namespace lockstep::train {
+
+// The first shape of every per-leaf record that rides the step's small exchange; the moments record of
+// the batch norms (Program::moments()) follows it.
+struct Trailer {
+  int64_t rows = 0;
+  double loss_sum = 0;
+  int64_t correct = 0;
+  int64_t stop = 0;  // the control word: somebody was told to stop; all stop after this step
+};
+
+// Sums over the samples of the current epoch, in step order.
+struct EpochSums {
+  double loss_sum = 0;
+  int64_t correct = 0, samples = 0;
+};
+
+class StepLoop {
+ public:
+  // All borrowed but the options' values; the recorder is null but at rank 0.
+  struct Options {
+    int rank = 0;
+    std::vector<int> bounds;      // slot i has shards [bounds[i], bounds[i+1])
+    int shards = 0;               // of the job
+    RunLength length;
+    RunLength evaluation;         // of the validation set: one "epoch" of evaluation batches
+    int64_t first_step = 1;       // state version + 1
+    EpochSums epoch;              // of the epoch that first_step is in
+    bool has_accuracy = true;
+    int64_t digest_every = 1;
+    int64_t evaluate_every_steps = 0, evaluate_every_epochs = 1;
+    int64_t checkpoint_every_steps = 0, checkpoint_every_epochs = 1;
+    optim::ScheduleOptions schedule;
+    bool evaluate_only = false;
+    int64_t flip_bit_at_step = 0;  // fault injection: corrupts this replica after that step
+    absl::Duration collective_timeout = absl::Minutes(10);
+  };
+  struct Parts {
+    std::shared_ptr<const nn::Program> program;
+    device::Device* device = nullptr;
+    optim::FlatState* state = nullptr;
+    nn::Operations* operations = nullptr;
+    const optim::Optimizer* optimizer = nullptr;
+    std::vector<nn::Plan*> plans;            // by slot
+    collective::Communicator* communicator = nullptr;
+    collective::Team* team = nullptr;
+    collective::CanonicalAllReduce* all_reduce = nullptr;
+    data::BatchLoader* train = nullptr;
+    data::BatchLoader* validation = nullptr;
+    Recorder* recorder = nullptr;
+  };
+  // Called by slot 0, with all slots waiting: replica digest of the state at `step`; the state may be read.
+  class CheckpointSink {
+   public:
+    virtual ~CheckpointSink() = default;
+    virtual absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
+                                    const std::optional<v1::Evaluation>& evaluation,
+                                    absl::Span<const Digest> tensors, const Digest& parameters,
+                                    const Digest& state) = 0;
+  };
+
+  static absl::StatusOr<std::unique_ptr<StepLoop>> Make(Options options, Parts parts,
+                                                        CheckpointSink* checkpoints);
+  ~StepLoop();
+
+  // To the end of the run, or to a stop. On an error every slot returns it.
+  absl::Status Run(int slot);
+
+  void Stop() { stop_requested_ = true; }
+  // Wakes everything that waits in the loop.
+  void Abort(const absl::Status& cause);
+
+  // After all Runs have returned:
+  bool stopped() const { return stopped_; }
+  const v1::JobResult& result() const { return result_; }
+  const std::vector<int64_t>& shard_steps() const { return shard_steps_; }  // by shard
+
+ private:
+  struct Slot;
+  StepLoop(Options options, Parts parts, CheckpointSink* checkpoints);
+
+  absl::Status NextShards(Slot& slot);
+  static void TakeShards(Slot& slot, const data::Batch& batch);
+  absl::Status ForwardBackward(Slot& slot);
+  absl::Status FinishReduce(Slot& slot);
+  absl::Status Gate(Slot& slot);
+  void Optimize(Slot& slot);
+  void UpdateStatistics(Slot& slot);
+  absl::Status Commit(Slot& slot);
+  absl::Status Report(Slot& slot);
+  absl::Status Evaluate(Slot& slot);
+  absl::Status Checkpoint(Slot& slot);
+  absl::Status DigestState(Slot& slot);
+  absl::Status NameNonFinite(Slot& slot);
+  absl::Status Barrier(const Slot& slot);
+  absl::Time Deadline() const { return absl::Now() + options_.collective_timeout; }
+
+  const Options options_;
+  const Parts parts_;
+  CheckpointSink* const checkpoints_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+  std::atomic<bool> stop_requested_{false};
+  std::atomic<uint32_t> non_finite_[2] = {0, 0};  // by parity of the step
+
+  // Written by slot 0 between barriers; read by all after one.
+  std::vector<Digest> tensor_digests_;
+  Digest state_digest_, parameter_digest_;
+  int64_t digested_step_ = -1;
+  EpochSums epoch_, last_epoch_;
+  std::optional<v1::Evaluation> evaluation_;
+  bool stopped_ = false;
+  v1::JobResult result_;
+  std::vector<int64_t> shard_steps_;
+  absl::Time started_;
+  absl::Duration training_time_;
+  int64_t trained_samples_ = 0;
+};
+
+}  // namespace lockstep::train
