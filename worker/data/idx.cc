@@ -252,8 +252,4 @@ absl::StatusOr<std::shared_ptr<const Dataset>> LoadIdx(FileSystem& fs, const Idx
                                          *std::move(labels));
 }
 
-std::string ResolveDataFolder(const std::string& path, const std::string& data_root) {
-  return !path.empty() && path[0] == '/' ? path : JoinPath(data_root, path);
-}
-
 }  // namespace lockstep::data

@@ -36,8 +36,4 @@ struct IdxOptions {
 //   ResourceExhausted   more than 64 GiB of pixels
 absl::StatusOr<std::shared_ptr<const Dataset>> LoadIdx(FileSystem& fs, const IdxOptions& options);
 
-// Where a spec's data.path lies: an absolute path as it is, a relative one below `data_root` (the
-// environment's LOCKSTEP_DATA; "" is the working directory).
-std::string ResolveDataFolder(const std::string& path, const std::string& data_root);
-
 }  // namespace lockstep::data
