@@ -90,7 +90,9 @@ int Serve(const Flags& flags, int slots) {
     member.version = LOCKSTEP_VERSION;
     member.data_path = flags.data;
     member.flip_bit_at_step = flags.flip_bit_at_step;
-    member.send = [&outbox](lockstep::v1::WorkerMessage message) { outbox.Send(std::move(message)); };
+    member.send = [&outbox](lockstep::v1::WorkerMessage message) {
+      outbox.Send(std::move(message));
+    };
     return std::make_unique<TrainJob>(std::move(member));
   };
   Agent agent(options, factory);
@@ -117,29 +119,37 @@ int Serve(const Flags& flags, int slots) {
 
 int main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("A Lockstep worker: offers this machine's slots to a coordinator.", "lockstep-worker");
+  CLI::App app("A Lockstep worker: offers this machine's slots to a coordinator.",
+               "lockstep-worker");
   app.footer("Example: lockstep-worker --coordinator 10.0.0.1:7070 --slots cpu:2 --insecure");
   app.set_version_flag("--version", LOCKSTEP_VERSION);
-  app.add_option("--coordinator", flags.coordinator, "host:port of lockstep-server")->capture_default_str();
+  app.add_option("--coordinator", flags.coordinator, "host:port of lockstep-server")
+      ->capture_default_str();
   app.add_option("--slots", flags.slots, "what to offer: cpu:N, N slots of one thread each")
       ->capture_default_str();
-  app.add_option("--name", flags.name, "unique among the workers of a coordinator")->capture_default_str();
+  app.add_option("--name", flags.name, "unique among the workers of a coordinator")
+      ->capture_default_str();
   app.add_option("--host-id", flags.host_id,
                  "equal for workers that can share memory; others exchange over the network")
       ->capture_default_str();
-  app.add_option("--advertise", flags.advertise,
-                 "IP address that workers on other hosts reach this one by (default: the local address of "
-                 "the connection to the coordinator)");
+  app.add_option(
+      "--advertise", flags.advertise,
+      "IP address that workers on other hosts reach this one by (default: the local address of "
+      "the connection to the coordinator)");
   app.add_option("--work-dir", flags.work_dir, "where jobs without an output folder write")
       ->capture_default_str();
   app.add_option("--data", flags.data, "folder of the data, in place of the spec's data.path");
-  app.add_flag("--insecure", flags.insecure, "allow a coordinator that is not on loopback, without encryption");
+  app.add_flag("--insecure", flags.insecure,
+               "allow a coordinator that is not on loopback, without encryption");
   app.add_option("--log-level", flags.log_level, "debug, info, warning or error")
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))
       ->capture_default_str();
-  app.add_option("--evaluate", flags.evaluate, "score the newest checkpoint in this folder, print JSON, exit");
-  app.add_flag("--explain", flags.explain, "read a spec on standard input, print its plan as JSON, exit");
-  app.add_flag("--die-with-parent", flags.die_with_parent, "end when the process that started this one ends");
+  app.add_option("--evaluate", flags.evaluate,
+                 "score the newest checkpoint in this folder, print JSON, exit");
+  app.add_flag("--explain", flags.explain,
+               "read a spec on standard input, print its plan as JSON, exit");
+  app.add_flag("--die-with-parent", flags.die_with_parent,
+               "end when the process that started this one ends");
   app.add_option("--flip-bit-at-step", flags.flip_bit_at_step,
                  "fault injection: corrupt one bit of this replica after the step")
       ->group("Testing");
@@ -160,10 +170,12 @@ int main(int argc, char** argv) {
   if (flags.explain || !flags.evaluate.empty()) {
     absl::StatusOr<std::string> json;
     if (flags.explain) {
-      const std::string spec{std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>()};
+      const std::string spec{std::istreambuf_iterator<char>(std::cin),
+                             std::istreambuf_iterator<char>()};
       json = lockstep::train::ExplainSpec(spec);
     } else {
-      json = lockstep::train::EvaluateCheckpoint(flags.evaluate, flags.data, lockstep::AvailableCores());
+      json = lockstep::train::EvaluateCheckpoint(flags.evaluate, flags.data,
+                                                 lockstep::AvailableCores());
     }
     if (!json.ok()) {
       std::cerr << "lockstep-worker: " << json.status().message() << std::endl;
@@ -174,7 +186,8 @@ int main(int argc, char** argv) {
   }
   const int slots = ParseSlots(flags.slots);
   if (slots == 0) {
-    std::cerr << "lockstep-worker: --slots " << flags.slots << ": accepted: cpu:N with N from 1 to 1024" << std::endl;
+    std::cerr << "lockstep-worker: --slots " << flags.slots
+              << ": accepted: cpu:N with N from 1 to 1024" << std::endl;
     return 2;
   }
   return Serve(flags, slots);

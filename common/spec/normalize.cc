@@ -21,9 +21,9 @@ MaybeProblem CompleteNormalize(int channels, v1::NormalizeSpec* normalize) {
   const auto check = [&](const std::string& name, int count) -> MaybeProblem {
     if (count == 1 || count == channels) return std::nullopt;
     return Problem{"data.normalize." + name,
-                   fmt::format("found a list of {} elements; accepted: 1, or {}, the channels of "
+                   fmt::format("found {}; accepted: 1, or {}, the channels of "
                                "data.shape",
-                               count, channels)};
+                               FoundList(count), channels)};
   };
   LOCKSTEP_RETURN_IF_PROBLEM(check("mean", normalize->mean_size()));
   return check("std", normalize->std_size());

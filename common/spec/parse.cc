@@ -12,6 +12,7 @@
 #include "common/spec/schema.h"
 #include "common/spec/text.h"
 #include "fmt/format.h"
+#include "yaml-cpp/depthguard.h"
 #include "yaml-cpp/yaml.h"
 
 namespace lockstep::spec {
@@ -112,9 +113,9 @@ class Parser {
                     fmt::format("found {}; accepted: {}", Found(node), AcceptedList(field)));
     }
     if (!AcceptsCount(field, static_cast<int>(node.size()))) {
-      return Refuse(line, path,
-                    fmt::format("found a list of {} elements; accepted: {}", node.size(),
-                                AcceptedList(field)));
+      return Refuse(
+          line, path,
+          fmt::format("found {}; accepted: {}", FoundList(node.size()), AcceptedList(field)));
     }
     int index = 0;
     for (const YAML::Node& element : node) {
@@ -293,6 +294,9 @@ bool LoadYaml(const std::string& text, std::vector<YAML::Node>* documents, YamlE
   try {
     *documents = YAML::LoadAll(text);
     return true;
+  } catch (const YAML::DeepRecursion& e) {
+    error->line = e.mark.line + 1;
+    error->text = "found lists or mappings nested too deeply; accepted: at most 6 levels";
   } catch (const YAML::Exception& e) {
     error->line = e.mark.line + 1;
     error->text = fmt::format("not YAML: {} (column {})", OneLine(e.msg, 200), e.mark.column + 1);

@@ -294,6 +294,9 @@ std::string ChoiceHint(const FieldDescriptor& field, const std::string& value) {
   return NearestHint(value, FindRule(field)->choices);
 }
 
+std::string FoundList(size_t count) {
+  return fmt::format("a list of {} element{}", count, count == 1 ? "" : "s");
+}
 std::string FoundNumber(double value) { return fmt::format("{}", value); }
 std::string FoundString(const std::string& value) { return Quoted(value); }
 
@@ -316,8 +319,8 @@ MaybeProblem CheckValues(const Message& message, const std::string& path) {
     }
     const int count = reflection.FieldSize(message, field);
     if (!AcceptsCount(*field, count)) {
-      return Problem{at, fmt::format("found a list of {} elements; accepted: {}", count,
-                                     AcceptedList(*field))};
+      return Problem{at,
+                     fmt::format("found {}; accepted: {}", FoundList(count), AcceptedList(*field))};
     }
     for (int i = 0; i < count; ++i) {
       LOCKSTEP_RETURN_IF_PROBLEM(CheckElement(message, *field, i, Join(at, std::to_string(i))));

@@ -31,7 +31,8 @@ bool AcceptsCount(const google::protobuf::FieldDescriptor& field, int count);
 // ` (did you mean "adam"?)` where a choice is close to the value, else "".
 std::string ChoiceHint(const google::protobuf::FieldDescriptor& field, const std::string& value);
 
-// The value as messages show it.
+// The value as messages show it; a list as "a list of 2 elements".
+std::string FoundList(size_t count);
 std::string FoundNumber(double value);
 std::string FoundString(const std::string& value);
 

@@ -54,8 +54,6 @@ std::string OneLine(const std::string& text, size_t limit) {
     std::string piece;
     if (length == 0 || byte < 0x20 || byte == 0x7F) {
       piece = byte == '\n' ? "\\n" : byte == '\t' ? "\\t" : fmt::format("\\x{:02x}", byte);
-    } else if (byte == '"' || byte == '\\') {
-      piece = std::string("\\") + text[i];
     } else {
       piece = text.substr(i, length);
     }
@@ -70,10 +68,17 @@ std::string OneLine(const std::string& text, size_t limit) {
   return out;
 }
 
-std::string Quoted(const std::string& text) { return '"' + OneLine(text) + '"'; }
+std::string Quoted(const std::string& text) {
+  std::string escaped;
+  for (const char c : text) {
+    if (c == '"' || c == '\\') escaped += '\\';
+    escaped += c;
+  }
+  return '"' + OneLine(escaped) + '"';
+}
 
 std::string NearestHint(const std::string& found, const std::vector<std::string>& candidates) {
-  if (found.size() > 64) return "";
+  if (found.size() < 3 || found.size() > 64) return "";
   size_t best = std::max<size_t>(1, found.size() / 3) + 1;
   const std::string* nearest = nullptr;
   for (const std::string& candidate : candidates) {

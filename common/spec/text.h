@@ -7,10 +7,10 @@
 
 namespace lockstep::spec {
 
-// One printable line of at most `limit` bytes and a "...": control characters and quotes escaped,
-// UTF-8 kept.
+// One printable line of at most `limit` bytes and a "...": control characters and bytes
+// that are not UTF-8 escaped.
 std::string OneLine(const std::string& text, size_t limit = 60);
-std::string Quoted(const std::string& text);  // OneLine in double quotes
+std::string Quoted(const std::string& text);  // OneLine in double quotes, inner ones escaped
 
 // ` (did you mean "shards"?)`, or "" where no candidate is close.
 std::string NearestHint(const std::string& found, const std::vector<std::string>& candidates);

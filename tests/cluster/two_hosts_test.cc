@@ -1,39 +1,20 @@
 // Two hosts, as real as the machine allows (two_hosts.sh), give the digest of one slot on one host.
 #include <gtest/gtest.h>
 #include <stdlib.h>
-#include <sys/wait.h>
 
-#include <array>
 #include <cstdio>
 #include <fstream>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "common/fs.h"
-#include "nlohmann/json.hpp"
+#include "tests/cluster/shell.h"
 
 namespace lockstep {
 namespace {
 
 constexpr char kBin[] = LOCKSTEP_BIN_DIR;
 constexpr char kSource[] = LOCKSTEP_SOURCE_DIR;
-
-// Standard output of a shell command; the test fails where it does not end with 0.
-std::string OutputOf(const std::string& command) {
-  FILE* pipe = popen(command.c_str(), "r");
-  std::string output;
-  std::array<char, 4096> block;
-  while (const size_t n = fread(block.data(), 1, block.size(), pipe)) output.append(block.data(), n);
-  const int status = pclose(pipe);
-  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << command << "\n" << output;
-  return output;
-}
-
-nlohmann::json LastLine(const std::string& text) {
-  const size_t end = text.find_last_not_of('\n');
-  const size_t begin = text.find_last_of('\n', end);
-  return nlohmann::json::parse(text.substr(begin == std::string::npos ? 0 : begin + 1, end + 1), nullptr, false);
-}
 
 class TwoHosts : public testing::Test {
  protected:
@@ -55,11 +36,12 @@ train: {batch: 100, steps: 30, shards: 8, evaluate: {every_steps: 10}}
 };
 
 TEST_F(TwoHosts, GiveTheDigestOfOne) {
-  const nlohmann::json one = LastLine(OutputOf(absl::StrCat(
-      kBin, "/lockstep run ", spec_, " --slots 1 --out ", folder_, "/one -o json 2>", folder_, "/log")));
+  const nlohmann::json one =
+      LastLine(OutputOf(absl::StrCat(kBin, "/lockstep run ", spec_, " --slots 1 --out ", folder_,
+                                     "/one -o json 2>", folder_, "/log")));
   ASSERT_TRUE(one.is_object());
-  const std::string kind = OutputOf(absl::StrCat("bash ", kSource, "/tests/cluster/two_hosts.sh ", kBin, " ",
-                                                 spec_, " ", folder_, "/two"));
+  const std::string kind = OutputOf(absl::StrCat("bash ", kSource, "/tests/cluster/two_hosts.sh ",
+                                                 kBin, " ", spec_, " ", folder_, "/two"));
   std::printf("hosts are: %s", kind.c_str());
   const nlohmann::json two = LastLine(*ReadFile(folder_ + "/two/result.json", 1 << 20));
   ASSERT_TRUE(two.is_object());

@@ -44,14 +44,16 @@ std::string FileContent(const std::string& path) {
 TEST_P(Exactness, EveryNumberIsThatOfOneSlot) {
   const auto [model, placement] = GetParam();
   const Cluster one{.workers = 1, .slots = 1, .output_dir = TemporaryFolder()};
-  const Cluster many{.workers = placement.first, .slots = placement.second, .output_dir = TemporaryFolder()};
+  const Cluster many{
+      .workers = placement.first, .slots = placement.second, .output_dir = TemporaryFolder()};
   const Run expected = RunMembers(YamlOf(model), one);
   const Run actual = RunMembers(YamlOf(model), many);
   ASSERT_EQ(AgreedDigest(actual), AgreedDigest(expected));
   ASSERT_EQ(expected.steps.size(), 30u);
   ASSERT_EQ(expected.evaluations.size(), 5u);  // steps 7, 14, 21, 28 and the last, 30
   EXPECT_EQ(Numbers(actual), Numbers(expected));
-  EXPECT_EQ(FileContent(many.output_dir + "/digests.jsonl"), FileContent(one.output_dir + "/digests.jsonl"));
+  EXPECT_EQ(FileContent(many.output_dir + "/digests.jsonl"),
+            FileContent(one.output_dir + "/digests.jsonl"));
   for (const char* step : {"step-00000013", "step-00000026", "step-00000030"}) {
     const std::string file = absl::StrCat("/checkpoints/", step, "/model.safetensors");
     EXPECT_TRUE(FileContent(many.output_dir + file) == FileContent(one.output_dir + file)) << file;
@@ -61,7 +63,8 @@ TEST_P(Exactness, EveryNumberIsThatOfOneSlot) {
 // Each shard's forward and backward run exactly once a step across the cluster.
 TEST_P(Exactness, EveryShardRunsOnceAStep) {
   const auto [model, placement] = GetParam();
-  const Run run = RunMembers(YamlOf(model), {.workers = placement.first, .slots = placement.second});
+  const Run run =
+      RunMembers(YamlOf(model), {.workers = placement.first, .slots = placement.second});
   AgreedDigest(run);
   // 30 steps of 11 a epoch: the two short batches leave shards 3 to 7 empty.
   for (int shard = 0; shard < 8; ++shard) {
@@ -77,33 +80,39 @@ TEST_P(Exactness, EveryShardRunsOnceAStep) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, Exactness,
-    testing::Combine(testing::Values("mlp", "cnn"),
-                     testing::Values(std::pair(1, 1), std::pair(1, 2), std::pair(2, 1), std::pair(3, 1),
-                                     std::pair(2, 2), std::pair(5, 1), std::pair(8, 1))),
-    [](const auto& info) {
-      return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).first, "x",
-                          std::get<1>(info.param).second);
-    });
+INSTANTIATE_TEST_SUITE_P(All, Exactness,
+                         testing::Combine(testing::Values("mlp", "cnn"),
+                                          testing::Values(std::pair(1, 1), std::pair(1, 2),
+                                                          std::pair(2, 1), std::pair(3, 1),
+                                                          std::pair(2, 2), std::pair(5, 1),
+                                                          std::pair(8, 1))),
+                         [](const auto& info) {
+                           return absl::StrCat(std::get<0>(info.param), "_",
+                                               std::get<1>(info.param).first, "x",
+                                               std::get<1>(info.param).second);
+                         });
 
 // Hosts exchange through Gloo, and two workers of three may share one: the digest does not know.
-class Transports : public testing::TestWithParam<std::pair<const char*, std::vector<std::string>>> {};
+class Transports : public testing::TestWithParam<std::pair<const char*, std::vector<std::string>>> {
+};
 
 TEST_P(Transports, GiveTheSameDigest) {
   const std::vector<std::string>& hosts = GetParam().second;
   Cluster cluster{.workers = static_cast<int>(hosts.size()), .slots = 1, .host_ids = hosts};
-  for (const std::string& host : hosts) cluster.addresses.push_back(host == "a" ? "127.0.0.1" : "127.0.0.2");
+  for (const std::string& host : hosts)
+    cluster.addresses.push_back(host == "a" ? "127.0.0.1" : "127.0.0.2");
   EXPECT_EQ(AgreedDigest(RunMembers(MlpYaml(), cluster)), AgreedDigest(RunMembers(MlpYaml(), {})));
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Transports,
-                         testing::Values(std::pair("TwoHosts", std::vector<std::string>{"a", "b"}),
-                                         std::pair("Mixed", std::vector<std::string>{"a", "a", "b"}),
-                                         std::pair("ThreeHosts", std::vector<std::string>{"a", "b", "c"})),
-                         [](const auto& info) { return info.param.first; });
+INSTANTIATE_TEST_SUITE_P(
+    All, Transports,
+    testing::Values(std::pair("TwoHosts", std::vector<std::string>{"a", "b"}),
+                    std::pair("Mixed", std::vector<std::string>{"a", "a", "b"}),
+                    std::pair("ThreeHosts", std::vector<std::string>{"a", "b", "c"})),
+    [](const auto& info) { return info.param.first; });
 
-// With one slot each and power-of-two placements, a member sends at most what a ring all-reduce sends.
+// With one slot each and power-of-two placements, a member sends at most what a ring all-reduce
+// sends.
 TEST(Bytes, AreThoseOfARing) {
   for (int workers : {2, 4, 8}) {
     const std::string yaml = R"(
@@ -114,13 +123,16 @@ train: {batch: 64, steps: 10, shards: 8}
 )";
     const Run run = RunMembers(yaml, {.workers = workers, .slots = 1});
     AgreedDigest(run);
-    // dense 784 x 500 without bias, batch_norm 2 x 500, dense 500 x 10 + 10; each begins on a cache line.
+    // dense 784 x 500 without bias, batch_norm 2 x 500, dense 500 x 10 + 10; each begins on a cache
+    // line.
     const auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
     const int64_t gradient = 4 * (padded(784 * 500) + 2 * padded(500) + padded(5000) + padded(10));
     for (const v1::Ended& ended : run.ended) {
       EXPECT_GT(ended.gradient_bytes_sent(), 0);
-      // Chunks end on cache lines: a member's own may be a line shorter than the mean, in every bucket.
-      EXPECT_LE(ended.gradient_bytes_sent(), 10 * (2 * (workers - 1) * gradient / workers + 2 * 8 * 64 * workers))
+      // Chunks end on cache lines: a member's own may be a line shorter than the mean, in every
+      // bucket.
+      EXPECT_LE(ended.gradient_bytes_sent(),
+                10 * (2 * (workers - 1) * gradient / workers + 2 * 8 * 64 * workers))
           << workers;
     }
     int64_t total = 0;
@@ -151,7 +163,8 @@ TEST_P(Resume, OnAnotherPlacementGivesTheBitsOfTheUndisturbedRun) {
 
 INSTANTIATE_TEST_SUITE_P(All, Resume,
                          testing::Combine(testing::Values("mlp", "cnn"),
-                                          testing::Values(std::pair(1, 1), std::pair(1, 3), std::pair(3, 1))),
+                                          testing::Values(std::pair(1, 1), std::pair(1, 3),
+                                                          std::pair(3, 1))),
                          [](const auto& info) {
                            return absl::StrCat(std::get<0>(info.param), "_",
                                                std::get<1>(info.param).first, "x",

@@ -33,7 +33,8 @@ TEST(NonFinite, NamesStepAndFirstTensorWhateverThePlacement) {
     for (const v1::Ended& ended : run.ended) {
       ASSERT_EQ(ended.outcome(), v1::Ended::ERRORED);
       EXPECT_FALSE(ended.secondary());
-      EXPECT_THAT(ended.error(), AllOf(HasSubstr("step "), HasSubstr("is not finite"), Not(HasSubstr("\n"))));
+      EXPECT_THAT(ended.error(),
+                  AllOf(HasSubstr("step "), HasSubstr("is not finite"), Not(HasSubstr("\n"))));
       const std::string message = ended.error().substr(ended.error().find("step "));
       if (expected.empty()) expected = message;
       EXPECT_EQ(message, expected);
@@ -48,8 +49,9 @@ TEST(Data, MissingFolderIsNamed) {
 }
 
 TEST(Data, LabelOutOfRangeIsNamed) {
-  const Run run = RunMembers(Replace(Replace(MlpYaml(), "data: {", "data: {classes: 9, "), "units: 10", "units: 9"),
-                             {.workers = 1});
+  const Run run = RunMembers(
+      Replace(Replace(MlpYaml(), "data: {", "data: {classes: 9, "), "units: 10", "units: 9"),
+      {.workers = 1});
   EXPECT_THAT(run.prepare_error, AllOf(HasSubstr("label"), HasSubstr("train-labels")));
 }
 
@@ -90,7 +92,8 @@ TEST_F(ResumeRefused, FromNowhere) {
   EXPECT_THAT(run.prepare_error, HasSubstr("/nowhere/at/all"));
 }
 
-// The newest checkpoint is damaged: the one before it is used, and the end is that of the undisturbed run.
+// The newest checkpoint is damaged: the one before it is used, and the end is that of the
+// undisturbed run.
 TEST_F(ResumeRefused, NotWhereOnlyTheNewestIsDamaged) {
   const std::string newest = folder_ + "/checkpoints/step-00000030/model.safetensors";
   std::string content = *ReadFile(newest, 1 << 28);

@@ -116,8 +116,8 @@ std::string AgreedDigest(const Run& run) {
 
 namespace {
 
-// 1,030 samples in batches of 100: 13 + 13 + 13 + 13 + 12 + ... in full ones; the last of an epoch has 30
-// samples: 13, 13, 4 and five empty shards.
+// 1,030 samples in batches of 100: 13 + 13 + 13 + 13 + 12 + ... in full ones; the last of an epoch
+// has 30 samples: 13, 13, 4 and five empty shards.
 constexpr char kRest[] = R"(
 data: {path: /usr/share/datasets/fashion-mnist, train_samples: 1030, validation_samples: 1003,
        normalize: {mean: [0.286], std: [0.353]}}
@@ -142,7 +142,8 @@ model:
     - {name: norm2, type: batch_norm, sync: batch}
     - {name: out, type: dense, units: 10}
 optimizer: {type: momentum, learning_rate: 0.05, l2: 0.0001}
-)", kRest, extra);
+)",
+                      kRest, extra);
 }
 
 std::string CnnYaml(const std::string& extra) {
@@ -151,7 +152,8 @@ name: cnn
 model: {preset: fashion-cnn, sync: shard}
 optimizer: {type: adam, learning_rate: 0.001}
 schedule: {type: cosine, warmup_steps: 5}
-)", kRest, extra);
+)",
+                      kRest, extra);
 }
 
 }  // namespace lockstep::train

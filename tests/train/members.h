@@ -1,5 +1,6 @@
-// Runs a job's members as the coordinator would, each MemberJob on threads of its own in this process:
-// Prepare all, pass the rendezvous bytes round, Run all. Everything below the coordinator is real.
+// Runs a job's members as the coordinator would, each MemberJob on threads of its own in this
+// process: Prepare all, pass the rendezvous bytes round, Run all. Everything below the coordinator
+// is real.
 #pragma once
 
 #include <string>
@@ -10,28 +11,29 @@
 namespace lockstep::train {
 
 struct Run {
-  std::vector<v1::Ended> ended;         // by rank
-  std::vector<v1::StepMetrics> steps;   // rank 0's reports, in order
+  std::vector<v1::Ended> ended;        // by rank
+  std::vector<v1::StepMetrics> steps;  // rank 0's reports, in order
   std::vector<v1::Evaluation> evaluations;
   std::vector<v1::CheckpointInfo> checkpoints;
   std::vector<v1::ReplicaDigest> digests;  // of all ranks
-  std::string prepare_error;            // of the first member whose Prepare failed
+  std::string prepare_error;               // of the first member whose Prepare failed
 };
 
 struct Cluster {
   int workers = 1;
-  int slots = 1;                        // of each worker
-  std::vector<std::string> host_ids;    // by rank; default: all one host
-  std::vector<std::string> addresses;   // by rank; default 127.0.0.1
+  int slots = 1;                       // of each worker
+  std::vector<std::string> host_ids;   // by rank; default: all one host
+  std::vector<std::string> addresses;  // by rank; default 127.0.0.1
   std::string resume_from;
-  std::string output_dir;               // default: a fresh folder
-  int64_t flip_bit_at_step = 0;         // of the last rank
+  std::string output_dir;        // default: a fresh folder
+  int64_t flip_bit_at_step = 0;  // of the last rank
 };
 
 // `yaml` must be a valid spec. The folder of a default output_dir is removed with the process.
 Run RunMembers(const std::string& yaml, const Cluster& cluster);
 
-// The state digest that all members ended with; fails the test where they differ or did not complete.
+// The state digest that all members ended with; fails the test where they differ or did not
+// complete.
 std::string AgreedDigest(const Run& run);
 
 std::string TemporaryFolder();

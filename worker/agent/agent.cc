@@ -80,7 +80,9 @@ v1::WorkerMessage EndedMessage(const v1::Prepare& prepare, v1::Ended ended) {
 class Agent::Impl {
  public:
   Impl(AgentOptions options, JobFactory factory)
-      : options_(std::move(options)), factory_(std::move(factory)), incarnation_(RandomIncarnation()) {}
+      : options_(std::move(options)),
+        factory_(std::move(factory)),
+        incarnation_(RandomIncarnation()) {}
 
   absl::Status Run() {
     const absl::StatusOr<std::string> warning =
@@ -211,7 +213,8 @@ class Agent::Impl {
       spdlog::info("registered with {} as {}, {} slots", options_.coordinator, options_.name,
                    options_.slots);
       outbox_.Open();
-      const absl::Duration heartbeat = absl::Milliseconds(std::max(message.registered().heartbeat_ms(), 50));
+      const absl::Duration heartbeat =
+          absl::Milliseconds(std::max(message.registered().heartbeat_ms(), 50));
       std::thread writer([&] {
         v1::WorkerMessage next;
         while (outbox_.Next(heartbeat, &next) && stream->Write(next)) next.Clear();
@@ -260,19 +263,21 @@ class Agent::Impl {
 
   Running* Find(const std::string& job, int64_t generation) {
     const auto found = jobs_.find(job);
-    return found != jobs_.end() && found->second->prepare.generation() == generation ? found->second.get()
-                                                                                     : nullptr;
+    return found != jobs_.end() && found->second->prepare.generation() == generation
+               ? found->second.get()
+               : nullptr;
   }
 
   void StartJob(const v1::Prepare& prepare) {
-    // The coordinator forms a new generation only after the old one's Ended; this is for one that lost it.
+    // The coordinator forms a new generation only after the old one's Ended; this is for one that
+    // lost it.
     if (const auto old = jobs_.find(prepare.job()); old != jobs_.end()) {
       AbortJob(*old->second, "a newer generation was formed");
       old->second->thread.join();
       jobs_.erase(old);
     }
-    spdlog::info("job {} generation {}: preparing as rank {} of {}", prepare.job(), prepare.generation(),
-                 prepare.rank(), prepare.members_size());
+    spdlog::info("job {} generation {}: preparing as rank {} of {}", prepare.job(),
+                 prepare.generation(), prepare.rank(), prepare.members_size());
     auto running = std::make_unique<Running>();
     Running* r = running.get();
     r->prepare = prepare;
@@ -332,7 +337,8 @@ class Agent::Impl {
       ended.set_outcome(v1::Ended::STOPPED);  // the echo of the abort
     }
     if (ended.outcome() == v1::Ended::ERRORED) {
-      spdlog::error("job {} generation {}: {}", r.prepare.job(), r.prepare.generation(), ended.error());
+      spdlog::error("job {} generation {}: {}", r.prepare.job(), r.prepare.generation(),
+                    ended.error());
     } else {
       spdlog::info("job {} generation {}: {}", r.prepare.job(), r.prepare.generation(),
                    ended.outcome() == v1::Ended::COMPLETED ? "completed" : "stopped");

@@ -1,7 +1,7 @@
 // The agent: a worker's side of the stream to the coordinator. It registers, sends heartbeats, and
-// obeys generations: each Prepare becomes a Job with a thread of its own, which sends Ready, waits for
-// Start and sends Ended. A lost stream abandons all jobs (their generations are dead) and the agent
-// reconnects with back-off under the same incarnation.
+// obeys generations: each Prepare becomes a Job with a thread of its own, which sends Ready, waits
+// for Start and sends Ended. A lost stream abandons all jobs (their generations are dead) and the
+// agent reconnects with back-off under the same incarnation.
 //
 // Knows nothing of training: jobs come from the factory that main.cc gives it.
 // Thread safety: Run on one thread; Shutdown from any; Outbox from any.
@@ -18,8 +18,8 @@
 
 namespace lockstep::agent {
 
-// Messages to the coordinator, in order; what is sent while there is no connection is dropped, since
-// its generation died with the connection.
+// Messages to the coordinator, in order; what is sent while there is no connection is dropped,
+// since its generation died with the connection.
 class Outbox {
  public:
   virtual ~Outbox() = default;
@@ -47,7 +47,7 @@ struct AgentOptions {
   std::string name;
   std::string host;
   std::string host_id;
-  std::string advertise;    // IP address for peers; empty: the local address of the connection
+  std::string advertise;  // IP address for peers; empty: the local address of the connection
   std::string device = "cpu";
   int slots = 1;
   std::string version;
@@ -59,8 +59,8 @@ class Agent {
   ~Agent();
   Agent(const Agent&) = delete;
 
-  // Serves until Shutdown (OK). FailedPrecondition: refused for good by the coordinator (the name is
-  // taken, the registration makes no sense); InvalidArgument: the address.
+  // Serves until Shutdown (OK). FailedPrecondition: refused for good by the coordinator (the name
+  // is taken, the registration makes no sense); InvalidArgument: the address.
   absl::Status Run();
   void Shutdown();
 

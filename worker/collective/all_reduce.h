@@ -1,13 +1,13 @@
 // The canonical all-reduce, written once on top of Communicator and Team.
 //
 // CanonicalAllReduce: gradients. Slots write leaf gradients into partial buffers that the stack
-// schedule names, fold them layer by layer while they lie in cache, and once a bucket's last leaf is
-// done the bucket is exchanged: chunk c of a bucket goes to member c, which finishes the tree (its
-// slots splitting the chunk), and finished chunks are gathered. With power-of-two placements a member
-// sends 2 (W-1)/W of the gradient's bytes, in two hops.
+// schedule names, fold them layer by layer while they lie in cache, and once a bucket's last leaf
+// is done the bucket is exchanged: chunk c of a bucket goes to member c, which finishes the tree
+// (its slots splitting the chunk), and finished chunks are gathered. With power-of-two placements a
+// member sends 2 (W-1)/W of the gradient's bytes, in two hops.
 //
-// MergeSmall: batch-norm records and the step's trailer. Records are folded to the member's subtrees,
-// all-gathered, and every member folds the rest itself.
+// MergeSmall: batch-norm records and the step's trailer. Records are folded to the member's
+// subtrees, all-gathered, and every member folds the rest itself.
 //
 // SPMD: every slot thread of every member makes the same calls in the same order. Any failure is
 // sticky: the Team and Communicator are aborted with it and all slots return it.
@@ -41,17 +41,18 @@ std::vector<Bucket> MakeBuckets(int64_t size, const std::vector<int64_t>& offset
 
 class CanonicalAllReduce {
  public:
-  // Bytes of Communicator memory that an instance will allocate; for RendezvousOptions::shared_bytes.
+  // Bytes of Communicator memory that an instance will allocate; for
+  // RendezvousOptions::shared_bytes.
   static size_t SharedBytes(const Placement& placement, int64_t size);
 
-  static absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> Make(device::Device& device,
-                                                                  Communicator* communicator, Team* team,
-                                                                  const Placement& placement,
-                                                                  int64_t size, std::vector<Bucket> buckets);
+  static absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> Make(
+      device::Device& device, Communicator* communicator, Team* team, const Placement& placement,
+      int64_t size, std::vector<Bucket> buckets);
   virtual ~CanonicalAllReduce() = default;
 
   // Begins a step in which only the leaves with present[leaf] exist (at least one does). Each slot
-  // calls it; no buffer of the previous step's result may be in use any more (put a barrier before).
+  // calls it; no buffer of the previous step's result may be in use any more (put a barrier
+  // before).
   virtual absl::Status Begin(int slot, absl::Span<const uint8_t> present, absl::Time deadline) = 0;
   // Where the leaf's vector (whole flat vector) is to be written; and that [begin, end) of it is.
   // Leaves of a slot in ascending order for every range; ranges partition [0, size).
@@ -62,15 +63,17 @@ class CanonicalAllReduce {
   virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) = 0;
   virtual const float* result() const = 0;
 
-  // Folds small records: `fold(left, right)` combines into left in place. `records[leaf - bounds[slot]]`
-  // (null where absent) of `bytes` each, on any of this slot's leaves; returns the root's record (valid
-  // until the slot's next call), or null where no leaf is present. On Lane::kMoments.
+  // Folds small records: `fold(left, right)` combines into left in place. `records[leaf -
+  // bounds[slot]]` (null where absent) of `bytes` each, on any of this slot's leaves; returns the
+  // root's record (valid until the slot's next call), or null where no leaf is present. On
+  // Lane::kMoments.
   using Fold = std::function<void(void* left, const void* right)>;
   virtual absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
-                                                 size_t bytes, const Fold& fold, absl::Time deadline) = 0;
+                                                 size_t bytes, const Fold& fold,
+                                                 absl::Time deadline) = 0;
 
-  // Fixed blocks of bytes from every member, the same on all: block m at m * bytes. `mine` of slot 0
-  // counts. Valid until the slot's next call.
+  // Fixed blocks of bytes from every member, the same on all: block m at m * bytes. `mine` of slot
+  // 0 counts. Valid until the slot's next call.
   virtual absl::StatusOr<const void*> AllGather(int slot, const void* mine, size_t bytes,
                                                 absl::Time deadline) = 0;
 };

@@ -3,11 +3,11 @@
 // slot. It belongs to its generation: after an error or Abort it is dead and a new generation makes
 // a new one.
 //
-// Operations are enqueued on a lane; operations of one lane complete in order, lanes are independent,
-// so that small exchanges never queue behind gradient buckets. Every member enqueues the same
-// operations with the same sizes in the same order per lane. Enqueue reports argument errors only;
-// failures come from Wait, which names the members missing (DeadlineExceeded: "no answer from member
-// 2 (worker-b) on lane gradients"), or the cause given to Abort (Aborted).
+// Operations are enqueued on a lane; operations of one lane complete in order, lanes are
+// independent, so that small exchanges never queue behind gradient buckets. Every member enqueues
+// the same operations with the same sizes in the same order per lane. Enqueue reports argument
+// errors only; failures come from Wait, which names the members missing (DeadlineExceeded: "no
+// answer from member 2 (worker-b) on lane gradients"), or the cause given to Abort (Aborted).
 //
 // How NCCL fits: Allocate is ncclMemAlloc + registration; a lane is a communicator of its own;
 // EnqueueExchange is a group of ncclSend/ncclRecv of chunks into staging memory, to which `views`
@@ -35,8 +35,8 @@ namespace lockstep::collective {
 enum class Lane { kGradients = 0, kMoments = 1 };
 constexpr int kLanes = 2;
 
-// Elements [ChunkBegin(n, size, r), ChunkBegin(n, size, r + 1)) of n belong to member r; boundaries are
-// multiples of 16 elements.
+// Elements [ChunkBegin(n, size, r), ChunkBegin(n, size, r + 1)) of n belong to member r; boundaries
+// are multiples of 16 elements.
 int64_t ChunkBegin(int64_t count, int size, int rank);
 
 struct Ticket {
@@ -57,25 +57,35 @@ class Communicator {
 
   // Memory that may be passed to the operations below; zeroed. Symmetric: all members allocate the
   // same sizes in the same order, before the first operation. Freed with the Communicator.
+  // ResourceExhausted beyond what was announced.
   virtual absl::StatusOr<void*> Allocate(size_t bytes) = 0;
 
-  // Each member m offers parts[m] vectors of `count` floats (`mine`, in Allocate'd memory). Afterwards
-  // views[m][p] points to this member's chunk of part p of member m, readable until this member's next
-  // EnqueueGather on the lane completes. Members may offer different numbers of parts, also none.
+  // Where member `rank` holds the memory that we hold at `mine` (Allocate'd), if it can be read and
+  // written from here (same host); else null.
+  virtual void* Peer(int rank, void* mine) = 0;
+
+  // Each member m offers parts[m] vectors of `count` floats (`mine`, in Allocate'd memory).
+  // Afterwards views[m][p] points to this member's chunk of part p of member m, readable until the
+  // gather that goes with it completes (the k-th exchange of a lane goes with its k-th gather);
+  // only then may the member write to what it offered, except its own chunk. Members may offer
+  // different numbers of parts, also none. `views` must stay until Wait.
   virtual absl::StatusOr<Ticket> EnqueueExchange(device::Stream* stream, Lane lane,
                                                  absl::Span<const float* const> mine,
                                                  absl::Span<const int> parts, int64_t count,
                                                  std::vector<std::vector<const float*>>* views) = 0;
   // data {count} in Allocate'd memory: this member's chunk is finished; fills in the others'.
+  // `delivered` (all members say the same): each has written its chunk through Peer() into all
+  // members that have one, so that only members of other hosts are sent anything.
   virtual absl::StatusOr<Ticket> EnqueueGather(device::Stream* stream, Lane lane, float* data,
-                                               int64_t count) = 0;
-  // all {size() * bytes}: block m is member m's `mine`. Any memory; bytes at most kSmallBytes.
+                                               int64_t count, bool delivered = false) = 0;
+  // all {size() * bytes}: block m is member m's `mine`. Any memory, which must stay until Wait;
+  // bytes at most kSmallBytes. One byte makes a barrier.
   static constexpr size_t kSmallBytes = 4 << 20;
-  virtual absl::StatusOr<Ticket> EnqueueAllGather(device::Stream* stream, Lane lane, const void* mine,
-                                                  size_t bytes, void* all) = 0;
-  // Any memory.
-  virtual absl::StatusOr<Ticket> EnqueueBroadcast(device::Stream* stream, Lane lane, int root, void* data,
-                                                  size_t bytes) = 0;
+  virtual absl::StatusOr<Ticket> EnqueueAllGather(device::Stream* stream, Lane lane,
+                                                  const void* mine, size_t bytes, void* all) = 0;
+  // Any memory, which must stay until Wait.
+  virtual absl::StatusOr<Ticket> EnqueueBroadcast(device::Stream* stream, Lane lane, int root,
+                                                  void* data, size_t bytes) = 0;
 
   // Returns when the operation (and so all before it on its lane) is complete.
   virtual absl::Status Wait(const Ticket& ticket, absl::Time deadline) = 0;

@@ -1,7 +1,7 @@
-// Making the Communicator of a generation in two phases, as the protocol's Prepare -> Ready -> Start:
-// each member opens its end and describes it in opaque bytes, the coordinator passes everybody's bytes
-// round, and each member connects. Peers with the same host id exchange through shared memory (a
-// memfd, so nothing is left behind whatever dies), others through Gloo over TCP.
+// Making the Communicator of a generation in two phases, as the protocol's Prepare -> Ready ->
+// Start: each member opens its end and describes it in opaque bytes, the coordinator passes
+// everybody's bytes round, and each member connects. Peers with the same host id exchange through
+// shared memory (a memfd, so nothing is left behind whatever dies), others through Gloo over TCP.
 #pragma once
 
 #include <memory>
@@ -15,30 +15,36 @@
 namespace lockstep::collective {
 
 struct MemberInfo {
-  std::string name;      // for messages
-  std::string host_id;   // equal where processes can share memory
+  std::string name;     // for messages
+  std::string host_id;  // equal where processes can share memory
 };
 
 struct RendezvousOptions {
   int rank = 0;
   std::vector<MemberInfo> members;
-  std::string address;   // local IP address that peers on other hosts reach us by, without port
-  size_t shared_bytes = 0;  // at least the sum of what will be passed to Allocate (plus its alignment to 64)
+  std::string address;  // local IP address that peers on other hosts reach us by, without port
+  int slots = 1;  // threads of this member: waiting spins only where all of a host can have a core
+  // At least the sum of what will be passed to Allocate, each rounded up to 64.
+  size_t shared_bytes = 0;
 };
 
 class Rendezvous {
  public:
   virtual ~Rendezvous() = default;
-  // Our end, to be sent with Ready.
+  // Our end, to be sent with Ready. A few hundred bytes a member; made for this process and once.
   virtual std::string bytes() const = 0;
-  // Joins; by_rank[r] is member r's bytes. Once. Unavailable names the member that did not answer.
-  virtual absl::StatusOr<std::unique_ptr<Communicator>> Connect(const std::vector<std::string>& by_rank,
-                                                                absl::Time deadline) = 0;
+  // Joins; by_rank[r] is member r's bytes. Once. Unavailable names the members that did not answer;
+  // FailedPrecondition the one whose bytes are of another rendezvous, InvalidArgument the one whose
+  // bytes are damaged.
+  virtual absl::StatusOr<std::unique_ptr<Communicator>> Connect(
+      const std::vector<std::string>& by_rank, absl::Time deadline) = 0;
 };
 
+// InvalidArgument; ResourceExhausted (shared memory); Unavailable (the address is not ours).
 absl::StatusOr<std::unique_ptr<Rendezvous>> OpenRendezvous(const RendezvousOptions& options);
 
-// The members of one process, each to be used by its own thread (GPU slots of a worker; tests).
+// Empty where there is no memory. The members of one process, each to be used by its own thread
+// (GPU slots of a worker; tests).
 std::vector<std::unique_ptr<Communicator>> MakeLocalCommunicators(int size, size_t shared_bytes);
 
 }  // namespace lockstep::collective

@@ -1,7 +1,7 @@
-// The canonical tree over leaves 0..n-1: a tree over n > 1 leaves splits at the largest power of two
-// below n. All reductions of a job combine their leaves in this order and no other, so a result does
-// not depend on who held which leaf. An absent leaf (an empty shard) has no value and its sibling
-// passes unchanged. Pure functions; thread-safe.
+// The canonical tree over leaves 0..n-1: a tree over n > 1 leaves splits at the largest power of
+// two below n. All reductions of a job combine their leaves in this order and no other, so a result
+// does not depend on who held which leaf. An absent leaf (an empty shard) has no value and its
+// sibling passes unchanged. Pure functions; thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -33,18 +33,21 @@ struct StackSchedule {
     std::vector<Combine> combines;  // to do once it is written
   };
   int buffers = 0;
-  std::vector<Leaf> leaves;         // of [begin, end)
-  std::vector<int> part_buffer;     // for each MaximalSubtrees(leaves, begin, end): where it ends up; -1: absent
+  std::vector<Leaf> leaves;  // of [begin, end)
+  std::vector<int>
+      part_buffer;  // for each MaximalSubtrees(leaves, begin, end): where it ends up; -1: absent
 };
 // present[i] != 0: leaf i of 0..leaves-1 exists.
 StackSchedule MakeStackSchedule(int leaves, int begin, int end, absl::Span<const uint8_t> present);
 
-// Folds values that stand for `parts` (disjoint subtrees, left to right, absent ones already left out)
-// up to the subtrees `targets`; part i is buffer i. Each target's value ends in target_buffer (-1: absent).
+// Folds values that stand for `parts` (disjoint subtrees, left to right, absent ones already left
+// out) up to the subtrees `targets`; part i is buffer i. Each target's value ends in target_buffer
+// (-1: absent).
 struct FoldSchedule {
   std::vector<Combine> combines;
   std::vector<int> target_buffer;
 };
-FoldSchedule MakeFoldSchedule(int leaves, absl::Span<const Node> parts, absl::Span<const Node> targets);
+FoldSchedule MakeFoldSchedule(int leaves, absl::Span<const Node> parts,
+                              absl::Span<const Node> targets);
 
 }  // namespace lockstep::collective

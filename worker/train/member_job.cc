@@ -17,8 +17,8 @@
 #include "common/status_macros.h"
 #include "spdlog/spdlog.h"
 #include "worker/collective/rendezvous.h"
-#include "worker/data/idx.h"
 #include "worker/data/batch_loader.h"
+#include "worker/data/idx.h"
 #include "worker/data/sampler.h"
 #include "worker/device/cpu/cpu_device.h"
 #include "worker/train/checkpoint.h"
@@ -28,13 +28,13 @@
 namespace lockstep::train {
 namespace {
 
-
 constexpr absl::Duration kConnectTimeout = absl::Seconds(8);
 
-// Peers' failures reach us as these codes from the collectives; what we do wrong ourselves has others.
+// Peers' failures reach us as these codes from the collectives; what we do wrong ourselves has
+// others.
 bool IsEcho(const absl::Status& status) {
-  return absl::IsAborted(status) || absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
-         absl::IsCancelled(status);
+  return absl::IsAborted(status) || absl::IsUnavailable(status) ||
+         absl::IsDeadlineExceeded(status) || absl::IsCancelled(status);
 }
 
 }  // namespace
@@ -52,8 +52,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     output_dir_ = prepare.output_dir().empty() ? JoinPath(options_.work_dir, prepare.job())
                                                : prepare.output_dir();
     ASSIGN_OR_RETURN(spec::Graph graph, spec::BuildGraph(spec_));
-    has_accuracy_ = graph.loss == spec::LossType::kSoftmaxCrossEntropy ||
-                    graph.target == spec::Target::kLabel;
+    has_accuracy_ =
+        graph.loss == spec::LossType::kSoftmaxCrossEntropy || graph.target == spec::Target::kLabel;
     RETURN_IF_ERROR(LoadData(graph));
     ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
     ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
@@ -65,11 +65,15 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
 
     v1::Ready ready;
     ready.set_state_version(loaded_.has_value() ? loaded_->manifest.step() : -1);
-    ASSIGN_OR_RETURN(const std::string probe,
-                     ProbeDigest(program_, *device_, *operations_, probe_rows_, spec_.train().seed()));
+    ASSIGN_OR_RETURN(const std::string probe, ProbeDigest(program_, *device_, *operations_,
+                                                          probe_rows_, spec_.train().seed()));
     ready.set_fingerprint(absl::StrCat(device_->fingerprint(), ", probe ", probe));
     ready.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
     ready.set_rendezvous(rendezvous_->bytes());
+    Log("INFO", absl::StrCat("rank ", prepare.rank(), " of ", prepare.members_size(), ": shards ",
+                             bounds_.front(), " to ", bounds_.back() - 1, " on ", plans_.size(),
+                             plans_.size() == 1 ? " slot; " : " slots; ", train_set_->samples(),
+                             " + ", validation_set_->samples(), " samples; ", ready.fingerprint()));
     return ready;
   }
 
@@ -81,6 +85,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       if (status.ok()) status = written;
     }
     recorder_.reset();  // sends what is left
+    if (!status.ok()) {
+      Log(IsEcho(status) ? "WARNING" : "ERROR", std::string(status.message()));
+    } else {
+      Log("INFO",
+          absl::StrCat(loop_->stopped() ? "stopped at" : "completed", " step ",
+                       loop_->result().steps(), ", state digest ", loop_->result().state_digest()));
+    }
     if (loop_ != nullptr) {
       *ended.mutable_result() = loop_->result();
       ended.set_state_digest(loop_->result().state_digest());
@@ -143,8 +154,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       v1::TensorDigest* tensor = manifest.add_tensors();
       tensor->set_name(named[i].name);
       tensor->set_digest(ToHex(tensors[i]));
-      snapshot.tensors.push_back({named[i].name, *named[i].shape,
-                                  std::vector<float>(named[i].data, named[i].data + named[i].size)});
+      snapshot.tensors.push_back(
+          {named[i].name, *named[i].shape,
+           std::vector<float>(named[i].data, named[i].data + named[i].size)});
     }
     return writer_->Start(std::move(snapshot));
   }
@@ -174,8 +186,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
   absl::Status MakePlans() {
-    std::vector<int64_t> rows = data::RowCounts(length_.samples, length_.batch, shards_, bounds_.front(),
-                                                bounds_.back());
+    std::vector<int64_t> rows =
+        data::RowCounts(length_.samples, length_.batch, shards_, bounds_.front(), bounds_.back());
     const std::vector<int64_t> evaluation_rows = data::RowCounts(
         evaluation_.samples, evaluation_.batch, shards_, bounds_.front(), bounds_.back());
     rows.insert(rows.end(), evaluation_rows.begin(), evaluation_rows.end());
@@ -213,7 +225,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     if (from.empty()) return absl::OkStatus();
     std::vector<CheckpointTensorSpec> expected;
     for (const auto& named : state_->named()) expected.push_back({named.name, *named.shape});
-    absl::StatusOr<LoadedCheckpoint> loaded = LoadNewestCheckpoint(RealFileSystem(), from, expected);
+    absl::StatusOr<LoadedCheckpoint> loaded =
+        LoadNewestCheckpoint(RealFileSystem(), from, expected);
     if (absl::IsNotFound(loaded.status()) && options_.prepare.rank() != 0) return absl::OkStatus();
     if (!loaded.ok()) return loaded.status();
     loaded_ = *std::move(loaded);
@@ -228,17 +241,18 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     const v1::TrainSpec& now = spec_.train();
     const auto differs = [&](const char* field, uint64_t a, uint64_t b) -> absl::Status {
       if (a == b) return absl::OkStatus();
-      return absl::FailedPreconditionError(absl::StrCat(
-          "cannot go on from ", loaded_->path, ": it was made with ", field, " ", a, ", the spec says ", b));
+      return absl::FailedPreconditionError(absl::StrCat("cannot go on from ", loaded_->path,
+                                                        ": it was made with ", field, " ", a,
+                                                        ", the spec says ", b));
     };
     RETURN_IF_ERROR(differs("train.batch", then.batch(), now.batch()));
     RETURN_IF_ERROR(differs("train.shards", then.shards(), now.shards()));
     RETURN_IF_ERROR(differs("train.seed", then.seed(), now.seed()));
     const std::string data = data::CombinedDigest(*train_set_, *validation_set_);
     if (manifest.data_digest() != data) {
-      return absl::FailedPreconditionError(absl::StrCat("cannot go on from ", loaded_->path,
-                                                        ": it was made with other data (digest ",
-                                                        manifest.data_digest(), ", here ", data, ")"));
+      return absl::FailedPreconditionError(absl::StrCat(
+          "cannot go on from ", loaded_->path, ": it was made with other data (digest ",
+          manifest.data_digest(), ", here ", data, ")"));
     }
     if (manifest.step() > length_.total_steps) {
       return absl::FailedPreconditionError(
@@ -275,7 +289,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     }
     team_ = std::make_unique<collective::Team>(static_cast<int>(plans_.size()));
     std::vector<int64_t> offsets;
-    for (const optim::TensorView& tensor : program_->parameters().tensors) offsets.push_back(tensor.offset);
+    for (const optim::TensorView& tensor : program_->parameters().tensors)
+      offsets.push_back(tensor.offset);
     const int64_t size = program_->parameters().size;
     ASSIGN_OR_RETURN(all_reduce_, collective::CanonicalAllReduce::Make(
                                       *device_, communicator_.get(), team_.get(), placement_, size,
@@ -332,15 +347,19 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     std::string bytes = is_source ? manifest->SerializeAsString() : "";
     uint64_t length = bytes.size();
     RETURN_IF_ERROR(Broadcast(source, &length, sizeof(length)));
-    if (length > (64u << 20)) return absl::InternalError("a manifest of more than 64 MiB was announced");
+    if (length > (64u << 20))
+      return absl::InternalError("a manifest of more than 64 MiB was announced");
     bytes.resize(length);
     RETURN_IF_ERROR(Broadcast(source, bytes.data(), bytes.size()));
     if (!manifest->ParseFromString(bytes)) return absl::InternalError("a manifest did not parse");
-    RETURN_IF_ERROR(Broadcast(source, state_->parameters(), sizeof(float) * program_->parameters().size));
+    RETURN_IF_ERROR(
+        Broadcast(source, state_->parameters(), sizeof(float) * program_->parameters().size));
     for (int i = 0; i < state_->slot_count(); ++i) {
-      RETURN_IF_ERROR(Broadcast(source, state_->slot(i), sizeof(float) * program_->parameters().size));
+      RETURN_IF_ERROR(
+          Broadcast(source, state_->slot(i), sizeof(float) * program_->parameters().size));
     }
-    RETURN_IF_ERROR(Broadcast(source, state_->statistics(), sizeof(float) * program_->statistics().size));
+    RETURN_IF_ERROR(
+        Broadcast(source, state_->statistics(), sizeof(float) * program_->statistics().size));
     loaded_.reset();
     return absl::OkStatus();
   }
@@ -348,8 +367,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   absl::Status Broadcast(int source, void* data, size_t bytes) {
     if (bytes == 0) return absl::OkStatus();
     ASSIGN_OR_RETURN(const collective::Ticket ticket,
-                     communicator_->EnqueueBroadcast(stream_.get(), collective::Lane::kGradients, source,
-                                                     data, bytes));
+                     communicator_->EnqueueBroadcast(stream_.get(), collective::Lane::kGradients,
+                                                     source, data, bytes));
     return communicator_->Wait(ticket, absl::Now() + absl::Minutes(5));
   }
 
@@ -447,8 +466,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
   void Log(const std::string& severity, const std::string& text) {
-    spdlog::log(severity == "INFO" ? spdlog::level::info : spdlog::level::warn, "job {}: {}",
-                options_.prepare.job(), text);
+    spdlog::log(severity == "INFO"      ? spdlog::level::info
+                : severity == "WARNING" ? spdlog::level::warn
+                                        : spdlog::level::err,
+                "job {}: {}", options_.prepare.job(), text);
     v1::WorkerMessage message;
     message.mutable_log()->set_job(options_.prepare.job());
     v1::LogLine* line = message.mutable_log()->add_lines();

@@ -1,7 +1,7 @@
 // One member's part in one generation of a job: everything between Prepare and Ended. Prepare loads
 // data, compiles the Program, makes state, operations and plans, and opens the communicator's end;
-// Run connects, takes or makes the initial state, drives one thread per slot through the StepLoop, and
-// writes checkpoints (rank 0).
+// Run connects, takes or makes the initial state, drives one thread per slot through the StepLoop,
+// and writes checkpoints (rank 0).
 //
 // Files, under the output folder (rank 0): digests.jsonl, checkpoints/step-N/.
 //
@@ -21,12 +21,13 @@ namespace lockstep::train {
 
 struct MemberOptions {
   v1::Prepare prepare;
-  std::string host;            // for people, in CheckpointInfo
-  std::string address;         // local IP address that peers on other hosts reach us by
-  std::string work_dir;        // output folder <work_dir>/<job> where Prepare gives none
+  std::string host;      // for people, in CheckpointInfo
+  std::string address;   // local IP address that peers on other hosts reach us by
+  std::string work_dir;  // output folder <work_dir>/<job> where Prepare gives none
   std::string version;
-  std::string data_path;       // replaces the spec's where not empty
-  bool evaluate_only = false;  // Run evaluates the checkpoint of prepare.resume_from and trains nothing
+  std::string data_path;  // replaces the spec's where not empty
+  bool evaluate_only =
+      false;  // Run evaluates the checkpoint of prepare.resume_from and trains nothing
   int64_t flip_bit_at_step = 0;  // fault injection, see StepLoop
   // Progress, ReplicaDigest and LogLines, with job and generation set. Thread-safe.
   std::function<void(v1::WorkerMessage)> send;

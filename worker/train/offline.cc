@@ -44,7 +44,8 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   ASSIGN_OR_RETURN(auto device, device::MakeCpuDevice());
   const int shards = spec.train().shards();
   // Without the data, short batches are unknown; full ones decide the memory.
-  const int64_t rows = data::RangeOfShard(spec.train().batch(), shards, spec.train().batch(), 0).count;
+  const int64_t rows =
+      data::RangeOfShard(spec.train().batch(), shards, spec.train().batch(), 0).count;
   const int64_t evaluation_batch = spec.train().evaluate().batch();
   const int64_t evaluation_rows =
       data::RangeOfShard(evaluation_batch, shards, evaluation_batch, 0).count;
@@ -63,7 +64,8 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
     j["name"] = layer.name;
     j["type"] = spec::LayerTypeName(layer.type);
     j["inputs"] = Json::array();
-    for (int input : layer.inputs) j["inputs"].push_back(input == spec::kData ? "data" : g.layers[input].name);
+    for (int input : layer.inputs)
+      j["inputs"].push_back(input == spec::kData ? "data" : g.layers[input].name);
     j["output"] = layer.output;
     int64_t own = 0;
     for (const spec::TensorSpec& tensor : layer.tensors) {
@@ -71,7 +73,8 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
     }
     j["parameters"] = own;
     j["flops"] = layer.flops;
-    j["activation_bytes"] = spec::ElementCount(layer.output) * static_cast<int64_t>(sizeof(float)) * rows;
+    j["activation_bytes"] =
+        spec::ElementCount(layer.output) * static_cast<int64_t>(sizeof(float)) * rows;
     parameters += own;
     flops += layer.flops;
     json["layers"].push_back(std::move(j));
@@ -88,13 +91,15 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
                                  {"init", InitializerText(tensor.init)}});
     }
   }
-  for (const optim::TensorView& tensor : program->parameters().tensors) offsets.push_back(tensor.offset);
+  for (const optim::TensorView& tensor : program->parameters().tensors)
+    offsets.push_back(tensor.offset);
   const int64_t size = program->parameters().size;
   const int64_t flat_bytes = size * static_cast<int64_t>(sizeof(float));
   collective::Placement placement;
   placement.leaves = shards;
   placement.bounds = {{0, shards}};
-  const int64_t gradients = static_cast<int64_t>(collective::CanonicalAllReduce::SharedBytes(placement, size));
+  const int64_t gradients =
+      static_cast<int64_t>(collective::CanonicalAllReduce::SharedBytes(placement, size));
   const int64_t optimizer =
       flat_bytes *
       static_cast<int64_t>(optim::SlotNames(MakeCoefficients(spec.optimizer()).type).size());
@@ -109,8 +114,8 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   return json.dump();
 }
 
-absl::StatusOr<std::string> EvaluateCheckpoint(const std::string& folder, const std::string& data_path,
-                                               int slots) {
+absl::StatusOr<std::string> EvaluateCheckpoint(const std::string& folder,
+                                               const std::string& data_path, int slots) {
   ASSIGN_OR_RETURN(const FoundCheckpoint found, FindNewestCheckpoint(RealFileSystem(), folder));
   MemberOptions options;
   options.evaluate_only = true;
@@ -124,7 +129,8 @@ absl::StatusOr<std::string> EvaluateCheckpoint(const std::string& folder, const 
   member->set_host_id("local");
   const int shards = found.manifest.spec().train().shards();
   slots = std::min(slots, shards);
-  for (int i = 0; i <= slots; ++i) member->add_bounds(static_cast<int>(int64_t{i} * shards / slots));
+  for (int i = 0; i <= slots; ++i)
+    member->add_bounds(static_cast<int>(int64_t{i} * shards / slots));
   options.send = [](const v1::WorkerMessage&) {};
   MemberJob job(std::move(options));
   ASSIGN_OR_RETURN(const v1::Ready ready, job.Prepare());

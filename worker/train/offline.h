@@ -1,4 +1,5 @@
-// What a worker does for one command line, without a coordinator. Both return one JSON object in text.
+// What a worker does for one command line, without a coordinator. Both return one JSON object in
+// text.
 #pragma once
 
 #include <string>
@@ -9,14 +10,15 @@ namespace lockstep::train {
 
 // The compiled program and memory plan of a spec (YAML text), for one slot that holds all shards:
 //   {layers:[{name,type,inputs,output,parameters,flops,activation_bytes}], parameters, flops,
-//    tensors:[{name,shape,offset,init}], memory:{parameters_bytes, gradients_bytes, optimizer_bytes,
-//    activations_bytes, total_bytes}, segments, buckets}
+//    tensors:[{name,shape,offset,init}], memory:{parameters_bytes, gradients_bytes,
+//    optimizer_bytes, activations_bytes, total_bytes}, segments, buckets}
 absl::StatusOr<std::string> ExplainSpec(const std::string& yaml);
 
-// The newest valid checkpoint under `folder` (a run's, or a checkpoint's) scored on its validation set;
-// `data_path` replaces the spec's where not empty. The numbers are those of the run's own evaluation.
+// The newest valid checkpoint under `folder` (a run's, or a checkpoint's) scored on its validation
+// set; `data_path` replaces the spec's where not empty. The numbers are those of the run's own
+// evaluation.
 //   {checkpoint, step, validation:{loss,accuracy,samples}, parameter_digest, state_digest}
-absl::StatusOr<std::string> EvaluateCheckpoint(const std::string& folder, const std::string& data_path,
-                                               int slots);
+absl::StatusOr<std::string> EvaluateCheckpoint(const std::string& folder,
+                                               const std::string& data_path, int slots);
 
 }  // namespace lockstep::train

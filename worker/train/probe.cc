@@ -19,7 +19,8 @@ class Alone : public nn::GradientSink, public nn::MomentExchange {
   void Done(int, int64_t, int64_t) override {}
   absl::StatusOr<const float*> Combine(Kind, int64_t channels, int64_t,
                                        absl::Span<const nn::ShardInput> shards,
-                                       absl::Span<const float* const> records, int64_t* rows) override {
+                                       absl::Span<const float* const> records,
+                                       int64_t* rows) override {
     *rows = shards[0].rows;
     merged_.assign(records[0], records[0] + 2 * channels);
     return merged_.data();
@@ -32,12 +33,14 @@ class Alone : public nn::GradientSink, public nn::MomentExchange {
 
 }  // namespace
 
-absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> program, device::Device& device,
-                                        nn::Operations& operations, int64_t rows, uint64_t seed) {
+absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> program,
+                                        device::Device& device, nn::Operations& operations,
+                                        int64_t rows, uint64_t seed) {
   const spec::Graph& graph = program->graph();
   ASSIGN_OR_RETURN(auto stream, device.MakeStream());
-  ASSIGN_OR_RETURN(auto state, optim::FlatState::Make(device, program->parameters(), program->statistics(),
-                                                      device::OptimizerType::kSgd));
+  ASSIGN_OR_RETURN(auto state,
+                   optim::FlatState::Make(device, program->parameters(), program->statistics(),
+                                          device::OptimizerType::kSgd));
   optim::Initialize(program->parameters(), seed, state->parameters());
   operations.Pack(*stream, state->parameters(), 0, 1);
 
@@ -45,7 +48,8 @@ absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> progr
   ASSIGN_OR_RETURN(auto data, device.AllocateHostVisible(sizeof(float) * rows * features));
   ASSIGN_OR_RETURN(auto labels, device.AllocateHostVisible(sizeof(int32_t) * rows));
   const PhiloxKey key = MakePhiloxKey(0, "probe");
-  for (int64_t i = 0; i < rows * features; ++i) data->floats()[i] = 2 * ToUniform(PhiloxAt(key, i, 0)) - 1;
+  for (int64_t i = 0; i < rows * features; ++i)
+    data->floats()[i] = 2 * ToUniform(PhiloxAt(key, i, 0)) - 1;
   auto* label = static_cast<int32_t*>(labels->data());
   for (int64_t i = 0; i < rows; ++i) {
     label[i] = static_cast<int32_t>(PhiloxAt(key, i, 1) % static_cast<uint32_t>(graph.classes));
@@ -65,8 +69,8 @@ absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> progr
   RETURN_IF_ERROR(plan->TrainStep(*stream, *state, scalars, rows, {input}, alone, alone));
   ASSIGN_OR_RETURN(auto digest_memory, device.AllocateHostVisible(sizeof(Digest)));
   auto* digest = new (digest_memory->data()) Digest();
-  device.AccumulateDigest(*stream, program->parameters().size, gradient->floats(), TensorKey("probe"), 0,
-                          digest);
+  device.AccumulateDigest(*stream, program->parameters().size, gradient->floats(),
+                          TensorKey("probe"), 0, digest);
   RETURN_IF_ERROR(stream->Synchronize());
   return ToHex(*digest);
 }

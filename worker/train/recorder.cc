@@ -57,7 +57,8 @@ Recorder::~Recorder() {
 
 void Recorder::PushStep(const StepRecord& record, absl::Span<const Digest> tensors) {
   const int64_t at = pushed_.load(std::memory_order_relaxed);
-  while (at - taken_.load(std::memory_order_acquire) >= kCapacity) absl::SleepFor(absl::Milliseconds(1));
+  while (at - taken_.load(std::memory_order_acquire) >= kCapacity)
+    absl::SleepFor(absl::Milliseconds(1));
   Entry& entry = ring_[at % kCapacity];
   entry.record = record;
   entry.tensors.assign(tensors.begin(), tensors.end());
@@ -106,7 +107,8 @@ void Recorder::Work() {
     int sent_evaluations = 0;
     {
       absl::MutexLock lock(&mutex_);
-      for (v1::Evaluation& evaluation : evaluations_) *progress.add_evaluations() = std::move(evaluation);
+      for (v1::Evaluation& evaluation : evaluations_)
+        *progress.add_evaluations() = std::move(evaluation);
       sent_evaluations = static_cast<int>(evaluations_.size());
       evaluations_.clear();
     }
@@ -121,8 +123,9 @@ void Recorder::Work() {
 void Recorder::WriteLine(const Entry& entry) {
   if (file_ < 0) return;
   line_.clear();
-  absl::StrAppend(&line_, "{\"step\":", entry.record.step, ",\"state\":\"", ToHex(entry.record.state),
-                  "\",\"parameters\":\"", ToHex(entry.record.parameters), "\",\"tensors\":{");
+  absl::StrAppend(&line_, "{\"step\":", entry.record.step, ",\"state\":\"",
+                  ToHex(entry.record.state), "\",\"parameters\":\"", ToHex(entry.record.parameters),
+                  "\",\"tensors\":{");
   for (size_t i = 0; i < entry.tensors.size(); ++i) {
     absl::StrAppend(&line_, i == 0 ? "\"" : ",\"", options_.tensor_names[i], "\":\"",
                     ToHex(entry.tensors[i]), "\"");

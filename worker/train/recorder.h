@@ -1,13 +1,16 @@
 // What rank 0 tells the world about a run, off the step's path: step metrics and evaluations to the
-// coordinator, per-step digests to <output>/digests.jsonl. The step loop pushes fixed-size records into
-// a ring that was allocated beforehand, without a lock; a thread formats, writes and sends them.
+// coordinator, per-step digests to <output>/digests.jsonl. The step loop pushes fixed-size records
+// into a ring that was allocated beforehand, without a lock; a thread formats, writes and sends
+// them.
 //
 // digests.jsonl: one JSON object per line,
-//   {"step":12,"state":"<32 hex>","parameters":"<32 hex>","tensors":{"conv1.weight":"<32 hex>",...}}
-// A resumed run that writes into the folder of the earlier one keeps the lines up to its first step.
+//   {"step":12,"state":"<32 hex>","parameters":"<32 hex>","tensors":{"conv1.weight":"<32
+//   hex>",...}}
+// A resumed run that writes into the folder of the earlier one keeps the lines up to its first
+// step.
 //
-// Thread safety: Push* from one thread; the rest from any. An error of the file is kept and returned by
-// status().
+// Thread safety: Push* from one thread; the rest from any. An error of the file is kept and
+// returned by status().
 #pragma once
 
 #include <atomic>

@@ -43,7 +43,9 @@ optim::ScheduleOptions MakeSchedule(const v1::JobSpec& spec, const RunLength& le
   using Type = optim::ScheduleOptions::Type;
   const v1::ScheduleSpec& s = spec.schedule();
   optim::ScheduleOptions options;
-  options.type = s.type() == "step" ? Type::kStep : s.type() == "cosine" ? Type::kCosine : Type::kConstant;
+  options.type = s.type() == "step"     ? Type::kStep
+                 : s.type() == "cosine" ? Type::kCosine
+                                        : Type::kConstant;
   options.learning_rate = spec.optimizer().learning_rate();
   options.warmup_steps = s.warmup_steps();
   for (int64_t step : s.at_steps()) options.at_steps.push_back(step);

@@ -9,13 +9,14 @@
 
 namespace lockstep::train {
 
-// Gradient buckets are about this large: big enough that an exchange is worth its latency, small enough
-// to overlap with the backward pass of earlier layers.
+// Gradient buckets are about this large: big enough that an exchange is worth its latency, small
+// enough to overlap with the backward pass of earlier layers.
 constexpr int64_t kBucketBytes = 1 << 20;
 
-// The shape of a run: how steps, epochs and batches of a normalized spec follow from the data's size.
+// The shape of a run: how steps, epochs and batches of a normalized spec follow from the data's
+// size.
 struct RunLength {
-  int64_t samples = 0;          // of the training set
+  int64_t samples = 0;  // of the training set
   int64_t batch = 0;
   int64_t steps_per_epoch = 0;  // the last batch of an epoch may be short
   int64_t total_steps = 0;

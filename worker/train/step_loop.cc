@@ -59,8 +59,8 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
       }
       *rows_left += *rows_right;
     };
-    ASSIGN_OR_RETURN(const void* root, loop->parts_.all_reduce->MergeSmall(index, record_pointers, bytes,
-                                                                          fold, loop->Deadline()));
+    ASSIGN_OR_RETURN(const void* root, loop->parts_.all_reduce->MergeSmall(
+                                           index, record_pointers, bytes, fold, loop->Deadline()));
     *rows = *static_cast<const int64_t*>(root);
     return reinterpret_cast<const float*>(static_cast<const int64_t*>(root) + 1);
   }
@@ -78,23 +78,23 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   std::unique_ptr<device::Memory> shared_memory, digests_memory;
   Shared* shared = nullptr;
   device::StepScalars* scalars = nullptr;
-  absl::Span<Digest> digests;               // this slot's part of every tensor's
-  std::vector<uint8_t> present;             // by leaf of the job
-  std::vector<nn::ShardInput> shards;       // of the current batch
-  std::vector<const void*> record_pointers; // by own shard
-  std::vector<uint8_t> records;             // trailers with moments
+  absl::Span<Digest> digests;                // this slot's part of every tensor's
+  std::vector<uint8_t> present;              // by leaf of the job
+  std::vector<nn::ShardInput> shards;        // of the current batch
+  std::vector<const void*> record_pointers;  // by own shard
+  std::vector<uint8_t> records;              // trailers with moments
   size_t record_bytes = 0;
   std::vector<uint8_t> exchange_records;
   size_t exchange_stride = 0;
-  std::vector<double> shard_loss;           // evaluation sums by own shard
+  std::vector<double> shard_loss;  // evaluation sums by own shard
   std::vector<int64_t> shard_correct, shard_rows;
 
   int64_t step = 0;
   absl::Time step_began;
   const Trailer* trailer = nullptr;
-  Trailer evaluated;                        // stands in for the trailer once an evaluation replaced it
-  int64_t evaluation_batches = 0;           // taken from the validation loader so far
-  int64_t blamed = 0;                       // place in execution order of this slot's first non-finite tensor
+  Trailer evaluated;               // stands in for the trailer once an evaluation replaced it
+  int64_t evaluation_batches = 0;  // taken from the validation loader so far
+  int64_t blamed = 0;  // place in execution order of this slot's first non-finite tensor
 };
 
 StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
@@ -206,7 +206,8 @@ void StepLoop::TakeShards(Slot& slot, const data::Batch& batch) {
 
 absl::Status StepLoop::ForwardBackward(Slot& slot) {
   RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.scalars,
-                                       options_.length.BatchSize(slot.step), slot.shards, slot, slot));
+                                       options_.length.BatchSize(slot.step), slot.shards, slot,
+                                       slot));
   for (const nn::ShardInput& shard : slot.shards) ++shard_steps_[shard.shard];
   return absl::OkStatus();
 }
@@ -234,17 +235,18 @@ absl::Status StepLoop::FinishReduce(Slot& slot) {
     for (const nn::MomentsSlice& s : parts_.program->moments()) {
       float* mean = moments_a + s.offset;
       const float* other = moments_b + s.offset;
-      parts_.device->MergeMoments(*slot.stream, s.channels, a->rows * s.spatial, mean, mean + s.channels,
-                                  b->rows * s.spatial, other, other + s.channels, mean,
-                                  mean + s.channels);
+      parts_.device->MergeMoments(*slot.stream, s.channels, a->rows * s.spatial, mean,
+                                  mean + s.channels, b->rows * s.spatial, other, other + s.channels,
+                                  mean, mean + s.channels);
     }
     a->rows += b->rows;
     a->loss_sum += b->loss_sum;
     a->correct += b->correct;
     a->stop |= b->stop;
   };
-  ASSIGN_OR_RETURN(const void* root, parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
-                                                                   slot.record_bytes, fold, Deadline()));
+  ASSIGN_OR_RETURN(const void* root,
+                   parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
+                                                 slot.record_bytes, fold, Deadline()));
   slot.trailer = static_cast<const Trailer*>(root);
   return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
 }
@@ -255,7 +257,8 @@ absl::Status StepLoop::Gate(Slot& slot) {
   const int64_t begin = PartBegin(size, k, slot.index), end = PartBegin(size, k, slot.index + 1);
   uint32_t& flag = slot.shared->non_finite;
   flag = std::isfinite(slot.trailer->loss_sum) ? 0 : 1;
-  parts_.device->FlagNonFinite(*slot.stream, end - begin, parts_.all_reduce->result() + begin, &flag);
+  parts_.device->FlagNonFinite(*slot.stream, end - begin, parts_.all_reduce->result() + begin,
+                               &flag);
   RETURN_IF_ERROR(slot.stream->Synchronize());
   std::atomic<uint32_t>& latch = non_finite_[slot.step % 2];
   if (flag != 0) latch |= flag;
@@ -279,8 +282,9 @@ void StepLoop::UpdateStatistics(Slot& slot) {
   for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
     const nn::MomentsSlice& s = moments[i];
     parts_.device->UpdateRunningAverages(*slot.stream, s.channels, slot.trailer->rows * s.spatial,
-                                         merged + s.offset, merged + s.offset + s.channels, s.momentum,
-                                         statistics + s.running_mean, statistics + s.running_var);
+                                         merged + s.offset, merged + s.offset + s.channels,
+                                         s.momentum, statistics + s.running_mean,
+                                         statistics + s.running_var);
   }
 }
 
@@ -291,7 +295,8 @@ absl::Status StepLoop::Commit(Slot& slot) {
     *bits ^= 1;
   }
   RETURN_IF_ERROR(Barrier(slot));  // all parameters are updated
-  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index, parts_.team->slots());
+  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index,
+                          parts_.team->slots());
   if (options_.digest_every > 0 && slot.step % options_.digest_every == 0) {
     return DigestState(slot);  // its barriers also order packing before the next forward
   }
@@ -380,8 +385,9 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
     a->correct += b->correct;
   };
   const int64_t stop = slot.trailer != nullptr ? slot.trailer->stop : 0;
-  ASSIGN_OR_RETURN(const void* root, parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
-                                                                   sizeof(Trailer), fold, Deadline()));
+  ASSIGN_OR_RETURN(const void* root,
+                   parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers, sizeof(Trailer),
+                                                 fold, Deadline()));
   const auto* total = static_cast<const Trailer*>(root);
   if (slot.index == 0) {
     v1::Evaluation evaluation;
@@ -398,7 +404,8 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
     evaluation_ = evaluation;
     if (parts_.recorder != nullptr) parts_.recorder->PushEvaluation(evaluation);
   }
-  // The root of this merge replaced the step's trailer; what the loop still needs of it is the stop word.
+  // The root of this merge replaced the step's trailer; what the loop still needs of it is the stop
+  // word.
   slot.evaluated = Trailer{total->rows, total->loss_sum, total->correct, stop};
   slot.trailer = &slot.evaluated;
   return absl::OkStatus();
@@ -406,8 +413,8 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
 
 absl::Status StepLoop::Checkpoint(Slot& slot) {
   const bool last = slot.step == options_.length.total_steps;
-  if (!last && !Due(options_.checkpoint_every_steps, options_.checkpoint_every_epochs, options_.length,
-                    slot.step)) {
+  if (!last && !Due(options_.checkpoint_every_steps, options_.checkpoint_every_epochs,
+                    options_.length, slot.step)) {
     return absl::OkStatus();
   }
   RETURN_IF_ERROR(DigestState(slot));
@@ -422,7 +429,8 @@ absl::Status StepLoop::Checkpoint(Slot& slot) {
 
 // Collective within the member. The digest is a sum over parts, so slots take disjoint parts.
 absl::Status StepLoop::DigestState(Slot& slot) {
-  RETURN_IF_ERROR(Barrier(slot));  // everybody's updates are done, and everybody has read the last digest
+  RETURN_IF_ERROR(
+      Barrier(slot));  // everybody's updates are done, and everybody has read the last digest
   if (digested_step_ == slot.step) return Barrier(slot);
   std::fill(slot.digests.begin(), slot.digests.end(), Digest());
   parts_.state->AccumulateDigests(*parts_.device, *slot.stream, slot.index, parts_.team->slots(),
@@ -451,19 +459,20 @@ absl::Status StepLoop::DigestState(Slot& slot) {
 absl::Status StepLoop::NameNonFinite(Slot& slot) {
   // The exchanges below reuse the trailer's memory.
   const double loss = slot.trailer->loss_sum / static_cast<double>(slot.trailer->rows);
-  ASSIGN_OR_RETURN(const std::string found, slot.plan->FindNonFinite(*slot.stream, *parts_.state,
-                                                                     slot.scalars, slot.shards, slot));
+  ASSIGN_OR_RETURN(
+      const std::string found,
+      slot.plan->FindNonFinite(*slot.stream, *parts_.state, slot.scalars, slot.shards, slot));
   std::vector<std::string> order;
   for (const optim::TensorView& t : parts_.program->parameters().tensors) order.push_back(t.name);
   for (size_t i = 0; i < parts_.program->nodes().size(); ++i) {
     order.push_back(parts_.program->node_name(static_cast<int>(i)));
   }
-  slot.blamed = static_cast<int64_t>(
-      std::find(order.begin(), order.end(), found) - order.begin());
+  slot.blamed = static_cast<int64_t>(std::find(order.begin(), order.end(), found) - order.begin());
   RETURN_IF_ERROR(Barrier(slot));
   int64_t first = static_cast<int64_t>(order.size());
   for (const auto& other : slots_) first = std::min(first, other->blamed);
-  ASSIGN_OR_RETURN(const void* all, parts_.all_reduce->AllGather(slot.index, &first, sizeof(first), Deadline()));
+  ASSIGN_OR_RETURN(const void* all,
+                   parts_.all_reduce->AllGather(slot.index, &first, sizeof(first), Deadline()));
   for (int m = 0; m < parts_.communicator->size(); ++m) {
     first = std::min(first, static_cast<const int64_t*>(all)[m]);
   }
@@ -473,7 +482,8 @@ absl::Status StepLoop::NameNonFinite(Slot& slot) {
   } else {
     for (const optim::TensorView& t : parts_.program->parameters().tensors) {
       uint32_t& flag = slot.shared->non_finite = 0;
-      parts_.device->FlagNonFinite(*slot.stream, t.size, parts_.all_reduce->result() + t.offset, &flag);
+      parts_.device->FlagNonFinite(*slot.stream, t.size, parts_.all_reduce->result() + t.offset,
+                                   &flag);
       RETURN_IF_ERROR(slot.stream->Synchronize());
       if (flag != 0) {
         name = absl::StrCat("the gradient of ", t.name);
@@ -481,13 +491,16 @@ absl::Status StepLoop::NameNonFinite(Slot& slot) {
       }
     }
   }
-  return absl::OutOfRangeError(absl::StrCat(
-      "step ", slot.step, ": the ", std::isfinite(loss) ? "gradient" : absl::StrCat("loss (", loss, ")"),
-      " is not finite; the first tensor that is not finite is ", name,
-      "; the step was not applied. Try a smaller optimizer.learning_rate"));
+  return absl::OutOfRangeError(
+      absl::StrCat("step ", slot.step, ": the ",
+                   std::isfinite(loss) ? "gradient" : absl::StrCat("loss (", loss, ")"),
+                   " is not finite; the first tensor that is not finite is ", name,
+                   "; the step was not applied. Try a smaller optimizer.learning_rate"));
 }
 
-absl::Status StepLoop::Barrier(const Slot& slot) { return parts_.team->Barrier(slot.index, Deadline()); }
+absl::Status StepLoop::Barrier(const Slot& slot) {
+  return parts_.team->Barrier(slot.index, Deadline());
+}
 
 void StepLoop::Abort(const absl::Status& cause) {
   parts_.train->Stop();

@@ -1,13 +1,14 @@
-// The step loop: what every slot thread of every member runs, in the same order (SPMD). All decisions
-// that affect results (the gate, stopping, when to evaluate) are computed by every replica from
-// identical numbers, so that replicas never disagree and nobody has to be asked.
+// The step loop: what every slot thread of every member runs, in the same order (SPMD). All
+// decisions that affect results (the gate, stopping, when to evaluate) are computed by every
+// replica from identical numbers, so that replicas never disagree and nobody has to be asked.
 //
 // A step is atomic: the state version is the number of steps committed. The gate latches one
-// decision: the reduced gradient and loss are finite and nobody has aborted; only then do optimizer,
-// statistics and version move.
+// decision: the reduced gradient and loss are finite and nobody has aborted; only then do
+// optimizer, statistics and version move.
 //
 // Member holds what the slots of one address space share; each slot owns its Plan, stream and
-// StepScalars. Thread safety: Run is called once by each slot's thread; Stop and Abort by any thread.
+// StepScalars. Thread safety: Run is called once by each slot's thread; Stop and Abort by any
+// thread.
 #pragma once
 
 #include <atomic>
@@ -31,8 +32,8 @@
 
 namespace lockstep::train {
 
-// The first shape of every per-leaf record that rides the step's small exchange; the moments record of
-// the batch norms (Program::moments()) follows it.
+// The first shape of every per-leaf record that rides the step's small exchange; the moments record
+// of the batch norms (Program::moments()) follows it.
 struct Trailer {
   int64_t rows = 0;
   double loss_sum = 0;
@@ -51,12 +52,12 @@ class StepLoop {
   // All borrowed but the options' values; the recorder is null but at rank 0.
   struct Options {
     int rank = 0;
-    std::vector<int> bounds;      // slot i has shards [bounds[i], bounds[i+1])
-    int shards = 0;               // of the job
+    std::vector<int> bounds;  // slot i has shards [bounds[i], bounds[i+1])
+    int shards = 0;           // of the job
     RunLength length;
-    RunLength evaluation;         // of the validation set: one "epoch" of evaluation batches
-    int64_t first_step = 1;       // state version + 1
-    EpochSums epoch;              // of the epoch that first_step is in
+    RunLength evaluation;    // of the validation set: one "epoch" of evaluation batches
+    int64_t first_step = 1;  // state version + 1
+    EpochSums epoch;         // of the epoch that first_step is in
     bool has_accuracy = true;
     int64_t digest_every = 1;
     int64_t evaluate_every_steps = 0, evaluate_every_epochs = 1;
@@ -72,7 +73,7 @@ class StepLoop {
     optim::FlatState* state = nullptr;
     nn::Operations* operations = nullptr;
     const optim::Optimizer* optimizer = nullptr;
-    std::vector<nn::Plan*> plans;            // by slot
+    std::vector<nn::Plan*> plans;  // by slot
     collective::Communicator* communicator = nullptr;
     collective::Team* team = nullptr;
     collective::CanonicalAllReduce* all_reduce = nullptr;
@@ -80,7 +81,8 @@ class StepLoop {
     data::BatchLoader* validation = nullptr;
     Recorder* recorder = nullptr;
   };
-  // Called by slot 0, with all slots waiting: replica digest of the state at `step`; the state may be read.
+  // Called by slot 0, with all slots waiting: replica digest of the state at `step`; the state may
+  // be read.
   class CheckpointSink {
    public:
     virtual ~CheckpointSink() = default;
