@@ -2,12 +2,12 @@
 //
 // A Device is the CPU (worker/device/cpu) or one GPU (worker/device/cuda). Kernels are called on a
 // Stream and are ordered by it. On the CPU a stream is the calling thread and a kernel has run when
-// the call returns; on CUDA a call enqueues, pointers are device pointers, and only results placed in
-// host-visible memory may be read, after Synchronize or an event. Nothing above the waist may depend
-// on a kernel having run when the call returned, except through Synchronize. So that a step can be
-// captured as a CUDA graph, no kernel call allocates, synchronizes or reads host data that changes
-// between steps (such values, like the step number and learning rate, are passed through `StepScalars`
-// in host-visible memory).
+// the call returns; on CUDA a call enqueues, pointers are device pointers, and only results placed
+// in host-visible memory may be read, after Synchronize or an event. Nothing above the waist may
+// depend on a kernel having run when the call returned, except through Synchronize. So that a step
+// can be captured as a CUDA graph, no kernel call allocates, synchronizes or reads host data that
+// changes between steps (such values, like the step number and learning rate, are passed through
+// `StepScalars` in host-visible memory).
 //
 // Prepared operations (Dense, Conv2d) are what oneDNN, cuBLASLt and cuDNN sit behind: an
 // implementation is chosen by a fixed rule when the operation is made, never by timing, and keeps
@@ -15,8 +15,8 @@
 // the slots of one address space; each slot passes its own scratch memory.
 //
 // Exactness: a kernel's result for one call is a fixed function of its arguments' values, and
-// elementwise kernels give an element the same bits wherever the range is cut. All tensors are fp32,
-// NHWC, contiguous; `rows` is a number of samples. No alignment is assumed beyond 4 bytes for
+// elementwise kernels give an element the same bits wherever the range is cut. All tensors are
+// fp32, NHWC, contiguous; `rows` is a number of samples. No alignment is assumed beyond 4 bytes for
 // offsets into flat vectors; Allocate returns 64-byte alignment (256 on CUDA).
 //
 // Thread safety: a Device and its operations may be used by several threads, each with its own
@@ -73,10 +73,11 @@ class Dense {
   virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
                        void* scratch) = 0;
   // dx = dy W. `dy` is the gradient after the activation's own backward (ReluBackward).
-  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx, void* scratch) = 0;
+  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+                             void* scratch) = 0;
   // dW = dy^T x in logical layout, db = column sums of dy (null without bias). Overwrites.
-  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
-                              float* db, void* scratch) = 0;
+  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy,
+                              float* dw, float* db, void* scratch) = 0;
 };
 
 struct Conv2dShape {
@@ -96,9 +97,10 @@ class Conv2d {
   virtual void Pack(Stream& stream, const float* weight) = 0;
   virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
                        void* scratch) = 0;
-  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx, void* scratch) = 0;
-  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
-                              float* db, void* scratch) = 0;
+  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+                             void* scratch) = 0;
+  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy,
+                              float* dw, float* db, void* scratch) = 0;
 };
 
 class Device {
@@ -121,48 +123,52 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                              absl::Span<const int64_t> rows) = 0;
 
-  // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of equals).
+  // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
+  // equals).
   virtual void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
                               float* y, uint8_t* argmax) = 0;
-  virtual void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const float* dy,
-                               const uint8_t* argmax, float* dx) = 0;
+  virtual void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows,
+                               const float* dy, const uint8_t* argmax, float* dx) = 0;
   // Padding counts in the average (PyTorch's count_include_pad).
-  virtual void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
-                                  float* y) = 0;
+  virtual void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows,
+                                  const float* x, float* y) = 0;
   virtual void AveragePoolBackward(Stream& stream, const PoolShape& shape, int64_t rows,
                                    const float* dy, float* dx) = 0;
   // x {rows, spatial, channels} -> y {rows, channels}.
-  virtual void GlobalAveragePoolForward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
-                                        const float* x, float* y) = 0;
-  virtual void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
-                                         const float* dy, float* dx) = 0;
+  virtual void GlobalAveragePoolForward(Stream& stream, int64_t rows, int64_t spatial,
+                                        int64_t channels, const float* x, float* y) = 0;
+  virtual void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial,
+                                         int64_t channels, const float* dy, float* dx) = 0;
 
   // ---- batch norm. n = rows * spatial.
   // mean[c], m2[c] = sum (x - mean)^2, without cancellation, one pass over memory.
-  virtual void BatchNormMoments(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
-                                float* mean, float* m2) = 0;
+  virtual void BatchNormMoments(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                const float* x, float* mean, float* m2) = 0;
   // (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a.
   virtual void MergeMoments(Stream& stream, int64_t channels, int64_t count_a, const float* mean_a,
-                            const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
-                            float* mean, float* m2) = 0;
+                            const float* m2_a, int64_t count_b, const float* mean_b,
+                            const float* m2_b, float* mean, float* m2) = 0;
   // inv_std = 1 / sqrt(m2 / n + epsilon); y = (x - mean) * inv_std * weight + bias, then relu.
-  virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
-                                const float* mean, const float* m2, int64_t moments_n, float epsilon,
-                                const float* weight, const float* bias, float* y) = 0;
+  virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                const float* x, const float* mean, const float* m2,
+                                int64_t moments_n, float epsilon, const float* weight,
+                                const float* bias, float* y) = 0;
   // Same from running averages (inference).
-  virtual void BatchNormInference(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
-                                  const float* running_mean, const float* running_var, float epsilon,
-                                  const float* weight, const float* bias, float* y) = 0;
+  virtual void BatchNormInference(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                  const float* x, const float* running_mean,
+                                  const float* running_var, float epsilon, const float* weight,
+                                  const float* bias, float* y) = 0;
   // sum_dy[c] = sum dy, sum_dy_xhat[c] = sum dy * xhat, dy masked by y > 0 where shape.relu.
   virtual void BatchNormBackwardSums(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                     const float* x, const float* y, const float* dy, const float* mean,
-                                     const float* m2, int64_t moments_n, float epsilon, float* sum_dy,
-                                     float* sum_dy_xhat) = 0;
+                                     const float* x, const float* y, const float* dy,
+                                     const float* mean, const float* m2, int64_t moments_n,
+                                     float epsilon, float* sum_dy, float* sum_dy_xhat) = 0;
   // dx = weight * inv_std * (dy - sum_dy / moments_n - xhat * sum_dy_xhat / moments_n).
-  virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, int64_t n, const float* x,
-                                 const float* y, const float* dy, const float* mean, const float* m2,
-                                 int64_t moments_n, float epsilon, const float* weight,
-                                 const float* sum_dy, const float* sum_dy_xhat, float* dx) = 0;
+  virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                 const float* x, const float* y, const float* dy, const float* mean,
+                                 const float* m2, int64_t moments_n, float epsilon,
+                                 const float* weight, const float* sum_dy, const float* sum_dy_xhat,
+                                 float* dx) = 0;
   // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
   virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                                      const float* m2, float momentum, float* running_mean,
@@ -170,11 +176,14 @@ class Device {
 
   // ---- elementwise. Outputs may alias inputs.
   virtual void ReluForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
-  virtual void ReluBackward(Stream& stream, int64_t n, const float* y, const float* dy, float* dx) = 0;
+  virtual void ReluBackward(Stream& stream, int64_t n, const float* y, const float* dy,
+                            float* dx) = 0;
   virtual void TanhForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
-  virtual void TanhBackward(Stream& stream, int64_t n, const float* y, const float* dy, float* dx) = 0;
+  virtual void TanhBackward(Stream& stream, int64_t n, const float* y, const float* dy,
+                            float* dx) = 0;
   virtual void SigmoidForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
-  virtual void SigmoidBackward(Stream& stream, int64_t n, const float* y, const float* dy, float* dx) = 0;
+  virtual void SigmoidBackward(Stream& stream, int64_t n, const float* y, const float* dy,
+                               float* dx) = 0;
   virtual void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
   // Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
   // stream (key, scalars->step); kept where ToUniform >= rate, and divided by 1 - rate. Backward is
@@ -183,16 +192,17 @@ class Device {
                        const StepScalars* scalars, uint64_t first, float* y) = 0;
 
   // ---- losses. Gradients are already divided by the number of samples of the global batch.
-  // loss_sum: sum over rows of -log softmax(logits)[label]; correct: rows whose first largest logit is
-  // the label. dlogits = (softmax - onehot) * scale; null for evaluation.
-  virtual void SoftmaxCrossEntropy(Stream& stream, int64_t rows, int64_t classes, const float* logits,
-                                   const int32_t* labels, float scale, double* loss_sum, int64_t* correct,
-                                   float* dlogits) = 0;
+  // loss_sum: sum over rows of -log softmax(logits)[label]; correct: rows whose first largest logit
+  // is the label. dlogits = (softmax - onehot) * scale; null for evaluation.
+  virtual void SoftmaxCrossEntropy(Stream& stream, int64_t rows, int64_t classes,
+                                   const float* logits, const int32_t* labels, float scale,
+                                   double* loss_sum, int64_t* correct, float* dlogits) = 0;
   // loss_sum: sum over rows of mean over features of (y - t)^2; dy = 2 (y - t) / features * scale.
   virtual void MeanSquaredError(Stream& stream, int64_t rows, int64_t features, const float* y,
                                 const float* target, float scale, double* loss_sum, float* dy) = 0;
   // out {rows, classes}: 1 at the label, else 0.
-  virtual void OneHot(Stream& stream, int64_t rows, int64_t classes, const int32_t* labels, float* out) = 0;
+  virtual void OneHot(Stream& stream, int64_t rows, int64_t classes, const int32_t* labels,
+                      float* out) = 0;
   // correct: rows whose first largest element is the label.
   virtual void CountCorrect(Stream& stream, int64_t rows, int64_t classes, const float* scores,
                             const int32_t* labels, int64_t* correct) = 0;
@@ -207,8 +217,8 @@ class Device {
   // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
   virtual void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
                                 uint64_t first_index, Digest* digest) = 0;
-  // out {count, features} = (u8 / 255 - mean[c]) / std[c] of samples data[indices[i]], c = i % channels.
-  // `mean` and `inv_std` have one value per channel.
+  // out {count, features} = (u8 / 255 - mean[c]) / std[c] of samples data[indices[i]], c = i %
+  // channels. `mean` and `inv_std` have one value per channel.
   virtual void GatherNormalize(Stream& stream, int64_t count, int64_t features, int64_t channels,
                                const uint8_t* data, const int64_t* indices, const float* mean,
                                const float* inv_std, float* out) = 0;

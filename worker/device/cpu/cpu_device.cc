@@ -1,0 +1,241 @@
+#include "worker/device/cpu/cpu_device.h"
+
+#include <dnnl.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "worker/device/cpu/host_memory.h"
+#include "worker/device/cpu/kernels.h"
+#include "worker/device/cpu/onednn_call.h"
+#include "worker/device/cpu/onednn_operations.h"
+
+namespace lockstep::device {
+namespace {
+
+class CpuDevice : public Device {
+ public:
+  CpuDevice(const Kernels& kernels, std::string fingerprint, OperationContext context)
+      : k_(kernels), fingerprint_(std::move(fingerprint)), context_(std::move(context)) {}
+
+  std::string fingerprint() const override { return fingerprint_; }
+
+  absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
+    absl::Status status = UseOneThread();
+    if (!status.ok()) return status;
+    try {
+      return std::make_unique<CpuStream>(context_.engine);
+    } catch (const dnnl::error& e) {
+      return absl::InternalError(absl::StrCat("oneDNN cannot make a stream: ", e.what()));
+    }
+  }
+  absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) override {
+    std::unique_ptr<Memory> memory = AllocateHostMemory(bytes);
+    if (memory == nullptr) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "no memory for ", bytes, " bytes on the CPU; use smaller shards or more hosts"));
+    }
+    return memory;
+  }
+  absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
+    return Allocate(bytes);
+  }
+  void Copy(Stream&, const void* from, void* to, size_t bytes) override {
+    if (bytes > 0) std::memmove(to, from, bytes);
+  }
+  void Zero(Stream&, void* to, size_t bytes) override {
+    if (bytes > 0) std::memset(to, 0, bytes);
+  }
+
+  absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
+                                                   absl::Span<const int64_t> rows) override {
+    return MakeOnednnDense(context_, shape, rows);
+  }
+  absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
+                                                     absl::Span<const int64_t> rows) override {
+    return MakeOnednnConv2d(context_, shape, rows);
+  }
+
+  void MaxPoolForward(Stream&, const PoolShape& shape, int64_t rows, const float* x, float* y,
+                      uint8_t* argmax) override {
+    k_.max_pool_forward(shape, rows, x, y, argmax);
+  }
+  void MaxPoolBackward(Stream&, const PoolShape& shape, int64_t rows, const float* dy,
+                       const uint8_t* argmax, float* dx) override {
+    k_.max_pool_backward(shape, rows, dy, argmax, dx);
+  }
+  void AveragePoolForward(Stream&, const PoolShape& shape, int64_t rows, const float* x,
+                          float* y) override {
+    k_.average_pool_forward(shape, rows, x, y);
+  }
+  void AveragePoolBackward(Stream&, const PoolShape& shape, int64_t rows, const float* dy,
+                           float* dx) override {
+    k_.average_pool_backward(shape, rows, dy, dx);
+  }
+  void GlobalAveragePoolForward(Stream&, int64_t rows, int64_t spatial, int64_t channels,
+                                const float* x, float* y) override {
+    k_.global_average_pool_forward(rows, spatial, channels, x, y);
+  }
+  void GlobalAveragePoolBackward(Stream&, int64_t rows, int64_t spatial, int64_t channels,
+                                 const float* dy, float* dx) override {
+    k_.global_average_pool_backward(rows, spatial, channels, dy, dx);
+  }
+
+  void BatchNormMoments(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                        float* mean, float* m2) override {
+    k_.batch_norm_moments(shape.channels, n, x, mean, m2);
+  }
+  void MergeMoments(Stream&, int64_t channels, int64_t count_a, const float* mean_a,
+                    const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
+                    float* mean, float* m2) override {
+    k_.merge_moments(channels, count_a, mean_a, m2_a, count_b, mean_b, m2_b, mean, m2);
+  }
+  void BatchNormForward(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                        const float* mean, const float* m2, int64_t moments_n, float epsilon,
+                        const float* weight, const float* bias, float* y) override {
+    k_.batch_norm_forward(shape, n, x, mean, m2, static_cast<float>(moments_n), epsilon, weight,
+                          bias, y);
+  }
+  void BatchNormInference(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                          const float* running_mean, const float* running_var, float epsilon,
+                          const float* weight, const float* bias, float* y) override {
+    k_.batch_norm_forward(shape, n, x, running_mean, running_var, 1.0f, epsilon, weight, bias, y);
+  }
+  void BatchNormBackwardSums(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                             const float* y, const float* dy, const float* mean, const float* m2,
+                             int64_t moments_n, float epsilon, float* sum_dy,
+                             float* sum_dy_xhat) override {
+    k_.batch_norm_backward_sums(shape, n, x, y, dy, mean, m2, moments_n, epsilon, sum_dy,
+                                sum_dy_xhat);
+  }
+  void BatchNormBackward(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                         const float* y, const float* dy, const float* mean, const float* m2,
+                         int64_t moments_n, float epsilon, const float* weight, const float* sum_dy,
+                         const float* sum_dy_xhat, float* dx) override {
+    k_.batch_norm_backward(shape, n, x, y, dy, mean, m2, moments_n, epsilon, weight, sum_dy,
+                           sum_dy_xhat, dx);
+  }
+  void UpdateRunningAverages(Stream&, int64_t channels, int64_t n, const float* mean,
+                             const float* m2, float momentum, float* running_mean,
+                             float* running_var) override {
+    k_.update_running_averages(channels, n, mean, m2, momentum, running_mean, running_var);
+  }
+
+  void ReluForward(Stream&, int64_t n, const float* x, float* y) override {
+    k_.relu_forward(n, x, y);
+  }
+  void ReluBackward(Stream&, int64_t n, const float* y, const float* dy, float* dx) override {
+    k_.relu_backward(n, y, dy, dx);
+  }
+  void TanhForward(Stream&, int64_t n, const float* x, float* y) override {
+    k_.tanh_forward(n, x, y);
+  }
+  void TanhBackward(Stream&, int64_t n, const float* y, const float* dy, float* dx) override {
+    k_.tanh_backward(n, y, dy, dx);
+  }
+  void SigmoidForward(Stream&, int64_t n, const float* x, float* y) override {
+    k_.sigmoid_forward(n, x, y);
+  }
+  void SigmoidBackward(Stream&, int64_t n, const float* y, const float* dy, float* dx) override {
+    k_.sigmoid_backward(n, y, dy, dx);
+  }
+  void Add(Stream&, int64_t n, const float* a, const float* b, float* out) override {
+    k_.add(n, a, b, out);
+  }
+  void Dropout(Stream&, int64_t n, const float* x, float rate, PhiloxKey key,
+               const StepScalars* scalars, uint64_t first, float* y) override {
+    k_.dropout(n, x, rate, key, scalars->step, first, y);
+  }
+
+  void SoftmaxCrossEntropy(Stream&, int64_t rows, int64_t classes, const float* logits,
+                           const int32_t* labels, float scale, double* loss_sum, int64_t* correct,
+                           float* dlogits) override {
+    k_.softmax_cross_entropy(rows, classes, logits, labels, scale, loss_sum, correct, dlogits);
+  }
+  void MeanSquaredError(Stream&, int64_t rows, int64_t features, const float* y,
+                        const float* target, float scale, double* loss_sum, float* dy) override {
+    k_.mean_squared_error(rows, features, y, target, scale, loss_sum, dy);
+  }
+  void OneHot(Stream&, int64_t rows, int64_t classes, const int32_t* labels, float* out) override {
+    std::fill_n(out, rows * classes, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) out[r * classes + labels[r]] = 1.0f;
+  }
+  void CountCorrect(Stream&, int64_t rows, int64_t classes, const float* scores,
+                    const int32_t* labels, int64_t* correct) override {
+    k_.count_correct(rows, classes, scores, labels, correct);
+  }
+
+  void OptimizerUpdate(Stream&, const OptimizerCoefficients& coefficients, int64_t n,
+                       const StepScalars* scalars, const float* gradient, float* parameters,
+                       float* slot0, float* slot1) override {
+    k_.optimizer_update(coefficients, n, *scalars, gradient, parameters, slot0, slot1);
+  }
+  void FlagNonFinite(Stream&, int64_t n, const float* x, uint32_t* flag) override {
+    // Slots may share the flag.
+    if (k_.has_non_finite(n, x)) std::atomic_ref<uint32_t>(*flag).fetch_or(1);
+  }
+  void AccumulateDigest(Stream&, int64_t n, const float* x, uint64_t tensor_key,
+                        uint64_t first_index, Digest* digest) override {
+    k_.accumulate_digest(n, x, tensor_key, first_index, &digest->lo, &digest->hi);
+  }
+  void GatherNormalize(Stream&, int64_t count, int64_t features, int64_t channels,
+                       const uint8_t* data, const int64_t* indices, const float* mean,
+                       const float* inv_std, float* out) override {
+    k_.gather_normalize(count, features, channels, data, indices, mean, inv_std, out);
+  }
+
+ private:
+  const Kernels& k_;
+  const std::string fingerprint_;
+  const OperationContext context_;
+};
+
+bool Supports(CpuIsa isa) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == CpuIsa::kAvx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice() {
+  return MakeCpuDevice(Supports(CpuIsa::kAvx512) ? CpuIsa::kAvx512 : CpuIsa::kAvx2);
+}
+
+absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(CpuIsa isa) {
+  const bool wide = isa == CpuIsa::kAvx512;
+  if (!Supports(isa)) {
+    return absl::UnimplementedError(
+        absl::StrCat("the processor lacks ", wide ? "AVX-512 (F, BW, DQ, VL)" : "AVX2 and FMA",
+                     ", which the CPU device needs; use another machine"));
+  }
+  absl::Status status = UseOneThread();
+  if (!status.ok()) return status;
+  // Newer instruction sets than the one we name would change the bits. Only the first call in a
+  // process, before any primitive, can succeed.
+  const dnnl::cpu_isa wanted = wide ? dnnl::cpu_isa::avx512_core : dnnl::cpu_isa::avx2;
+  dnnl::set_max_cpu_isa(wanted);
+  const dnnl_version_t* version = dnnl::version();
+  std::string fingerprint = absl::StrCat("cpu ", wide ? "avx512" : "avx2", " onednn ",
+                                         version->major, ".", version->minor, ".", version->patch);
+  const dnnl::cpu_isa effective = dnnl::get_effective_cpu_isa();
+  if (effective != wanted) {
+    absl::StrAppend(&fingerprint, " isa 0x", absl::Hex(static_cast<int>(effective)));
+  }
+  try {
+    return std::make_unique<CpuDevice>(
+        wide ? avx512::kKernels : avx2::kKernels, std::move(fingerprint),
+        OperationContext{dnnl::engine(dnnl::engine::kind::cpu, 0), std::make_shared<CallNumbers>(),
+                         wide ? &avx512::kKernels : &avx2::kKernels});
+  } catch (const dnnl::error& e) {
+    return absl::InternalError(absl::StrCat("oneDNN cannot use the CPU: ", e.what()));
+  }
+}
+
+}  // namespace lockstep::device

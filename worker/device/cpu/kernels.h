@@ -1,0 +1,86 @@
+// The hand-written CPU kernels as a table of functions, one table per instruction set. The sources
+// in worker/device/cpu/kernels are built twice, with AVX2 and with AVX-512; everything they define
+// lives in the namespace of the instruction set and nothing of theirs is linked elsewhere.
+//
+// Contracts of the kernels are those of the functions of the same name in worker/device/device.h.
+// Thread-safe: pure functions.
+#pragma once
+
+#include <cstdint>
+
+#include "common/philox.h"
+#include "worker/device/kernel_types.h"
+
+namespace lockstep::device {
+
+struct Kernels {
+  void (*relu_forward)(int64_t n, const float* x, float* y);
+  void (*relu_backward)(int64_t n, const float* y, const float* dy, float* dx);
+  void (*tanh_forward)(int64_t n, const float* x, float* y);
+  void (*tanh_backward)(int64_t n, const float* y, const float* dy, float* dx);
+  void (*sigmoid_forward)(int64_t n, const float* x, float* y);
+  void (*sigmoid_backward)(int64_t n, const float* y, const float* dy, float* dx);
+  void (*add)(int64_t n, const float* a, const float* b, float* out);
+  void (*dropout)(int64_t n, const float* x, float rate, PhiloxKey key, uint64_t step,
+                  uint64_t first, float* y);
+
+  void (*max_pool_forward)(const PoolShape& shape, int64_t rows, const float* x, float* y,
+                           uint8_t* argmax);
+  void (*max_pool_backward)(const PoolShape& shape, int64_t rows, const float* dy,
+                            const uint8_t* argmax, float* dx);
+  void (*average_pool_forward)(const PoolShape& shape, int64_t rows, const float* x, float* y);
+  void (*average_pool_backward)(const PoolShape& shape, int64_t rows, const float* dy, float* dx);
+  void (*global_average_pool_forward)(int64_t rows, int64_t spatial, int64_t channels,
+                                      const float* x, float* y);
+  void (*global_average_pool_backward)(int64_t rows, int64_t spatial, int64_t channels,
+                                       const float* dy, float* dx);
+
+  void (*batch_norm_moments)(int64_t channels, int64_t n, const float* x, float* mean, float* m2);
+  void (*merge_moments)(int64_t channels, int64_t count_a, const float* mean_a, const float* m2_a,
+                        int64_t count_b, const float* mean_b, const float* m2_b, float* mean,
+                        float* m2);
+  // variance = spread / divisor: (m2, count), or (running variance, 1).
+  void (*batch_norm_forward)(const BatchNormShape& shape, int64_t n, const float* x,
+                             const float* mean, const float* spread, float divisor, float epsilon,
+                             const float* weight, const float* bias, float* y);
+  void (*batch_norm_backward_sums)(const BatchNormShape& shape, int64_t n, const float* x,
+                                   const float* y, const float* dy, const float* mean,
+                                   const float* m2, int64_t moments_n, float epsilon, float* sum_dy,
+                                   float* sum_dy_xhat);
+  void (*batch_norm_backward)(const BatchNormShape& shape, int64_t n, const float* x,
+                              const float* y, const float* dy, const float* mean, const float* m2,
+                              int64_t moments_n, float epsilon, const float* weight,
+                              const float* sum_dy, const float* sum_dy_xhat, float* dx);
+  void (*update_running_averages)(int64_t channels, int64_t n, const float* mean, const float* m2,
+                                  float momentum, float* running_mean, float* running_var);
+  // sums[c] = sum over rows of x {rows, columns}.
+  void (*column_sums)(int64_t rows, int64_t columns, const float* x, float* sums);
+
+  void (*softmax_cross_entropy)(int64_t rows, int64_t classes, const float* logits,
+                                const int32_t* labels, float scale, double* loss_sum,
+                                int64_t* correct, float* dlogits);
+  void (*mean_squared_error)(int64_t rows, int64_t features, const float* y, const float* target,
+                             float scale, double* loss_sum, float* dy);
+  void (*count_correct)(int64_t rows, int64_t classes, const float* scores, const int32_t* labels,
+                        int64_t* correct);
+
+  void (*optimizer_update)(const OptimizerCoefficients& coefficients, int64_t n,
+                           const StepScalars& scalars, const float* gradient, float* parameters,
+                           float* slot0, float* slot1);
+  bool (*has_non_finite)(int64_t n, const float* x);
+  // *lo and *hi are the digest's words; 128-bit addition.
+  void (*accumulate_digest)(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
+                            uint64_t* lo, uint64_t* hi);
+  void (*gather_normalize)(int64_t count, int64_t features, int64_t channels, const uint8_t* data,
+                           const int64_t* indices, const float* mean, const float* inv_std,
+                           float* out);
+};
+
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+}  // namespace lockstep::device

@@ -1,0 +1,154 @@
+// Passes over flat vectors, and the decoding of samples.
+#include "worker/device/cpu/kernels/kernel_functions.h"
+#include "worker/device/cpu/simd.h"
+
+namespace lockstep::device::LOCKSTEP_ISA {
+namespace {
+
+template <OptimizerType kType>
+LOCKSTEP_SIMD void UpdateRange(const OptimizerCoefficients& coefficients, int64_t n,
+                               const StepScalars& scalars, const float* gradient, float* parameters,
+                               float* slot0, float* slot1) {
+  constexpr bool kSlot0 = kType != OptimizerType::kSgd, kSlot1 = kType == OptimizerType::kAdam;
+  const OptimizerCoefficients c = coefficients;
+  const StepScalars s = scalars;
+  ForEachVector(n, [&](int64_t i, auto m) {
+    F16 w = Load(parameters + i, m), a(0.0f), b(0.0f);
+    if constexpr (kSlot0) a = Load(slot0 + i, m);
+    if constexpr (kSlot1) b = Load(slot1 + i, m);
+    OptimizerStep<kType>(c, s, Load(gradient + i, m), w, a, b);
+    Store(parameters + i, w, m);
+    if constexpr (kSlot0) Store(slot0 + i, a, m);
+    if constexpr (kSlot1) Store(slot1 + i, b, m);
+  });
+}
+
+LOCKSTEP_SIMD void AddDigest(uint64_t lo, uint64_t hi, uint64_t* sum_lo, uint64_t* sum_hi) {
+  *sum_lo += lo;
+  *sum_hi += hi + (*sum_lo < lo ? 1 : 0);
+}
+
+// MixElement (common/digest.h) of eight elements.
+LOCKSTEP_SIMD void Mix(U8 start, U8 bits, U8* lo, U8* hi) {
+  U8 z = start + bits;
+  z = Multiply(z ^ ShiftRight<30>(z), U8(0xBF58476D1CE4E5B9ull));
+  z = z ^ ShiftRight<27>(z);
+  *lo = z ^ ShiftLeft<32>(bits);
+  const U8 y = Multiply(z, U8(0x94D049BB133111EBull));
+  *hi = y ^ ShiftRight<31>(y);
+}
+
+}  // namespace
+
+void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
+                     const StepScalars& scalars, const float* gradient, float* parameters,
+                     float* slot0, float* slot1) {
+  switch (coefficients.type) {
+    case OptimizerType::kSgd:
+      return UpdateRange<OptimizerType::kSgd>(coefficients, n, scalars, gradient, parameters, slot0,
+                                              slot1);
+    case OptimizerType::kMomentum:
+      return UpdateRange<OptimizerType::kMomentum>(coefficients, n, scalars, gradient, parameters,
+                                                   slot0, slot1);
+    case OptimizerType::kNesterov:
+      return UpdateRange<OptimizerType::kNesterov>(coefficients, n, scalars, gradient, parameters,
+                                                   slot0, slot1);
+    case OptimizerType::kAdam:
+      return UpdateRange<OptimizerType::kAdam>(coefficients, n, scalars, gradient, parameters,
+                                               slot0, slot1);
+  }
+}
+
+bool HasNonFinite(int64_t n, const float* x) {
+  const I16 exponent(0x7F800000);
+  uint32_t found = 0;
+  ForEachVector(n, [&](int64_t i, auto m) {
+    found |= Bits(Equal(AsBits(Load(x + i, m)) & exponent, exponent));
+  });
+  return found != 0;
+}
+
+void AccumulateDigest(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
+                      uint64_t* lo, uint64_t* hi) {
+  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
+  alignas(64) uint64_t words[8];
+  for (uint64_t lane = 0; lane < 8; ++lane)
+    words[lane] = tensor_key + (first_index + lane) * kGolden;
+  U8 start = LoadWords(words);
+  const U8 eight(8 * kGolden), low_half(0xFFFFFFFFull);
+  // The sums of the halves of `lo` cannot overflow: a call covers less than 2^35 elements.
+  U8 lo_low(0), lo_high(0), hi_sum(0);
+  const auto take = [&](U8 bits, U8 keep) {
+    U8 a, b;
+    Mix(start, bits, &a, &b);
+    a = a & keep;
+    lo_low = lo_low + (a & low_half);
+    lo_high = lo_high + ShiftRight<32>(a);
+    hi_sum = hi_sum + (b & keep);
+    start = start + eight;
+  };
+  const U8 every(~uint64_t{0});
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const I16 bits = AsBits(Load(x + i, All()));
+    take(LowLanes(bits), every);
+    take(HighLanes(bits), every);
+  }
+  if (i < n) {
+    const I16 bits = AsBits(Load(x + i, FirstLanes(n - i)));
+    alignas(64) uint64_t keep[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) keep[lane] = lane < n - i ? ~uint64_t{0} : 0;
+    take(LowLanes(bits), LoadWords(keep));
+    take(HighLanes(bits), LoadWords(keep + 8));
+  }
+  alignas(64) uint64_t high[8], top[8];
+  Store(words, lo_low);
+  Store(high, lo_high);
+  Store(top, hi_sum);
+  for (int lane = 0; lane < 8; ++lane) {
+    AddDigest(words[lane], top[lane], lo, hi);
+    AddDigest(high[lane] << 32, high[lane] >> 32, lo, hi);
+  }
+}
+
+void GatherNormalize(int64_t count, int64_t features, int64_t channels, const uint8_t* data,
+                     const int64_t* indices, const float* mean, const float* inv_std, float* out) {
+  // A vector of elements starting at element i has the channels i % channels, ...: walked in tables
+  // that repeat the channels, or, with many channels, pixel by pixel.
+  constexpr int64_t kMostTabled = 16;
+  float means[kMostTabled + kLanes], scales[kMostTabled + kLanes];
+  const bool tabled = channels <= kMostTabled;
+  if (tabled) {
+    for (int64_t i = 0; i < channels + kLanes; ++i) {
+      means[i] = mean[i % channels];
+      scales[i] = inv_std[i % channels];
+    }
+  }
+  const auto normalize = [](I16 bytes, F16 centre, F16 scale) {
+    return (ToFloat(bytes) / F16(255.0f) - centre) * scale;
+  };
+  for (int64_t s = 0; s < count; ++s, out += features) {
+    const uint8_t* sample = data + indices[s] * features;
+    if (tabled) {
+      int64_t channel = 0;
+      ForEachVector(features, [&](int64_t i, auto m) {
+        Store(out + i,
+              normalize(LoadBytes(sample + i, m), Load(means + channel, All()),
+                        Load(scales + channel, All())),
+              m);
+        channel = (channel + kLanes) % channels;
+      });
+    } else {
+      for (int64_t pixel = 0; pixel < features; pixel += channels) {
+        ForEachVector(channels, [&](int64_t c, auto m) {
+          Store(
+              out + pixel + c,
+              normalize(LoadBytes(sample + pixel + c, m), Load(mean + c, m), Load(inv_std + c, m)),
+              m);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace lockstep::device::LOCKSTEP_ISA

@@ -1,0 +1,70 @@
+// Declarations of the kernels of one instruction set, from which its table is made.
+// Internal to worker/device/cpu/kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "worker/device/cpu/kernels.h"
+
+namespace lockstep::device::LOCKSTEP_ISA {
+
+// elementwise.cc
+void ReluForward(int64_t n, const float* x, float* y);
+void ReluBackward(int64_t n, const float* y, const float* dy, float* dx);
+void TanhForward(int64_t n, const float* x, float* y);
+void TanhBackward(int64_t n, const float* y, const float* dy, float* dx);
+void SigmoidForward(int64_t n, const float* x, float* y);
+void SigmoidBackward(int64_t n, const float* y, const float* dy, float* dx);
+void Add(int64_t n, const float* a, const float* b, float* out);
+void Dropout(int64_t n, const float* x, float rate, PhiloxKey key, uint64_t step, uint64_t first,
+             float* y);
+
+// pool.cc
+void MaxPoolForward(const PoolShape& shape, int64_t rows, const float* x, float* y,
+                    uint8_t* argmax);
+void MaxPoolBackward(const PoolShape& shape, int64_t rows, const float* dy, const uint8_t* argmax,
+                     float* dx);
+void AveragePoolForward(const PoolShape& shape, int64_t rows, const float* x, float* y);
+void AveragePoolBackward(const PoolShape& shape, int64_t rows, const float* dy, float* dx);
+void GlobalAveragePoolForward(int64_t rows, int64_t spatial, int64_t channels, const float* x,
+                              float* y);
+void GlobalAveragePoolBackward(int64_t rows, int64_t spatial, int64_t channels, const float* dy,
+                               float* dx);
+
+// norm.cc
+void BatchNormMoments(int64_t channels, int64_t n, const float* x, float* mean, float* m2);
+void MergeMoments(int64_t channels, int64_t count_a, const float* mean_a, const float* m2_a,
+                  int64_t count_b, const float* mean_b, const float* m2_b, float* mean, float* m2);
+void BatchNormForward(const BatchNormShape& shape, int64_t n, const float* x, const float* mean,
+                      const float* spread, float divisor, float epsilon, const float* weight,
+                      const float* bias, float* y);
+void BatchNormBackwardSums(const BatchNormShape& shape, int64_t n, const float* x, const float* y,
+                           const float* dy, const float* mean, const float* m2, int64_t moments_n,
+                           float epsilon, float* sum_dy, float* sum_dy_xhat);
+void BatchNormBackward(const BatchNormShape& shape, int64_t n, const float* x, const float* y,
+                       const float* dy, const float* mean, const float* m2, int64_t moments_n,
+                       float epsilon, const float* weight, const float* sum_dy,
+                       const float* sum_dy_xhat, float* dx);
+void UpdateRunningAverages(int64_t channels, int64_t n, const float* mean, const float* m2,
+                           float momentum, float* running_mean, float* running_var);
+void ColumnSums(int64_t rows, int64_t columns, const float* x, float* sums);
+
+// loss.cc
+void SoftmaxCrossEntropy(int64_t rows, int64_t classes, const float* logits, const int32_t* labels,
+                         float scale, double* loss_sum, int64_t* correct, float* dlogits);
+void MeanSquaredError(int64_t rows, int64_t features, const float* y, const float* target,
+                      float scale, double* loss_sum, float* dy);
+void CountCorrect(int64_t rows, int64_t classes, const float* scores, const int32_t* labels,
+                  int64_t* correct);
+
+// flat.cc
+void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
+                     const StepScalars& scalars, const float* gradient, float* parameters,
+                     float* slot0, float* slot1);
+bool HasNonFinite(int64_t n, const float* x);
+void AccumulateDigest(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
+                      uint64_t* lo, uint64_t* hi);
+void GatherNormalize(int64_t count, int64_t features, int64_t channels, const uint8_t* data,
+                     const int64_t* indices, const float* mean, const float* inv_std, float* out);
+
+}  // namespace lockstep::device::LOCKSTEP_ISA

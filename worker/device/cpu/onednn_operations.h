@@ -1,0 +1,33 @@
+// Dense and Conv2d on oneDNN: inner-product and convolution primitives, one set per number of rows.
+// Activations are plain NHWC; weights are packed into the library's own layout, one copy per layout
+// that the primitives asked for, shared by all streams.
+// Thread-safe as worker/device/device.h says: Pack excludes the other calls.
+#pragma once
+
+#include <dnnl.hpp>
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "worker/device/cpu/kernels.h"
+#include "worker/device/cpu/onednn_call.h"
+#include "worker/device/device.h"
+
+namespace lockstep::device {
+
+struct OperationContext {
+  dnnl::engine engine;
+  std::shared_ptr<CallNumbers> numbers;
+  const Kernels* kernels;
+};
+
+// InvalidArgument for shapes that are not positive; Internal names what oneDNN refused.
+absl::StatusOr<std::unique_ptr<Dense>> MakeOnednnDense(const OperationContext& context,
+                                                       const DenseShape& shape,
+                                                       absl::Span<const int64_t> rows);
+absl::StatusOr<std::unique_ptr<Conv2d>> MakeOnednnConv2d(const OperationContext& context,
+                                                         const Conv2dShape& shape,
+                                                         absl::Span<const int64_t> rows);
+
+}  // namespace lockstep::device

@@ -1,0 +1,170 @@
+// Scalar mathematics of the kernels, written once: instantiated with float by CUDA kernels and by
+// tests, and with a 16-lane vector (worker/device/cpu/simd.h) by the CPU kernels. Only correctly
+// rounded operations (+ - * / sqrt fma) in a fixed order, so an element's bits are the same
+// whichever lane, tail or device width computes it.
+//
+// A vector type V provides V(float), the arithmetic operators and, found by argument-dependent
+// lookup, the functions that are defined for float here: Fma, Sqrt, Abs, Maximum, Less, IsNan,
+// Select, RoundToInt, ScaleByPowerOfTwo. Functions are always inlined: the CPU kernels are built
+// once per instruction set, and no copy made for one may be linked into baseline code. Thread-safe:
+// pure.
+#pragma once
+
+#include <cstdint>
+
+#include "worker/device/kernel_types.h"
+
+#if defined(__CUDACC__)
+#define LOCKSTEP_MATH __host__ __device__ __forceinline__
+#else
+#define LOCKSTEP_MATH [[gnu::always_inline]] inline
+#endif
+
+namespace lockstep::device {
+
+// ---- the operations, for one float.
+LOCKSTEP_MATH float Fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+LOCKSTEP_MATH float Sqrt(float x) { return __builtin_sqrtf(x); }
+LOCKSTEP_MATH float Abs(float x) { return __builtin_fabsf(x); }
+// The second where either is NaN or both are zero (the x86 rule).
+LOCKSTEP_MATH float Maximum(float a, float b) { return a > b ? a : b; }
+LOCKSTEP_MATH bool Less(float a, float b) { return a < b; }
+LOCKSTEP_MATH bool IsNan(float a) { return a != a; }
+LOCKSTEP_MATH float Select(bool condition, float a, float b) { return condition ? a : b; }
+// To the nearest integer, ties to even; |x| < 2^22.
+LOCKSTEP_MATH float RoundToInt(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+// x * 2^n for integral n, -126 <= n <= 127.
+LOCKSTEP_MATH float ScaleByPowerOfTwo(float x, float n) {
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  __builtin_memcpy(&scale, &bits, 4);
+  return x * scale;
+}
+
+// ---- elementary functions.
+
+// exp, within 1 ulp (2 where the result is subnormal). x = n ln 2 + r, ln 2 in two parts (Cody &
+// Waite 1980); e^r by its Taylor polynomial of degree 7, |r| <= ln(2) / 2.
+template <class V>
+LOCKSTEP_MATH V Exp(V x) {
+  const V low(-104.0f), high(89.0f);
+  V clamped = Select(Less(x, low), low, x);  // keeps NaN
+  clamped = Select(Less(high, clamped), high, clamped);
+  const V n = RoundToInt(clamped * V(1.44269504088896341f));
+  V r = Fma(n, V(-0.693145751953125f), clamped);
+  r = Fma(n, V(-1.42860682030941723e-6f), r);
+  V p(1.0f / 5040);
+  p = Fma(p, r, V(1.0f / 720));
+  p = Fma(p, r, V(1.0f / 120));
+  p = Fma(p, r, V(1.0f / 24));
+  p = Fma(p, r, V(1.0f / 6));
+  p = Fma(p, r, V(0.5f));
+  p = Fma(p * r, r, r) + V(1.0f);
+  // In two factors: 2^n itself may overflow or be subnormal.
+  const V half = RoundToInt(n * V(0.5f));
+  const V safe = Select(IsNan(x), V(0.0f), half);
+  const V rest = Select(IsNan(x), V(0.0f), n - half);
+  return ScaleByPowerOfTwo(ScaleByPowerOfTwo(p, safe), rest);
+}
+
+// tanh, within 2 ulp: an odd minimax polynomial near 0 (Moshier, Cephes tanhf), otherwise
+// 1 - 2 / (e^2|x| + 1).
+template <class V>
+LOCKSTEP_MATH V Tanh(V x) {
+  const V a = Abs(x);
+  const V s = x * x;
+  V p(-5.70498872745e-3f);
+  p = Fma(p, s, V(2.06390887954e-2f));
+  p = Fma(p, s, V(-5.37397155531e-2f));
+  p = Fma(p, s, V(1.33314422036e-1f));
+  p = Fma(p, s, V(-3.33332819422e-1f));
+  const V small = Fma(p * s, x, x);
+  const V e = Exp(a + a);
+  const V large = V(1.0f) - V(2.0f) / (e + V(1.0f));
+  const V signed_large = Select(Less(x, V(0.0f)), V(0.0f) - large, large);
+  return Select(Less(a, V(0.625f)), small, signed_large);
+}
+
+// 1 / (1 + e^-x), within 3 ulp; exact in the tails because e is taken of -|x|.
+template <class V>
+LOCKSTEP_MATH V Sigmoid(V x) {
+  const V e = Exp(V(0.0f) - Abs(x));
+  return Select(Less(x, V(0.0f)), e, V(1.0f)) / (V(1.0f) + e);
+}
+
+// Natural logarithm of a normal positive double, within 1 ulp (the reduction and polynomial of
+// FreeBSD msun e_log.c, Sun Microsystems 1993). NaN for NaN, +inf for +inf.
+LOCKSTEP_MATH double Log(double x) {
+  if (!(x < 1.7976931348623157e308)) return x;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, 8);
+  // m in [sqrt(1/2), sqrt(2)).
+  const uint64_t sqrt_half = 0x3FE6A09E667F3BCDull;
+  const int64_t k = static_cast<int64_t>(bits - sqrt_half) >> 52;
+  bits -= static_cast<uint64_t>(k) << 52;
+  double m;
+  __builtin_memcpy(&m, &bits, 8);
+  const double f = m - 1.0;
+  const double s = f / (2.0 + f);
+  const double z = s * s, w = z * z;
+  const double t1 = w * (3.999999999940941908e-01 +
+                         w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+  const double t2 = z * (6.666666666666735130e-01 +
+                         w * (2.857142874366239149e-01 +
+                              w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
+  const double r = t1 + t2;
+  const double half_square = 0.5 * f * f;
+  const double dk = static_cast<double>(k);
+  return dk * 6.93147180369123816490e-01 -
+         ((half_square - (s * (half_square + r) + dk * 1.90821492927058770002e-10)) - f);
+}
+
+// ---- maps and their gradients. `dy` is the gradient of the output y.
+template <class V>
+LOCKSTEP_MATH V Relu(V x) {
+  return Maximum(V(0.0f), x);  // NaN stays NaN, so that it is seen
+}
+template <class V>
+LOCKSTEP_MATH V ReluGradient(V y, V dy) {
+  return Select(Less(V(0.0f), y), dy, V(0.0f));
+}
+template <class V>
+LOCKSTEP_MATH V TanhGradient(V y, V dy) {
+  return dy * Fma(V(0.0f) - y, y, V(1.0f));
+}
+template <class V>
+LOCKSTEP_MATH V SigmoidGradient(V y, V dy) {
+  return dy * (y * (V(1.0f) - y));
+}
+
+// ---- batch norm, per channel.
+template <class V>
+LOCKSTEP_MATH V InverseDeviation(V variance, V epsilon) {
+  return V(1.0f) / Sqrt(variance + epsilon);
+}
+
+// ---- optimizers (device.h, OptimizerCoefficients): one element, in this order of operations.
+template <OptimizerType kType, class V>
+LOCKSTEP_MATH void OptimizerStep(const OptimizerCoefficients& c, const StepScalars& s, V g, V& w,
+                                 V& slot0, V& slot1) {
+  const V minus_rate(-s.learning_rate);
+  g = Fma(V(c.l2), w, g);
+  w = Fma(V(-(s.learning_rate * c.weight_decay)), w, w);
+  if constexpr (kType == OptimizerType::kSgd) {
+    w = Fma(minus_rate, g, w);
+  } else if constexpr (kType == OptimizerType::kMomentum) {
+    slot0 = Fma(V(c.momentum), slot0, g);
+    w = Fma(minus_rate, slot0, w);
+  } else if constexpr (kType == OptimizerType::kNesterov) {
+    slot0 = Fma(V(c.momentum), slot0, g);
+    w = Fma(minus_rate, Fma(V(c.momentum), slot0, g), w);
+  } else {
+    slot0 = Fma(V(c.beta1), slot0, V(1.0f - c.beta1) * g);
+    slot1 = Fma(V(c.beta2), slot1, V(1.0f - c.beta2) * (g * g));
+    const V step =
+        (slot0 / V(s.adam_correction1)) / (Sqrt(slot1 / V(s.adam_correction2)) + V(c.epsilon));
+    w = Fma(minus_rate, step, w);
+  }
+}
+
+}  // namespace lockstep::device

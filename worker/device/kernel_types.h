@@ -1,0 +1,45 @@
+// Plain arguments of kernels, without any library: kernel sources that are compiled for a special
+// instruction set or by nvcc include this instead of worker/device/device.h.
+#pragma once
+
+#include <cstdint>
+
+namespace lockstep::device {
+
+// Written by the host before each step, read by kernels when they run.
+struct StepScalars {
+  uint64_t step = 0;  // Philox step of dropout: the update being computed, from 1
+  float learning_rate = 0;
+  float adam_correction1 = 1;  // 1 - beta1^t
+  float adam_correction2 = 1;  // 1 - beta2^t
+};
+
+struct PoolShape {
+  int64_t height = 0, width = 0, channels = 0;  // of the input
+  int64_t kernel = 0, stride = 0, padding = 0;  // square; padding < kernel
+  int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
+};
+
+// A batch norm over n = rows * spatial elements per channel (Ioffe & Szegedy 2015).
+struct BatchNormShape {
+  int64_t channels = 0;
+  bool relu = false;  // y = relu(normalized); backward masks by y > 0
+};
+
+enum class OptimizerType { kSgd, kMomentum, kNesterov, kAdam };
+
+// g' = g + l2 * w;  decoupled: w -= lr * weight_decay * w before the update (Loshchilov & Hutter
+// 2019).
+//   sgd:      w -= lr g'
+//   momentum: v = mu v + g';  w -= lr v                    (PyTorch's form)
+//   nesterov: v = mu v + g';  w -= lr (g' + mu v)
+//   adam:     m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
+//             w -= lr * (m / c1) / (sqrt(v / c2) + eps)    (Kingma & Ba 2015, algorithm 1)
+struct OptimizerCoefficients {
+  OptimizerType type = OptimizerType::kSgd;
+  float momentum = 0, beta1 = 0, beta2 = 0, epsilon = 0;
+  float l2 = 0, weight_decay = 0;  // of this range: zero where the tensor does not decay
+};
+
+}  // namespace lockstep::device
