@@ -17,6 +17,9 @@ struct Node {
   friend bool operator==(const Node&, const Node&) = default;
 };
 
+// Where a subtree of at least two leaves splits.
+int SplitPoint(Node node);
+
 // The fewest subtrees of the tree over `leaves` that cover exactly [begin, end), left to right.
 std::vector<Node> MaximalSubtrees(int leaves, int begin, int end);
 
@@ -25,8 +28,10 @@ struct Combine {
   int dst = 0, src = 0;
 };
 
-// How the owner of leaves [begin, end) folds them in order with as few buffers as a binary counter
-// needs (at most ceil(log2 n) + 1).
+// How the owner of leaves [begin, end) folds them in order with as few buffers as whole vectors
+// allow: one for each finished subtree that waits for its sibling, as in a binary counter. At most
+// ceil(log2 n) + 1 of n leaves where `begin` is a multiple of the next power of two (as for slots
+// that own equal powers of two); at most 2 ceil(log2 n) + 1 for any range.
 struct StackSchedule {
   struct Leaf {
     int buffer = -1;                // where leaf begin + i is written; -1: absent
