@@ -1,0 +1,73 @@
+#include "client/metrics_log.h"
+
+#include "client/format.h"
+#include "client/json.h"
+#include "client/table.h"
+#include "fmt/format.h"
+
+namespace lockstep::client {
+
+std::string MetricsLog::Csv() const {
+  std::string csv =
+      "step,epoch,train_loss,train_accuracy,samples,learning_rate,seconds,validation_loss,"
+      "validation_accuracy,validation_samples,state_digest\n";
+  for (const auto& [number, row] : rows_) {
+    const bool trained = row.step.has_train();
+    const bool evaluated = row.evaluation.has_validation();
+    const v1::Score& train = row.step.train();
+    const v1::Score& validation = row.evaluation.validation();
+    csv += fmt::format("{},{}", number, trained ? row.step.epoch() : row.evaluation.epoch());
+    csv += trained ? fmt::format(",{}", train.loss()) : ",";
+    csv += trained && train.has_accuracy() ? fmt::format(",{}", train.accuracy()) : ",";
+    csv += trained ? fmt::format(",{},{},{}", train.samples(), row.step.learning_rate(),
+                                 row.step.seconds())
+                   : ",,,";
+    csv += evaluated ? fmt::format(",{}", validation.loss()) : ",";
+    csv += evaluated && validation.has_accuracy() ? fmt::format(",{}", validation.accuracy()) : ",";
+    csv += evaluated ? fmt::format(",{}", validation.samples()) : ",";
+    csv += "," + row.step.state_digest() + "\n";
+  }
+  return csv;
+}
+
+std::string MetricsLog::TableText(const Terminal& terminal) const {
+  constexpr Table::Align kRight = Table::Align::kRight;
+  Table table({{"STEP", kRight},
+               {"EPOCH", kRight},
+               {"LOSS", kRight},
+               {"ACCURACY", kRight},
+               {"LEARNING RATE", kRight},
+               {"SECONDS", kRight},
+               {"VALIDATION LOSS", kRight},
+               {"ACCURACY", kRight}});
+  for (const auto& [number, row] : rows_) {
+    const v1::Score& train = row.step.train();
+    const v1::Score& validation = row.evaluation.validation();
+    const bool trained = row.step.has_train();
+    const bool evaluated = row.evaluation.has_validation();
+    table.AddRow(
+        {std::to_string(number),
+         std::to_string(trained ? row.step.epoch() : row.evaluation.epoch()),
+         trained ? FormatLoss(train.loss()) : "",
+         trained && train.has_accuracy() ? FormatPercent(train.accuracy()) : "",
+         trained ? fmt::format("{:.6g}", row.step.learning_rate()) : "",
+         trained ? fmt::format("{:.2f}", row.step.seconds()) : "",
+         evaluated ? FormatLoss(validation.loss()) : "",
+         evaluated && validation.has_accuracy() ? FormatPercent(validation.accuracy()) : ""});
+  }
+  return table.Render(terminal);
+}
+
+nlohmann::ordered_json MetricsLog::Json(const std::string& job) const {
+  nlohmann::ordered_json json;
+  json["job"] = job;
+  json["steps"] = nlohmann::ordered_json::array();
+  json["evaluations"] = nlohmann::ordered_json::array();
+  for (const auto& [number, row] : rows_) {
+    if (row.step.has_train()) json["steps"].push_back(ToJson(row.step));
+    if (row.evaluation.has_validation()) json["evaluations"].push_back(ToJson(row.evaluation));
+  }
+  return json;
+}
+
+}  // namespace lockstep::client

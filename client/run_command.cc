@@ -1,0 +1,334 @@
+// `lockstep run`: local mode.
+#include <poll.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "client/commands.h"
+#include "client/follow.h"
+#include "client/format.h"
+#include "client/job_client.h"
+#include "client/json.h"
+#include "client/local_cluster.h"
+#include "client/progress.h"
+#include "client/run_folder.h"
+#include "client/summary.h"
+#include "common/fs.h"
+#include "common/host.h"
+#include "common/spec/spec.h"
+#include "common/status_macros.h"
+
+namespace lockstep::client {
+namespace {
+
+// After Ctrl-C the job may end by itself for so long.
+constexpr absl::Duration kCancelTimeout = absl::Seconds(2);
+// A lost worker's job is failed by the coordinator, who knows slot and step, within 10 seconds.
+constexpr absl::Duration kVerdictTimeout = absl::Seconds(12);
+
+// Submits the job and follows it on a thread of its own, so that the main thread is free for
+// signals and children.
+class Follower {
+ public:
+  Follower(const std::string& address, v1::SubmitJobRequest request, Progress& progress)
+      : client_(address),
+        request_(std::move(request)),
+        progress_(progress),
+        done_fd_(eventfd(0, EFD_CLOEXEC)),
+        thread_([this] { Work(); }) {}
+  ~Follower() {
+    client_.Stop();
+    Join();
+    close(done_fd_);
+  }
+
+  int done_fd() const { return done_fd_; }  // readable at the end
+  bool done() const { return done_; }
+
+  // Asks the coordinator to cancel the job, without waiting for it.
+  void Cancel() {
+    const std::string job = this->job().id();
+    if (job.empty()) {
+      client_.Stop();
+    } else if (!canceller_.joinable()) {
+      canceller_ = std::thread([this, job] { client_.Cancel(job, kCancelTimeout).IgnoreError(); });
+    }
+  }
+  void Stop() { client_.Stop(); }
+  void Join() {
+    if (thread_.joinable()) thread_.join();
+    if (canceller_.joinable()) canceller_.join();
+  }
+
+  // As last seen; how following ended.
+  v1::Job job() const {
+    absl::MutexLock lock(&mutex_);
+    return job_;
+  }
+  absl::Status status() const {
+    absl::MutexLock lock(&mutex_);
+    return status_;
+  }
+
+ private:
+  absl::Status Follow() {
+    ASSIGN_OR_RETURN(const v1::Job submitted, client_.Submit(request_));
+    Set(submitted);
+    const auto on_event = [this](const v1::JobEvent& event) {
+      if (event.has_job()) Set(event.job());
+    };
+    ASSIGN_OR_RETURN(const v1::Job ended,
+                     FollowJob(client_, submitted.id(), absl::Seconds(5), progress_, on_event));
+    Set(ended);
+    return absl::OkStatus();
+  }
+  void Set(const v1::Job& job) {
+    absl::MutexLock lock(&mutex_);
+    job_ = job;
+  }
+  void Work() {
+    const absl::Status status = Follow();
+    {
+      absl::MutexLock lock(&mutex_);
+      status_ = status;
+    }
+    done_ = true;
+    const uint64_t one = 1;
+    if (write(done_fd_, &one, sizeof(one)) < 0) return;
+  }
+
+  JobClient client_;
+  const v1::SubmitJobRequest request_;
+  Progress& progress_;
+  const int done_fd_;
+  std::atomic<bool> done_{false};
+  mutable absl::Mutex mutex_;
+  v1::Job job_ ABSL_GUARDED_BY(mutex_);
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::thread thread_, canceller_;
+};
+
+struct End {
+  v1::Job job;
+  bool interrupted = false;
+  bool killed = false;   // a second signal: no time for goodbyes
+  absl::Status failure;  // where there is no verdict of the coordinator
+};
+
+// Whether the coordinator knows that the job depends on this worker, and so will end it.
+bool Depends(const v1::Job& job, const std::string& worker) {
+  return std::any_of(job.placement().begin(), job.placement().end(),
+                     [&](const v1::SlotPlacement& slot) { return slot.worker() == worker; });
+}
+
+// The main thread's part: signals, children, redrawing, until the job has ended.
+End Supervise(LocalCluster& cluster, Follower& follower, Progress& progress, Interrupts& interrupts,
+              bool interactive) {
+  End end;
+  absl::Time give_up = absl::InfiniteFuture();
+  absl::Status verdict;  // given at `give_up`
+  while (!follower.done()) {
+    pollfd polled[] = {{interrupts.fd(), POLLIN, 0}, {follower.done_fd(), POLLIN, 0}};
+    poll(polled, 2, interactive ? 100 : 250);
+    for (int signal = interrupts.Next(); signal != 0; signal = interrupts.Next()) {
+      if (signal == SIGCHLD) continue;
+      if (end.interrupted) {
+        end.killed = true;
+        cluster.Kill();
+        follower.Stop();
+      } else {
+        end.interrupted = true;
+        give_up = absl::Now() + kCancelTimeout;
+        verdict = absl::CancelledError("interrupted");
+        follower.Cancel();
+      }
+    }
+    while (!end.interrupted) {
+      const std::optional<LocalCluster::Loss> loss = cluster.NextLoss();
+      if (!loss.has_value()) break;
+      const v1::Job job = follower.job();
+      const bool placed = job.state() != v1::QUEUED && Depends(job, loss->worker);
+      if (loss->worker.empty() || job.id().empty() || job.state() == v1::QUEUED) {
+        give_up = absl::Now();  // nobody else will tell
+        verdict = absl::UnavailableError(loss->text);
+      } else if (placed && verdict.ok()) {
+        give_up = absl::Now() + kVerdictTimeout;
+        verdict = absl::UnavailableError(loss->text);
+      } else if (!placed) {
+        progress.Print("warning: " + loss->text);
+      }
+    }
+    if (absl::Now() >= give_up) {
+      end.failure = verdict;
+      follower.Stop();
+      give_up = absl::InfiniteFuture();
+    }
+    progress.Tick();
+  }
+  follower.Join();
+  end.job = follower.job();
+  if (IsFinal(end.job.state())) {
+    end.failure = absl::OkStatus();
+  } else if (end.failure.ok()) {
+    end.failure = follower.status();
+  }
+  return end;
+}
+
+absl::StatusOr<v1::JobSpec> LoadSpec(const RunOptions& options, int slots_offered) {
+  ASSIGN_OR_RETURN(v1::JobSpec spec, spec::LoadFile(options.spec, options.overrides));
+  v1::ResourceSpec& resources = *spec.mutable_resources();
+  if (!resources.has_slots()) {
+    resources.set_slots(std::min(slots_offered, spec.train().shards()));
+  } else if (resources.slots() > slots_offered) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "resources.slots is ", resources.slots(), ", but this run has ", slots_offered,
+        "; accepted: at most --workers times --slots (more slots than cores are allowed)"));
+  }
+  return spec;
+}
+
+absl::Status WriteResults(const std::string& folder, const v1::Job& job, const JobView& view) {
+  RETURN_IF_ERROR(WriteFileAtomically(JoinPath(folder, "metrics.csv"), view.metrics().Csv()));
+  return WriteFileAtomically(JoinPath(folder, "result.json"), Dump(ResultJson(job, folder)) + "\n");
+}
+
+std::string Closing(const RunOptions& options, const v1::Job& job, const std::string& folder,
+                    const Terminal& terminal) {
+  std::string text = "\n" + SummaryText(job, terminal);
+  const std::string shown = ShortPath(folder);
+  std::vector<std::pair<std::string, std::string>> places;
+  if (!job.checkpoints().empty()) {
+    places.emplace_back("checkpoint", ShortPath(job.checkpoints().rbegin()->path()));
+  }
+  places.emplace_back("metrics", JoinPath(shown, "metrics.csv"));
+  places.emplace_back("logs", JoinPath(shown, "logs"));
+  text += "\n" + ListText("Files", places, terminal);
+  std::vector<std::pair<std::string, std::string>> next;
+  if (!job.checkpoints().empty()) {
+    next.emplace_back("lockstep evaluate " + shown, "score the checkpoint");
+    std::string resume = "lockstep run " + options.spec + " --resume " + shown;
+    if (job.state() == v1::SUCCEEDED && job.spec().train().has_epochs()) {
+      resume += absl::StrCat(" --set train.epochs=", 2 * job.spec().train().epochs());
+    }
+    next.emplace_back(resume, "go on from it");
+  }
+  next.emplace_back("lockstep run " + options.spec + " --set train.seed=2", "another seed");
+  if (job.state() == v1::SUCCEEDED) {
+    next.emplace_back("lockstep diff " + shown + " OTHER_RUN", "compare two runs bit by bit");
+  }
+  return text + "\n" + ListText("Try next", next, terminal);
+}
+
+}  // namespace
+
+int Run(const RunOptions& options, Interrupts& interrupts) {
+  signal(SIGPIPE, SIG_IGN);  // a reader that leaves (`| head`) must not leave the cluster running
+  const int slots =
+      options.slots > 0 ? options.slots : std::max(1, AvailableCores() / options.workers);
+  const absl::StatusOr<v1::JobSpec> spec = LoadSpec(options, options.workers * slots);
+  if (!spec.ok()) return Fail(absl::InvalidArgumentError(std::string(spec.status().message())));
+  LocalClusterOptions local;
+  local.workers = options.workers;
+  local.slots = slots;
+  for (const auto& [name, path] : {std::pair{"lockstep-server", &local.server_program},
+                                   std::pair{"lockstep-worker", &local.worker_program}}) {
+    absl::StatusOr<std::string> program = ProgramPath(name);
+    if (!program.ok()) return Fail(program.status());
+    *path = *std::move(program);
+  }
+  v1::SubmitJobRequest request;
+  *request.mutable_spec() = *spec;
+  if (!options.resume.empty()) {
+    request.set_resume_from(AbsolutePath(options.resume));
+    if (!RealFileSystem().IsDirectory(request.resume_from())) {
+      return Fail(absl::InvalidArgumentError(absl::StrCat(
+          "--resume ", options.resume,
+          " is no folder; accepted: the folder of a run or of one of its checkpoints")));
+    }
+  }
+  absl::StatusOr<RunFolder> folder =
+      RunFolder::Open(options.out, spec->name(), request.resume_from(), absl::Now());
+  if (!folder.ok()) return Fail(folder.status());
+  if (!folder->moved().empty()) {
+    Warn(absl::StrCat("the earlier run in ", ShortPath(folder->path()), " is now in ",
+                      ShortPath(folder->moved())));
+  }
+  // A folder that was moved away may be the one to go on from.
+  request.set_output_dir(folder->path());
+  request.set_request_id(absl::StrCat("run-", getpid(), "-", absl::ToUnixMicros(absl::Now())));
+  local.folder = folder->path();
+  const absl::Status saved = WriteFileAtomically(JoinPath(folder->path(), "spec.yaml"),
+                                                 spec::ToYaml(*spec, /*expand=*/false));
+  if (!saved.ok()) return Fail(saved);
+
+  const int progress_fd = options.json ? STDERR_FILENO : STDOUT_FILENO;
+  const Terminal terminal = Terminal::Of(progress_fd);
+  Progress progress(
+      terminal, [progress_fd](const std::string& text) { WriteAll(progress_fd, text); },
+      RealClock());
+  progress.Print(absl::StrCat(spec->name(), ": ", options.workers,
+                              options.workers == 1 ? " worker" : " workers", " with ", slots,
+                              slots == 1 ? " slot" : " slots", options.workers == 1 ? "" : " each",
+                              ", results in ", ShortPath(folder->path())));
+
+  End end;
+  absl::StatusOr<std::unique_ptr<LocalCluster>> cluster = LocalCluster::Start(local, interrupts);
+  if (cluster.ok()) {
+    Follower follower((*cluster)->address(), request, progress);
+    end = Supervise(**cluster, follower, progress, interrupts, terminal.interactive);
+  } else {
+    end.failure = cluster.status();
+    end.interrupted = absl::IsCancelled(cluster.status());
+  }
+  progress.Finish();
+  if (cluster.ok() && !end.killed) (*cluster)->Stop();
+  const JobView view = progress.view();
+  if (!IsFinal(end.job.state())) {
+    const v1::JobState state = end.interrupted ? v1::CANCELLED : v1::FAILED;
+    if (end.job.id().empty()) *end.job.mutable_spec() = *spec;
+    if (view.job().step() > end.job.step()) {
+      end.job.set_step(view.job().step());
+      end.job.set_epoch(view.job().epoch());
+      *end.job.mutable_last_step() = view.job().last_step();
+    }
+    end.job.set_state(state);
+    end.job.set_reason(end.interrupted ? "interrupted" : std::string(end.failure.message()));
+  }
+  if (end.interrupted && end.job.state() == v1::CANCELLED) end.job.set_reason("interrupted");
+
+  const absl::Status written = WriteResults(folder->path(), end.job, view);
+  if (!written.ok()) Fail(written);
+  if (!options.json) WriteAll(STDOUT_FILENO, Closing(options, end.job, folder->path(), terminal));
+  int code = kExitOk;
+  if (end.interrupted && end.job.state() != v1::SUCCEEDED) {
+    code = kExitInterrupted;
+    Fail(absl::CancelledError(
+        end.job.checkpoints().empty()
+            ? "interrupted before the first checkpoint; run it again to start over"
+            : absl::StrCat("interrupted; go on with: lockstep run ", options.spec, " --resume ",
+                           ShortPath(folder->path()))));
+  } else if (absl::IsInvalidArgument(end.failure)) {
+    code = Fail(end.failure);  // the coordinator found what we could not
+  } else if (end.job.state() != v1::SUCCEEDED) {
+    code = kExitFailed;
+    Fail(absl::UnknownError(absl::StrCat(
+        end.job.id().empty() ? spec->name() : end.job.id(), " ", StateName(end.job.state()), ": ",
+        end.job.reason(), "; logs are in ", ShortPath(JoinPath(folder->path(), "logs")))));
+  } else if (!written.ok()) {
+    code = kExitFailed;
+  }
+  // The very last line of standard output.
+  if (options.json) WriteAll(STDOUT_FILENO, Dump(ResultJson(end.job, folder->path())) + "\n");
+  return code;
+}
+
+}  // namespace lockstep::client
