@@ -1,0 +1,278 @@
+#include "tests/nn/cases.h"
+
+#include <functional>
+#include <random>
+
+#include "tests/nn/graph_maker.h"
+
+namespace lockstep::nn {
+namespace {
+
+using spec::kData;
+using spec::Sync;
+using spec::Target;
+
+GraphCase Make(const std::string& name, std::vector<int64_t> data, int64_t classes,
+               const std::function<void(GraphMaker&)>& build) {
+  GraphMaker maker(std::move(data), classes);
+  build(maker);
+  return {name, maker.graph()};
+}
+
+std::vector<GraphCase> MakeCases() {
+  std::vector<GraphCase> cases;
+  auto add = [&](const std::string& name, std::vector<int64_t> data, int64_t classes,
+                 const std::function<void(GraphMaker&)>& build) {
+    cases.push_back(Make(name, std::move(data), classes, build));
+  };
+  add("softmax_regression", {5}, 3, [](GraphMaker& m) { m.Dense(3); });
+  add("dense_relu", {5}, 3, [](GraphMaker& m) {
+    m.Dense(7);
+    m.Relu();
+    m.Dense(3, /*bias=*/false);
+  });
+  add("tanh_sigmoid", {4}, 3, [](GraphMaker& m) {
+    m.Dense(6);
+    m.Tanh();
+    m.Dense(5);
+    m.Sigmoid();
+    m.Dense(3);
+  });
+  add("relu_is_the_output", {4}, 3, [](GraphMaker& m) {
+    m.Dense(3);
+    m.Relu();
+    m.MeanSquaredError(Target::kLabel);
+  });
+  add("conv_relu", {5, 6, 2}, 3, [](GraphMaker& m) {
+    m.Conv2d(3, 3, 2, 1);
+    m.Relu();
+    m.Conv2d(2, 2, 1, 0, /*bias=*/false);
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("max_pool", {6, 5, 1}, 3, [](GraphMaker& m) {
+    m.Conv2d(3, 2);
+    m.MaxPool(3, 2, 1);
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("average_pool", {6, 5, 1}, 3, [](GraphMaker& m) {
+    m.Conv2d(3, 2);
+    m.AveragePool(3, 2, 1);
+    m.Relu();
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("pools_of_data", {6, 6, 2}, 2, [](GraphMaker& m) {
+    const int largest = m.MaxPool(2, 2, 0, kData);
+    const int mean = m.AveragePool(2, 2, 0, kData);
+    m.AddLayers({largest, mean});
+    m.Conv2d(3, 2);
+    m.GlobalAveragePool();
+    m.Dense(2);
+  });
+  for (const Sync sync : {Sync::kShard, Sync::kBatch}) {
+    const std::string which = sync == Sync::kShard ? "_shard" : "_batch";
+    add("norm_relu" + which, {5}, 3, [&](GraphMaker& m) {
+      m.Dense(6, /*bias=*/false);
+      m.BatchNorm(sync);
+      m.Relu();
+      m.Dense(3);
+    });
+    add("relu_norm" + which, {4, 4, 1}, 3, [&](GraphMaker& m) {
+      m.Conv2d(3, 3, 1, 1);
+      m.Relu();
+      m.BatchNorm(sync);
+      m.Flatten();
+      m.Dense(3);
+    });
+    add("norm_of_data" + which, {3, 3, 2}, 3, [&](GraphMaker& m) {
+      m.BatchNorm(sync);
+      m.Tanh();
+      m.Flatten();
+      m.Dense(3);
+    });
+    add("norm_is_the_output" + which, {4}, 3, [&](GraphMaker& m) {
+      m.Dense(3);
+      m.BatchNorm(sync);
+    });
+    add("residual" + which, {5, 5, 2}, 3, [&](GraphMaker& m) {
+      m.Conv2d(3, 3, 1, 1, /*bias=*/false);
+      m.BatchNorm(sync);
+      const int trunk = m.Relu();
+      m.Conv2d(3, 3, 1, 1, /*bias=*/false);
+      m.BatchNorm(sync);
+      m.Relu();
+      m.Conv2d(3, 3, 1, 1, /*bias=*/false);
+      const int branch = m.BatchNorm(sync);
+      m.AddLayers({branch, trunk});
+      m.Relu();
+      m.GlobalAveragePool();
+      m.Dense(3);
+    });
+    add("parallel_norms" + which, {5}, 3, [&](GraphMaker& m) {
+      const int trunk = m.Dense(4);
+      m.BatchNorm(sync, trunk);
+      const int left = m.Relu();
+      const int right = m.BatchNorm(sync, trunk);
+      m.AddLayers({left, right, trunk});
+      m.Dense(3);
+    });
+  }
+  add("norms_of_both_kinds", {5}, 3, [](GraphMaker& m) {
+    m.Dense(4, /*bias=*/false);
+    m.BatchNorm(Sync::kShard);
+    m.Relu();
+    m.Dense(4, /*bias=*/false);
+    m.BatchNorm(Sync::kBatch);
+    m.Tanh();
+    m.Dense(3);
+  });
+  add("dropout", {6}, 3, [](GraphMaker& m) {
+    m.Dropout(0.25);
+    m.Dense(8);
+    m.Relu();
+    m.Dropout(0.5);
+    m.Dense(6);
+    m.Dropout(0);
+    m.Tanh();
+    m.Dropout(0.3);
+    m.Dense(3);
+  });
+  add("mean_squared_error_of_labels", {5}, 4, [](GraphMaker& m) {
+    m.Dense(4);
+    m.Sigmoid();
+    m.MeanSquaredError(Target::kLabel);
+  });
+  add("autoencoder", {2, 2, 2}, 3, [](GraphMaker& m) {
+    m.Flatten();
+    m.Dense(3);
+    m.Tanh();
+    m.Dense(8);
+    m.MeanSquaredError(Target::kInput);
+  });
+  add("add_to_itself", {4}, 3, [](GraphMaker& m) {
+    const int x = m.Dense(3);
+    m.AddLayers({x, x});
+    m.Tanh();
+  });
+  add("add_of_data", {3}, 3, [](GraphMaker& m) {
+    const int x = m.Dense(3);
+    const int y = m.AddLayers({kData, x, kData});
+    const int z = m.Dense(3, true, y);
+    m.AddLayers({y, z});
+  });
+  // Outputs that their own backward needs meet consumers that would like to write over them.
+  add("outputs_with_several_consumers", {5}, 3, [](GraphMaker& m) {
+    m.Dense(4);
+    const int t = m.Tanh();
+    const int r = m.Relu(t);
+    const int s = m.Sigmoid(t);
+    const int d = m.Dropout(0.4, t);
+    const int e = m.Dense(4, true, r);
+    const int f = m.Relu(e);
+    m.AddLayers({r, s, d, f, t});
+    m.Relu();
+    m.Dense(3);
+  });
+  add("view_and_viewed_both_used", {3, 3, 2}, 3, [](GraphMaker& m) {
+    const int c = m.Conv2d(2, 3, 1, 1);
+    const int flat = m.Flatten(c);
+    const int a = m.Dense(4, true, flat);
+    const int pooled = m.GlobalAveragePool(c);
+    const int b = m.Dense(4, true, pooled);
+    const int t = m.Tanh(flat);
+    const int e = m.Dense(4, true, t);
+    m.AddLayers({a, b, e});
+    m.Dense(3);
+  });
+  add("relu_chains", {4}, 3, [](GraphMaker& m) {
+    m.Dense(5);
+    m.Relu();
+    m.Relu();
+    m.Dropout(0.2);
+    m.Relu();
+    m.Dense(3);
+  });
+  return cases;
+}
+
+}  // namespace
+
+const std::vector<GraphCase>& GraphCases() {
+  static const auto& cases = *new std::vector<GraphCase>(MakeCases());
+  return cases;
+}
+
+spec::Graph RandomGraph(uint64_t seed, int layers) {
+  std::mt19937_64 random(seed);
+  auto pick = [&](int n) { return static_cast<int>(random() % n); };
+  GraphMaker m({4, 4, 2}, 3);
+  std::vector<int> images = {kData}, vectors;  // all images {4, 4, 2}, all vectors {5}
+  vectors.push_back(m.Dense(5, true, kData));
+  while (m.Last() + 1 < layers) {
+    const Sync sync = pick(2) == 0 ? Sync::kBatch : Sync::kShard;
+    const int image = images[pick(images.size())], vector = vectors[pick(vectors.size())];
+    switch (pick(14)) {
+      case 0:
+        images.push_back(m.Conv2d(2, 3, 1, 1, pick(2) == 0, image));
+        break;
+      case 1:
+        images.push_back(m.MaxPool(3, 1, 1, image));
+        break;
+      case 2:
+        images.push_back(m.AveragePool(3, 1, 1, image));
+        break;
+      case 3:
+        images.push_back(m.BatchNorm(sync, image));
+        break;
+      case 4:
+        images.push_back(m.Relu(image));
+        break;
+      case 5:
+        images.push_back(m.Tanh(image));
+        break;
+      case 6:
+        images.push_back(m.AddLayers({image, images[pick(images.size())]}));
+        break;
+      case 7:
+        vectors.push_back(m.Dense(5, true, m.Flatten(image)));
+        break;
+      case 8:
+        vectors.push_back(m.Dense(5, pick(2) == 0, vector));
+        break;
+      case 9:
+        vectors.push_back(m.Relu(vector));
+        break;
+      case 10:
+        vectors.push_back(m.Dropout(0.25, vector));
+        break;
+      case 11:
+        vectors.push_back(m.BatchNorm(sync, vector));
+        break;
+      case 12:
+        vectors.push_back(m.Sigmoid(vector));
+        break;
+      case 13:
+        vectors.push_back(m.AddLayers({vector, vectors[pick(vectors.size())], vector}));
+        break;
+    }
+  }
+  // Everything unused ends in one sum.
+  std::vector<int> used(m.Last() + 1, 0);
+  for (const spec::Layer& layer : m.graph().layers) {
+    for (const int input : layer.inputs) {
+      if (input != kData) used[input] = 1;
+    }
+  }
+  std::vector<int> ends;
+  for (size_t i = 0; i < used.size(); ++i) {
+    if (used[i] != 0) continue;
+    const int layer = static_cast<int>(i);
+    ends.push_back(m.ShapeOf(layer).size() == 3 ? m.Dense(5, true, m.Flatten(layer)) : layer);
+  }
+  m.Dense(3, true, m.AddLayers(ends));
+  return m.graph();
+}
+
+}  // namespace lockstep::nn

@@ -1,0 +1,138 @@
+// Builds Graphs by hand for tests: shapes and tensors inferred as BuildGraph does, every tensor
+// drawn at random so that no gradient vanishes by symmetry.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/spec/graph.h"
+
+namespace lockstep::nn {
+
+class GraphMaker {
+ public:
+  using Shape = std::vector<int64_t>;
+
+  GraphMaker(Shape data_shape, int64_t classes) {
+    graph_.data_shape = std::move(data_shape);
+    graph_.classes = classes;
+  }
+
+  // Each returns the layer's number. `input` defaults to the layer before.
+  static constexpr int kPrevious = -2;
+  int Dense(int64_t units, bool bias = true, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kDense, {input});
+    const int64_t in = spec::ElementCount(ShapeOf(layer.inputs[0]));
+    layer.bias = bias;
+    layer.output = {units};
+    AddWeights({units, in}, in);
+    return Last();
+  }
+  int Conv2d(int64_t filters, int64_t kernel, int64_t stride = 1, int64_t padding = 0,
+             bool bias = true, int input = kPrevious) {
+    spec::Layer& layer = Window(spec::LayerType::kConv2d, kernel, stride, padding, input);
+    const int64_t in = ShapeOf(layer.inputs[0])[2];
+    layer.bias = bias;
+    layer.output[2] = filters;
+    AddWeights({filters, kernel, kernel, in}, kernel * kernel * in);
+    return Last();
+  }
+  int MaxPool(int64_t kernel, int64_t stride, int64_t padding = 0, int input = kPrevious) {
+    Window(spec::LayerType::kMaxPool, kernel, stride, padding, input);
+    return Last();
+  }
+  int AveragePool(int64_t kernel, int64_t stride, int64_t padding = 0, int input = kPrevious) {
+    Window(spec::LayerType::kAveragePool, kernel, stride, padding, input);
+    return Last();
+  }
+  int GlobalAveragePool(int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kGlobalAveragePool, {input});
+    layer.output = {ShapeOf(layer.inputs[0])[2]};
+    return Last();
+  }
+  int BatchNorm(spec::Sync sync, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kBatchNorm, {input});
+    layer.sync = sync;
+    const Shape channels = {layer.output.back()};
+    const spec::Initializer uniform{spec::Initializer::Type::kUniform, 1.5};
+    const spec::Initializer zeros, ones{spec::Initializer::Type::kOnes, 0};
+    layer.tensors = {{layer.name + ".weight", channels, uniform},
+                     {layer.name + ".bias", channels, uniform},
+                     {layer.name + ".running_mean", channels, zeros, /*trainable=*/false},
+                     {layer.name + ".running_var", channels, ones, /*trainable=*/false}};
+    return Last();
+  }
+  int Relu(int input = kPrevious) { return Plain(spec::LayerType::kRelu, {input}); }
+  int Tanh(int input = kPrevious) { return Plain(spec::LayerType::kTanh, {input}); }
+  int Sigmoid(int input = kPrevious) { return Plain(spec::LayerType::kSigmoid, {input}); }
+  int AddLayers(std::vector<int> inputs) { return Plain(spec::LayerType::kAdd, std::move(inputs)); }
+  int Flatten(int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kFlatten, {input});
+    layer.output = {spec::ElementCount(layer.output)};
+    return Last();
+  }
+  int Dropout(double rate, int input = kPrevious) {
+    Add(spec::LayerType::kDropout, {input}).rate = rate;
+    return Last();
+  }
+
+  GraphMaker& MeanSquaredError(spec::Target target) {
+    graph_.loss = spec::LossType::kMeanSquaredError;
+    graph_.target = target;
+    return *this;
+  }
+  const Shape& ShapeOf(int layer) const {
+    return layer == spec::kData ? graph_.data_shape : graph_.layers[layer].output;
+  }
+  int Last() const { return static_cast<int>(graph_.layers.size()) - 1; }
+  spec::Graph& graph() { return graph_; }
+
+ private:
+  // Its output is its first input's until the caller says otherwise.
+  spec::Layer& Add(spec::LayerType type, std::vector<int> inputs) {
+    for (int& input : inputs) {
+      if (input == kPrevious) input = Last() < 0 ? spec::kData : Last();
+    }
+    spec::Layer layer;
+    layer.type = type;
+    layer.name = "layer" + std::to_string(graph_.layers.size());
+    layer.inputs = std::move(inputs);
+    layer.output = ShapeOf(layer.inputs[0]);
+    graph_.layers.push_back(std::move(layer));
+    return graph_.layers.back();
+  }
+  int Plain(spec::LayerType type, std::vector<int> inputs) {
+    Add(type, std::move(inputs));
+    return Last();
+  }
+  spec::Layer& Window(spec::LayerType type, int64_t kernel, int64_t stride, int64_t padding,
+                      int input) {
+    spec::Layer& layer = Add(type, {input});
+    layer.kernel = kernel;
+    layer.stride = stride;
+    layer.padding = padding;
+    for (int axis = 0; axis < 2; ++axis) {
+      layer.output[axis] = (layer.output[axis] + 2 * padding - kernel) / stride + 1;
+    }
+    return layer;
+  }
+  void AddWeights(Shape weight, int64_t fan_in) {
+    spec::Layer& layer = graph_.layers.back();
+    const double limit = std::sqrt(3.0 / static_cast<double>(fan_in));
+    layer.tensors = {{layer.name + ".weight",
+                      weight,
+                      {spec::Initializer::Type::kUniform, limit},
+                      /*trainable=*/true,
+                      /*decays=*/true}};
+    if (layer.bias) {
+      layer.tensors.push_back(
+          {layer.name + ".bias", {weight[0]}, {spec::Initializer::Type::kUniform, 0.5}});
+    }
+  }
+
+  spec::Graph graph_;
+};
+
+}  // namespace lockstep::nn

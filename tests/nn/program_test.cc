@@ -1,0 +1,205 @@
+#include "worker/nn/program.h"
+
+#include <functional>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/nn/cases.h"
+#include "tests/nn/graph_maker.h"
+
+namespace lockstep::nn {
+namespace {
+
+using spec::LayerType;
+using spec::Sync;
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+std::shared_ptr<const Program> MustCompile(const GraphMaker& maker) {
+  return Program::Compile(const_cast<GraphMaker&>(maker).graph()).value();
+}
+
+TEST(ProgramTest, FusesReluOnlyIntoAProducerThatNothingElseReads) {
+  GraphMaker m({4, 4, 1}, 3);
+  m.Conv2d(2, 3, 1, 1);
+  m.Relu();  // fused
+  m.BatchNorm(Sync::kShard);
+  m.Relu();  // fused
+  m.Flatten();
+  const int dense = m.Dense(3);
+  const int relu = m.Relu(dense);  // dense is read twice
+  const int tanh = m.Tanh(dense);
+  m.Relu(tanh);  // nothing to fuse with
+  m.AddLayers({relu, m.Last()});
+  const auto program = MustCompile(m);
+  std::vector<int> layers, fused;
+  for (const Program::Node& node : program->nodes()) {
+    layers.push_back(node.layer);
+    fused.push_back(node.fused_relu);
+  }
+  EXPECT_THAT(layers, ElementsAre(0, 2, 4, 5, 6, 7, 8, 9));
+  EXPECT_THAT(fused, ElementsAre(1, 3, -1, -1, -1, -1, -1, -1));
+  EXPECT_EQ(program->node_name(0), "layer1");
+  EXPECT_EQ(program->node_name(3), "layer5");
+  EXPECT_THAT(program->nodes()[1].inputs, ElementsAre(0));
+  EXPECT_THAT(program->nodes()[7].inputs, ElementsAre(4, 6));
+}
+
+TEST(ProgramTest, ParametersLieInTheOrderOfBackwardAndAreAligned) {
+  GraphMaker m({5}, 3);
+  m.Dense(7);
+  m.BatchNorm(Sync::kShard);
+  m.Dense(3, /*bias=*/false);
+  const auto program = MustCompile(m);
+  std::vector<std::string> names;
+  int64_t end = 0;
+  for (const optim::TensorView& view : program->parameters().tensors) {
+    names.push_back(view.name);
+    EXPECT_EQ(view.offset % optim::FlatLayout::kAlignment, 0);
+    EXPECT_GE(view.offset, end);
+    EXPECT_EQ(view.digest_key, TensorKey(view.name));
+    end = view.offset + view.size;
+  }
+  EXPECT_THAT(names, ElementsAre("layer2.weight", "layer1.weight", "layer1.bias", "layer0.weight",
+                                 "layer0.bias"));
+  EXPECT_EQ(program->parameters().size, 32 + 16 + 16 + 48 + 16);
+  EXPECT_TRUE(program->parameters().tensors[0].decays);
+  EXPECT_FALSE(program->parameters().tensors[1].decays);
+  // The nodes' ranges partition the vector, the last node first.
+  int64_t at = 0;
+  for (int i = 2; i >= 0; --i) {
+    EXPECT_EQ(program->nodes()[i].parameters_begin, at);
+    at = program->nodes()[i].parameters_end;
+  }
+  EXPECT_EQ(at, program->parameters().size);
+}
+
+TEST(ProgramTest, StatisticsAndMomentsFollowTheLayers) {
+  GraphMaker m({4, 4, 1}, 3);
+  m.Conv2d(2, 3);
+  m.BatchNorm(Sync::kShard);
+  m.Flatten();
+  m.Dense(3);
+  m.BatchNorm(Sync::kBatch);
+  const auto program = MustCompile(m);
+  EXPECT_TRUE(program->has_synchronized_norm());
+  ASSERT_EQ(program->moments().size(), 2u);
+  const MomentsSlice &first = program->moments()[0], &second = program->moments()[1];
+  EXPECT_EQ(first.channels, 2);
+  EXPECT_EQ(first.spatial, 4);
+  EXPECT_EQ(first.offset, 0);
+  EXPECT_EQ(second.channels, 3);
+  EXPECT_EQ(second.spatial, 1);
+  EXPECT_EQ(second.offset, 4);
+  EXPECT_EQ(program->moments_size(), 10);
+  EXPECT_EQ(program->statistics().tensors[3].name, "layer4.running_var");
+  EXPECT_EQ(second.running_var, program->statistics().tensors[3].offset);
+  EXPECT_EQ(second.running_mean, program->statistics().tensors[2].offset);
+}
+
+TEST(ProgramTest, NoGradientIsWantedBeforeTheFirstParameters) {
+  GraphMaker m({4, 4, 1}, 3);
+  const int pool = m.MaxPool(2, 2);
+  const int conv = m.Conv2d(1, 1, 1, 0, true, pool);
+  m.AddLayers({pool, conv});
+  m.Flatten();
+  m.Dense(3);
+  const auto program = MustCompile(m);
+  std::vector<bool> input, output;
+  for (const Program::Node& node : program->nodes()) {
+    input.push_back(node.needs_input_gradient);
+    output.push_back(node.needs_output_gradient);
+  }
+  EXPECT_THAT(input, ElementsAre(false, false, true, true, true));
+  EXPECT_THAT(output, ElementsAre(false, true, true, true, true));
+}
+
+TEST(ProgramTest, TheLayoutIsAFunctionOfTheGraph) {
+  for (const GraphCase& graph_case : GraphCases()) {
+    const auto a = Program::Compile(graph_case.graph).value();
+    const auto b = Program::Compile(graph_case.graph).value();
+    ASSERT_EQ(a->parameters().tensors.size(), b->parameters().tensors.size());
+    for (size_t i = 0; i < a->parameters().tensors.size(); ++i) {
+      EXPECT_EQ(a->parameters().tensors[i].name, b->parameters().tensors[i].name);
+      EXPECT_EQ(a->parameters().tensors[i].offset, b->parameters().tensors[i].offset);
+    }
+  }
+}
+
+// Every broken invariant of graph.h is refused with the layer's name.
+struct Broken {
+  std::string name;
+  std::function<void(spec::Graph&)> damage;
+  std::string error;
+};
+class BrokenGraphTest : public testing::TestWithParam<Broken> {};
+TEST_P(BrokenGraphTest, IsRefused) {
+  GraphMaker m({4, 4, 2}, 3);
+  m.Conv2d(2, 3);              // 0
+  m.BatchNorm(Sync::kBatch);   // 1
+  m.MaxPool(2, 2);             // 2
+  m.Flatten();                 // 3
+  const int a = m.Dense(3);    // 4
+  m.Dropout(0.5);              // 5
+  m.AddLayers({a, m.Last()});  // 6
+  ASSERT_TRUE(Program::Compile(m.graph()).ok());
+  GetParam().damage(m.graph());
+  const auto program = Program::Compile(m.graph());
+  ASSERT_EQ(program.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(program.status().message()), HasSubstr(GetParam().error));
+}
+INSTANTIATE_TEST_SUITE_P(
+    Damages, BrokenGraphTest,
+    testing::Values(
+        Broken{"NoLayer", [](spec::Graph& g) { g.layers.clear(); }, "no layer"},
+        Broken{"NoData",
+               [](spec::Graph& g) {
+                 g.data_shape = {4, 0, 2};
+               },
+               "data"},
+        Broken{"LaterInput", [](spec::Graph& g) { g.layers[1].inputs = {2}; }, "layer1"},
+        Broken{"NoInput", [](spec::Graph& g) { g.layers[1].inputs = {}; }, "layer1"},
+        Broken{"TwoInputs",
+               [](spec::Graph& g) {
+                 g.layers[2].inputs = {1, 1};
+               },
+               "layer2"},
+        Broken{"WrongOutput",
+               [](spec::Graph& g) {
+                 g.layers[0].output = {3, 2, 2};
+               },
+               "layer0"},
+        Broken{"WindowTooLarge", [](spec::Graph& g) { g.layers[2].kernel = 9; }, "layer2"},
+        Broken{"StrideZero", [](spec::Graph& g) { g.layers[2].stride = 0; }, "layer2"},
+        Broken{"PaddingTooLarge", [](spec::Graph& g) { g.layers[2].padding = 2; }, "layer2"},
+        Broken{"WrongWeight",
+               [](spec::Graph& g) {
+                 g.layers[4].tensors[0].shape = {3, 9};
+               },
+               "layer4"},
+        Broken{"MissingBias", [](spec::Graph& g) { g.layers[4].tensors.pop_back(); }, "layer4"},
+        Broken{"NoTensor", [](spec::Graph& g) { g.layers[4].tensors.clear(); }, "layer4"},
+        Broken{"TrainableAverage", [](spec::Graph& g) { g.layers[1].tensors[2].trainable = true; },
+               "layer1"},
+        Broken{"Rate", [](spec::Graph& g) { g.layers[5].rate = 1; }, "layer5"},
+        Broken{"Unused",
+               [](spec::Graph& g) {
+                 g.layers[6].inputs = {4, 4};
+               },
+               "layer5"},
+        Broken{"ShapesToAdd",
+               [](spec::Graph& g) {
+                 g.layers[6].inputs = {4, 5, 3};
+               },
+               "layer6"},
+        Broken{"Classes", [](spec::Graph& g) { g.classes = 4; }, "layer6"},
+        Broken{"InputTarget",
+               [](spec::Graph& g) {
+                 g.loss = spec::LossType::kMeanSquaredError;
+                 g.target = spec::Target::kInput;
+               },
+               "layer6"}),
+    [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace lockstep::nn
