@@ -1,0 +1,281 @@
+#include "worker/data/batch_loader.h"
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/synchronization/notification.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/data/allocation_count.h"
+#include "worker/device/cpu/cpu_device.h"
+
+namespace lockstep::data {
+namespace {
+
+using ::testing::HasSubstr;
+
+// 53 samples of 2 x 2 pixels in `channels` channels, each with its own content and label.
+std::shared_ptr<const Dataset> MakeSet(int64_t channels = 1, int64_t samples = 53) {
+  const SampleShape shape = {2, 2, channels};
+  std::vector<uint8_t> images;
+  std::vector<int32_t> labels;
+  for (int64_t i = 0; i < samples; ++i) {
+    for (int64_t k = 0; k < shape.features(); ++k) {
+      images.push_back(static_cast<uint8_t>(i * 5 + k * 37));
+    }
+    labels.push_back(static_cast<int32_t>(i));
+  }
+  return std::make_shared<const Dataset>(shape, samples, std::move(images), std::move(labels));
+}
+
+class BatchLoaderTest : public testing::Test {
+ protected:
+  BatchLoaderTest() : device_(device::MakeCpuDevice().value()) {
+    options_.dataset = MakeSet();
+    options_.batch = 10;
+    options_.shards = 4;
+    options_.last_shard = 4;
+    options_.seed = 9;
+  }
+
+  std::unique_ptr<BatchLoader> Make() {
+    auto loader = BatchLoader::Make(*device_, options_);
+    EXPECT_EQ(loader.status(), absl::OkStatus());
+    return loader.ok() ? *std::move(loader) : nullptr;
+  }
+
+  // Everything a batch says, as text: floats bit by bit.
+  static std::string Describe(const Batch& batch, int64_t features, int first, int last) {
+    std::string text = absl::StrCat(batch.step, " ", batch.epoch, " ", batch.samples);
+    for (const ShardBatch& shard : batch.shards) {
+      if (shard.shard < first || shard.shard >= last) continue;
+      absl::StrAppend(&text, "\n", shard.shard, " ", shard.rows, " ", shard.first_position, ":");
+      for (int64_t i = 0; i < shard.rows; ++i) absl::StrAppend(&text, " ", shard.labels[i]);
+      for (int64_t i = 0; i < shard.rows * features; ++i) {
+        absl::StrAppend(&text, " ", absl::Hex(absl::bit_cast<uint32_t>(shard.data[i])));
+      }
+    }
+    return text;
+  }
+
+  std::vector<std::string> Take(BatchLoader& loader, int64_t first, int64_t last,
+                                int first_shard = 0, int last_shard = 100) {
+    std::vector<std::string> batches;
+    for (int64_t step = first; step <= last; ++step) {
+      const auto batch = loader.Acquire(step);
+      EXPECT_EQ(batch.status(), absl::OkStatus());
+      batches.push_back(Describe(**batch, options_.dataset->features(), first_shard, last_shard));
+      loader.Release(step);
+    }
+    return batches;
+  }
+
+  std::unique_ptr<device::Device> device_;
+  BatchLoaderOptions options_;
+};
+
+// Every value of three epochs against the definition: permutation, shards, (pixel / 255 - mean) /
+// std.
+TEST_F(BatchLoaderTest, HoldsTheRightSamples) {
+  options_.dataset = MakeSet(3);
+  options_.mean = {0.1, 0.2, 0.3};
+  options_.std = {0.5, 0.25, 2.0};
+  for (const bool shuffle : {true, false}) {
+    options_.shuffle = shuffle;
+    const auto loader = Make();
+    const Dataset& set = *options_.dataset;
+    for (int64_t step = 1; step <= 18; ++step) {
+      const auto batch = loader->Acquire(step);
+      ASSERT_EQ(batch.status(), absl::OkStatus());
+      const int64_t epoch = (step - 1) / 6 + 1, first = (step - 1) % 6 * 10;
+      EXPECT_EQ((*batch)->step, step);
+      EXPECT_EQ((*batch)->epoch, epoch);
+      EXPECT_EQ((*batch)->samples, first == 50 ? 3 : 10);
+      const std::vector<int64_t> order = Permutation(9, epoch, 53);
+      ASSERT_EQ((*batch)->shards.size(), 4u);
+      int64_t position = 0;
+      for (const ShardBatch& shard : (*batch)->shards) {
+        EXPECT_EQ(shard.first_position, position);
+        EXPECT_EQ(reinterpret_cast<uintptr_t>(shard.data) % 64, 0u);
+        for (int64_t row = 0; row < shard.rows; ++row, ++position) {
+          const int64_t sample =
+              shuffle ? order[static_cast<size_t>(first + position)] : first + position;
+          ASSERT_EQ(shard.labels[row], set.labels()[sample]);
+          for (int64_t k = 0; k < 12; ++k) {
+            const auto c = static_cast<size_t>(k % 3);
+            const double expected =
+                (set.images()[sample * 12 + k] / 255.0 - options_.mean[c]) / options_.std[c];
+            ASSERT_NEAR(shard.data[row * 12 + k], expected, 1e-6 * (1 + std::abs(expected)));
+          }
+        }
+      }
+      EXPECT_EQ(position, (*batch)->samples);
+      loader->Release(step);
+    }
+  }
+}
+
+TEST_F(BatchLoaderTest, ContentDoesNotDependOnDepthOrStart) {
+  const std::vector<std::string> whole = Take(*Make(), 1, 20);
+  for (const int depth : {1, 5}) {
+    options_.depth = depth;
+    for (const int64_t first : {1, 4, 6, 7, 15}) {  // in mid-epoch, at its last batch, at a new one
+      options_.first_step = first;
+      const std::vector<std::string> part = Take(*Make(), first, 20);
+      ASSERT_EQ(part, std::vector<std::string>(whole.begin() + first - 1, whole.end()));
+    }
+  }
+}
+
+TEST_F(BatchLoaderTest, ContentDoesNotDependOnTheShardsOwned) {
+  const auto whole = Make();
+  options_.first_shard = 1;
+  options_.last_shard = 3;
+  const auto part = Make();
+  EXPECT_EQ(Take(*part, 1, 14), Take(*whole, 1, 14, 1, 3));
+  options_.first_shard = options_.last_shard = 2;  // a process that only helps otherwise
+  EXPECT_EQ(Take(*Make(), 1, 2), (std::vector<std::string>{"1 1 10", "2 1 10"}));
+}
+
+TEST_F(BatchLoaderTest, SlotsShareBatches) {
+  const std::vector<std::string> expected = Take(*Make(), 1, 200);
+  options_.slots = 4;
+  const auto loader = Make();
+  std::vector<std::vector<std::string>> seen(4);
+  std::vector<std::thread> slots;
+  for (auto& batches : seen) {
+    slots.emplace_back([&] { batches = Take(*loader, 1, 200); });
+  }
+  for (std::thread& slot : slots) slot.join();
+  for (const auto& batches : seen) EXPECT_EQ(batches, expected);
+}
+
+// The batch stays as it is while one slot still holds it, however far the others have come.
+TEST_F(BatchLoaderTest, ABatchStaysUntilTheLastSlotReleasesIt) {
+  options_.slots = 2;
+  options_.depth = 3;
+  const auto loader = Make();
+  const Batch* held = loader->Acquire(1).value();
+  const std::string before = Describe(*held, 4, 0, 4);
+  for (int64_t step = 1; step <= 4; ++step) {  // the other slot, as far as the buffers go
+    ASSERT_TRUE(loader->Acquire(step).ok());
+    loader->Release(step);
+  }
+  EXPECT_EQ(Describe(*held, 4, 0, 4), before);
+  loader->Release(1);
+  EXPECT_TRUE(loader->Acquire(5).ok());
+}
+
+TEST_F(BatchLoaderTest, AllocatesNothingInTheStep) {
+  const auto loader = Make();
+  for (int64_t step = 1; step <= 3; ++step) {
+    ASSERT_TRUE(loader->Acquire(step).ok());
+    loader->Release(step);
+  }
+  const int64_t before = AllocationCount();
+  bool ok = true;
+  for (int64_t step = 4; step <= 100; ++step) {
+    ok = ok && loader->Acquire(step).ok();
+    loader->Release(step);
+  }
+  EXPECT_EQ(AllocationCount(), before);
+  EXPECT_TRUE(ok);
+}
+
+// A second passes whenever the time is asked for; tells when that happens.
+class TickingClock : public Clock {
+ public:
+  absl::Time Now() override {
+    const int64_t now = seconds_.fetch_add(1);
+    if (notify_.exchange(false)) asked_.Notify();
+    return absl::FromUnixSeconds(now);
+  }
+  void NotifyWhenAsked() { notify_ = true; }
+  void WaitUntilAsked() { asked_.WaitForNotification(); }
+
+ private:
+  std::atomic<int64_t> seconds_{0};
+  std::atomic<bool> notify_{false};
+  absl::Notification asked_;
+};
+
+TEST_F(BatchLoaderTest, ReportsTheTimeWaited) {
+  TickingClock clock;
+  options_.clock = &clock;
+  options_.depth = 1;
+  const auto loader = Make();
+  ASSERT_TRUE(loader->Acquire(1).ok());
+  ASSERT_TRUE(loader->Acquire(2).ok());
+  const absl::Duration before = loader->WaitTime();
+  ASSERT_TRUE(loader->Acquire(2).ok());
+  EXPECT_EQ(loader->WaitTime(), before);  // it was there
+  clock.NotifyWhenAsked();
+  std::thread slot([&] { EXPECT_TRUE(loader->Acquire(3).ok()); });  // both buffers are held
+  clock.WaitUntilAsked();
+  loader->Release(1);
+  slot.join();
+  EXPECT_EQ(loader->WaitTime() - before, absl::Seconds(1));
+}
+
+TEST_F(BatchLoaderTest, StopWakesEveryone) {
+  TickingClock clock;
+  options_.clock = &clock;
+  options_.depth = 1;
+  const auto loader = Make();
+  ASSERT_TRUE(loader->Acquire(1).ok());
+  ASSERT_TRUE(loader->Acquire(2).ok());
+  clock.NotifyWhenAsked();
+  std::vector<std::thread> slots;
+  for (int i = 0; i < 3; ++i) {
+    slots.emplace_back([&] { EXPECT_TRUE(absl::IsCancelled(loader->Acquire(3).status())); });
+  }
+  clock.WaitUntilAsked();
+  loader->Stop();
+  for (std::thread& slot : slots) slot.join();
+  EXPECT_TRUE(absl::IsCancelled(loader->Acquire(3).status()));
+}
+
+TEST_F(BatchLoaderTest, RefusesStepsThatAreGone) {
+  options_.first_step = 5;
+  options_.depth = 1;
+  const auto loader = Make();
+  EXPECT_THAT(loader->Acquire(4).status().message(), HasSubstr("the loader begins at 5"));
+  Take(*loader, 5, 6);
+  ASSERT_TRUE(loader->Acquire(7).ok());  // in the buffer that held step 5
+  EXPECT_TRUE(absl::IsFailedPrecondition(loader->Acquire(5).status()));
+}
+
+TEST_F(BatchLoaderTest, RefusesOptionsThatMakeNoSense) {
+  const BatchLoaderOptions good = options_;
+  const auto expect_refused = [&](const std::function<void(BatchLoaderOptions&)>& change,
+                                  const std::string& text) {
+    BatchLoaderOptions options = good;
+    change(options);
+    const absl::Status status = BatchLoader::Make(*device_, options).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    EXPECT_THAT(status.message(), HasSubstr(text));
+  };
+  expect_refused([](auto& o) { o.dataset = nullptr; }, "no data set");
+  expect_refused([](auto& o) { o.shards = 11; }, "11 shards");
+  expect_refused([](auto& o) { o.batch = 0; }, "a batch of 0");
+  expect_refused([](auto& o) { o.last_shard = 5; }, "not within 0 to 4");
+  expect_refused([](auto& o) { o.first_shard = 4, o.last_shard = 3; }, "shards 4 to 3");
+  expect_refused([](auto& o) { o.slots = 0; }, "0 slots");
+  expect_refused([](auto& o) { o.depth = 0; }, "depth 0");
+  expect_refused([](auto& o) { o.first_step = 0; }, "first step 0");
+  expect_refused([](auto& o) { o.mean = {0, 0}; }, "data.normalize.mean has 2 values; accepted: 1");
+  expect_refused([](auto& o) { o.std = {}; }, "data.normalize.std has 0 values");
+  expect_refused([](auto& o) { o.std = {0}; }, "data.normalize.std is 0");
+}
+
+TEST_F(BatchLoaderTest, EndsWhileDecodingOrWaiting) {
+  for (int round = 0; round < 50; ++round) Make();
+}
+
+}  // namespace
+}  // namespace lockstep::data
