@@ -2,18 +2,17 @@
 
 #include <exception>
 #include <map>
-#include <regex>
 #include <variant>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 #include "common/spec/layers.h"
 #include "common/spec/schema.h"
 #include "common/spec/text.h"
+#include "common/spec/yaml_document.h"
 #include "fmt/format.h"
-#include "yaml-cpp/depthguard.h"
-#include "yaml-cpp/yaml.h"
 
 namespace lockstep::spec {
 namespace {
@@ -39,10 +38,27 @@ bool ReadInteger(const std::string& text, absl::int128* value) {
   return true;
 }
 
+// Decimal with an optional fraction and exponent. Refuses what absl would also take: inf, nan, hex.
 bool ReadNumber(const std::string& text, double* value) {
-  static const auto& decimal =
-      *new std::regex(R"([+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?)");
-  return text.size() <= 400 && std::regex_match(text, decimal) && absl::SimpleAtod(text, value);
+  size_t i = !text.empty() && (text[0] == '-' || text[0] == '+') ? 1 : 0;
+  const auto digits = [&] {
+    const size_t begin = i;
+    while (i < text.size() && absl::ascii_isdigit(text[i])) ++i;
+    return i > begin;
+  };
+  const bool whole = digits();
+  bool fraction = false;
+  if (i < text.size() && text[i] == '.') {
+    ++i;
+    fraction = digits();
+  }
+  if (!whole && !fraction) return false;
+  if (i < text.size() && (text[i] == 'e' || text[i] == 'E')) {
+    ++i;
+    if (i < text.size() && (text[i] == '-' || text[i] == '+')) ++i;
+    if (!digits()) return false;
+  }
+  return i == text.size() && absl::SimpleAtod(text, value);
 }
 
 bool IsPlain(const YAML::Node& node) { return node.IsScalar() && node.Tag() != "!"; }
@@ -276,36 +292,6 @@ class Parser {
   SourceMap& sources_;
 };
 
-struct YamlError {
-  int line = 0;  // 0: unknown
-  std::string text;
-};
-
-// The documents of a text. yaml-cpp throws; nothing of that leaves this function.
-bool LoadYaml(const std::string& text, std::vector<YAML::Node>* documents, YamlError* error) {
-  if (text.size() > kLargestText) {
-    error->text = fmt::format("found more than {} bytes; accepted: at most 1 MiB", kLargestText);
-    return false;
-  }
-  if (text.find('\0') != std::string::npos || !IsValidUtf8(text)) {
-    error->text = "found bytes that are not UTF-8 text; accepted: YAML in UTF-8";
-    return false;
-  }
-  try {
-    *documents = YAML::LoadAll(text);
-    return true;
-  } catch (const YAML::DeepRecursion& e) {
-    error->line = e.mark.line + 1;
-    error->text = "found lists or mappings nested too deeply; accepted: at most 6 levels";
-  } catch (const YAML::Exception& e) {
-    error->line = e.mark.line + 1;
-    error->text = fmt::format("not YAML: {} (column {})", OneLine(e.msg, 200), e.mark.column + 1);
-  } catch (const std::exception& e) {
-    error->text = fmt::format("not YAML: {}", OneLine(e.what(), 200));
-  }
-  return false;
-}
-
 // Runs what reads YAML nodes; yaml-cpp's exceptions end here.
 template <typename Read>
 absl::Status Guarded(const std::string& where, Read read) {
@@ -381,25 +367,21 @@ absl::Status Descend(const Parser& parser, const std::string& component, Cursor*
 absl::Status ParseDocument(const std::string& text, const std::string& file_name, v1::JobSpec* spec,
                            SourceMap* sources) {
   const std::string file = OneLine(file_name, 400);
-  std::vector<YAML::Node> documents;
+  YAML::Node root;
   YamlError error;
-  if (!LoadYaml(text, &documents, &error)) {
+  if (!ReadYaml(text, &root, &error)) {
     return ToStatus(error.line > 0 ? fmt::format("{}:{}", file, error.line) : file,
                     {"", error.text});
   }
   return Guarded(file, [&]() -> absl::Status {
     Parser parser(file, /*override=*/false, sources);
-    if (documents.empty() || (documents.size() == 1 && documents[0].IsNull())) {
+    if (root.IsNull()) {
       return ToStatus(file, {"", "the file is empty; accepted: a mapping of fields: " +
                                      JoinList(FieldNames(*spec->GetDescriptor()))});
     }
-    if (documents.size() > 1) {
-      return parser.Refuse(Parser::LineOf(documents[1], 1), "",
-                           fmt::format("found {} YAML documents; accepted: one", documents.size()));
-    }
-    const int line = Parser::LineOf(documents[0], 1);
+    const int line = Parser::LineOf(root, 1);
     parser.Remember("", line);
-    return parser.Parse(documents[0], "", line, spec);
+    return parser.Parse(root, "", line, spec);
   });
 }
 
@@ -417,16 +399,12 @@ absl::Status ApplyOverride(const std::string& argument, v1::JobSpec* spec, Sourc
     absl::Status status = Descend(parser, component, &cursor);
     if (!status.ok()) return status;
   }
-  std::vector<YAML::Node> documents;
+  YAML::Node value;
   YamlError error;
-  if (!LoadYaml(argument.substr(equals + 1), &documents, &error))
+  if (!ReadYaml(argument.substr(equals + 1), &value, &error)) {
     return ToStatus(source, {cursor.path, error.text});
+  }
   return Guarded(source, [&]() -> absl::Status {
-    if (documents.size() > 1) {
-      return parser.Refuse(0, cursor.path,
-                           fmt::format("found {} YAML documents; accepted: one", documents.size()));
-    }
-    const YAML::Node value = documents.empty() ? YAML::Node() : documents[0];
     if (cursor.index < 0)
       return parser.ParseField(value, cursor.path, 0, *cursor.field, cursor.message);
     parser.Remember(cursor.path, 0);

@@ -11,9 +11,6 @@
 
 namespace lockstep::spec {
 
-// The largest spec file or override.
-constexpr size_t kLargestText = 1 << 20;
-
 // InvalidArgument, one line that names `file_name`, and the line where there is one.
 absl::Status ParseDocument(const std::string& text, const std::string& file_name, v1::JobSpec* spec,
                            SourceMap* sources);

@@ -10,6 +10,7 @@
 #include "common/spec/parse.h"
 #include "common/spec/problem.h"
 #include "common/spec/text.h"
+#include "common/spec/yaml_document.h"
 #include "fmt/format.h"
 
 namespace lockstep::spec {

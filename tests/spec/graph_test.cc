@@ -1,0 +1,403 @@
+// The model as a graph: shapes, tensors, scales and FLOPs of each type, order, and what cannot be.
+#include "common/spec/graph.h"
+
+#include <cmath>
+#include <string>
+
+#include "common/spec/spec.h"
+#include "fmt/format.h"
+#include "gmock/gmock.h"
+
+namespace lockstep::spec {
+namespace {
+
+using ::testing::ElementsAre;
+using Shape = std::vector<int64_t>;
+
+// layers: YAML flow mappings. The output must fit `more`, by default 10 classes.
+absl::StatusOr<Graph> Build(const std::vector<std::string>& layers,
+                            const std::string& data = "shape: [28, 28, 1]",
+                            const std::string& more = "") {
+  std::string text = fmt::format(
+      "data: {{path: d, {}}}\noptimizer: {{learning_rate: 1}}\ntrain: {{batch: 8, steps: 1}}\n{}"
+      "model:\n  layers:\n",
+      data, more);
+  for (const std::string& layer : layers) text += "    - {" + layer + "}\n";
+  const auto spec = LoadText(text, "job.yaml", {});
+  if (!spec.ok()) return spec.status();
+  return BuildGraph(*spec);
+}
+
+// The message without file and line.
+std::string Refused(const std::vector<std::string>& layers,
+                    const std::string& data = "shape: [28, 28, 1]", const std::string& more = "") {
+  const auto graph = Build(layers, data, more);
+  if (graph.ok()) return "accepted";
+  EXPECT_EQ(graph.status().code(), absl::StatusCode::kInvalidArgument);
+  const std::string message(graph.status().message());
+  return message.substr(message.find(' ') + 1);
+}
+
+std::vector<std::string> Names(const Graph& graph) {
+  std::vector<std::string> names;
+  for (const Layer& layer : graph.layers) names.push_back(layer.name);
+  return names;
+}
+
+const std::vector<std::string> kHead = {"type: flatten", "type: dense, units: 10"};
+std::vector<std::string> WithHead(std::vector<std::string> layers) {
+  layers.insert(layers.end(), kHead.begin(), kHead.end());
+  return layers;
+}
+
+// The graph of one layer in front of flatten and dense, on data of 11 x 9 x 3.
+Layer One(const std::string& layer, const std::string& data = "shape: [11, 9, 3]") {
+  const auto graph = Build(WithHead({layer}), data);
+  EXPECT_TRUE(graph.ok()) << graph.status();
+  return graph.ok() ? graph->layers[0] : Layer();
+}
+
+TEST(Graph, Dense) {
+  const auto graph = Build({"type: flatten", "type: dense, units: 10"}, "shape: [2, 3, 4]");
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_EQ(graph->data_shape, (Shape{2, 3, 4}));
+  EXPECT_EQ(graph->classes, 10);
+  EXPECT_EQ(graph->layers[0].output, Shape{24});
+  EXPECT_EQ(graph->layers[0].flops, 0);
+  EXPECT_THAT(graph->layers[0].inputs, ElementsAre(kData));
+  const Layer& dense = graph->layers[1];
+  EXPECT_THAT(dense.inputs, ElementsAre(0));
+  EXPECT_EQ(dense.type, LayerType::kDense);
+  EXPECT_EQ(dense.output, Shape{10});
+  EXPECT_TRUE(dense.bias);
+  EXPECT_EQ(dense.flops, 2 * 24 * 10 + 10);
+  ASSERT_EQ(dense.tensors.size(), 2u);
+  EXPECT_EQ(dense.tensors[0].name, "dense_1.weight");
+  EXPECT_EQ(dense.tensors[0].shape, (Shape{10, 24}));
+  EXPECT_TRUE(dense.tensors[0].trainable);
+  EXPECT_TRUE(dense.tensors[0].decays);
+  EXPECT_EQ(dense.tensors[1].name, "dense_1.bias");
+  EXPECT_EQ(dense.tensors[1].shape, Shape{10});
+  EXPECT_TRUE(dense.tensors[1].trainable);
+  EXPECT_FALSE(dense.tensors[1].decays);
+  EXPECT_EQ(dense.tensors[1].init.type, Initializer::Type::kZeros);
+}
+
+TEST(Graph, Conv2d) {
+  const Layer plain = One("type: conv2d, filters: 5, kernel: 3");
+  EXPECT_EQ(plain.output, (Shape{9, 7, 5}));
+  EXPECT_EQ(plain.kernel, 3);
+  EXPECT_EQ(plain.stride, 1);
+  EXPECT_EQ(plain.padding, 0);
+  EXPECT_EQ(plain.tensors[0].shape, (Shape{5, 3, 3, 3}));
+  EXPECT_EQ(plain.tensors[1].shape, Shape{5});
+  EXPECT_EQ(plain.flops, 2 * 9 * 7 * 5 * 27 + 9 * 7 * 5);
+  const Layer strided =
+      One("type: conv2d, filters: 2, kernel: 4, stride: 3, padding: 1, bias: false");
+  EXPECT_EQ(strided.output, (Shape{4, 3, 2}));  // (11 + 2 - 4) / 3 + 1, (9 + 2 - 4) / 3 + 1
+  EXPECT_EQ(strided.tensors.size(), 1u);
+  EXPECT_EQ(strided.flops, 2 * 4 * 3 * 2 * 48);
+  EXPECT_EQ(One("type: conv2d, filters: 1, kernel: 11, padding: 1").output, (Shape{3, 1, 1}));
+}
+
+TEST(Graph, PoolsRoundDown) {
+  for (const char* type : {"max_pool", "average_pool"}) {
+    const Layer pool = One(fmt::format("type: {}, kernel: 2", type));
+    EXPECT_STREQ(LayerTypeName(pool.type), type);
+    EXPECT_EQ(pool.output, (Shape{5, 4, 3}));
+    EXPECT_EQ(pool.stride, 2);
+    EXPECT_EQ(pool.flops, 5 * 4 * 3 * 4);
+    EXPECT_TRUE(pool.tensors.empty());
+    EXPECT_EQ(One(fmt::format("type: {}, kernel: 3, stride: 2, padding: 1", type)).output,
+              (Shape{6, 5, 3}));
+  }
+}
+
+TEST(Graph, GlobalAveragePool) {
+  const auto graph = Build({"type: global_average_pool"}, "shape: [4, 5, 10]");
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_EQ(graph->layers[0].output, Shape{10});
+  EXPECT_EQ(graph->layers[0].flops, 200);
+}
+
+TEST(Graph, BatchNorm) {
+  const Layer norm = One("type: batch_norm, sync: shard, momentum: 0.2, epsilon: 1e-3");
+  EXPECT_EQ(norm.output, (Shape{11, 9, 3}));
+  EXPECT_EQ(norm.sync, Sync::kShard);
+  EXPECT_EQ(norm.momentum, 0.2);
+  EXPECT_EQ(norm.epsilon, 1e-3);
+  EXPECT_EQ(norm.flops, 2 * 11 * 9 * 3);
+  const auto one = Initializer::Type::kOnes, zero = Initializer::Type::kZeros;
+  const std::vector<std::tuple<std::string, Initializer::Type, bool>> expected = {
+      {"batch_norm_1.weight", one, true},
+      {"batch_norm_1.bias", zero, true},
+      {"batch_norm_1.running_mean", zero, false},
+      {"batch_norm_1.running_var", one, false}};
+  ASSERT_EQ(norm.tensors.size(), expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_EQ(norm.tensors[i].name, std::get<0>(expected[i]));
+    EXPECT_EQ(norm.tensors[i].init.type, std::get<1>(expected[i]));
+    EXPECT_EQ(norm.tensors[i].trainable, std::get<2>(expected[i]));
+    EXPECT_EQ(norm.tensors[i].shape, Shape{3});
+    EXPECT_FALSE(norm.tensors[i].decays);
+  }
+  EXPECT_EQ(One("type: batch_norm").sync, Sync::kBatch);
+  const auto flat = Build({"type: flatten", "type: dense, units: 10", "type: batch_norm"});
+  ASSERT_TRUE(flat.ok()) << flat.status();
+  EXPECT_EQ(flat->layers[2].tensors[0].shape, Shape{10});
+}
+
+TEST(Graph, Elementwise) {
+  for (const char* type : {"relu", "tanh", "sigmoid", "dropout"}) {
+    const Layer layer =
+        One(fmt::format("type: {}{}", type, std::string(type) == "dropout" ? ", rate: 0.25" : ""));
+    EXPECT_STREQ(LayerTypeName(layer.type), type);
+    EXPECT_EQ(layer.output, (Shape{11, 9, 3}));
+    EXPECT_EQ(layer.flops, 297);
+    EXPECT_EQ(layer.rate, std::string(type) == "dropout" ? 0.25 : 0);
+    EXPECT_TRUE(layer.tensors.empty());
+  }
+}
+
+TEST(Graph, AddAndAnyOrder) {
+  // Written backwards, with the branch in the middle.
+  const auto graph =
+      Build({"name: out, type: dense, units: 10, inputs: [flat]",
+             "name: flat, type: flatten, inputs: [sum]",
+             "name: sum, type: add, inputs: [left, right, data]",
+             "name: right, type: tanh, inputs: [data]", "name: left, type: relu, inputs: [data]"},
+            "shape: [2, 3, 4]");
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_THAT(Names(*graph), ElementsAre("right", "left", "sum", "flat", "out"));
+  EXPECT_THAT(graph->layers[2].inputs, ElementsAre(1, 0, kData));
+  EXPECT_EQ(graph->layers[2].output, (Shape{2, 3, 4}));
+  EXPECT_EQ(graph->layers[2].flops, 48);
+}
+
+TEST(Graph, ASortedListStaysAsItIs) {
+  const auto graph =
+      Build({"name: b, type: relu", "name: a, type: tanh, inputs: [data]",
+             "name: d, type: sigmoid, inputs: [b]", "name: c, type: add, inputs: [a, d]",
+             "type: flatten", "type: dense, units: 10"});
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_THAT(Names(*graph), ElementsAre("b", "a", "d", "c", "flatten_1", "dense_1"));
+}
+
+TEST(Graph, ScalesOfInitializers) {
+  const auto init = [](const std::string& weight_init) {
+    return One("type: conv2d, filters: 5, kernel: 2, weight_init: " + weight_init).tensors[0].init;
+  };
+  const double fan_in = 2 * 2 * 3, fan_out = 2 * 2 * 5;
+  const auto uniform = Initializer::Type::kUniform, normal = Initializer::Type::kNormal;
+  const auto expect = [&](const std::string& text, Initializer::Type type, double scale) {
+    EXPECT_EQ(init(text).type, type) << text;
+    EXPECT_DOUBLE_EQ(init(text).scale, scale) << text;
+  };
+  expect("{type: xavier}", uniform, std::sqrt(6 / (fan_in + fan_out)));
+  expect("{type: xavier, distribution: normal}", normal, std::sqrt(2 / (fan_in + fan_out)));
+  expect("{type: he}", normal, std::sqrt(2 / fan_in));
+  expect("{type: he, distribution: uniform}", uniform, std::sqrt(6 / fan_in));
+  expect("{type: normal, std: 0.3}", normal, 0.3);
+  expect("{type: uniform, limit: 0.2}", uniform, 0.2);
+  expect("{type: zeros}", Initializer::Type::kZeros, 0);
+}
+
+TEST(Graph, HeBeforeReluElseXavier) {
+  const auto graph = Build(
+      {"name: direct, type: conv2d, filters: 4, kernel: 1", "type: relu",
+       "name: norm, type: conv2d, filters: 4, kernel: 1", "type: batch_norm", "type: batch_norm",
+       "type: relu", "name: tanh, type: conv2d, filters: 4, kernel: 1", "type: tanh",
+       "name: pool, type: conv2d, filters: 4, kernel: 1", "type: max_pool, kernel: 2", "type: relu",
+       "type: flatten", "name: last, type: dense, units: 10"});
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  for (const Layer& layer : graph->layers) {
+    if (layer.tensors.empty() || layer.type == LayerType::kBatchNorm) continue;
+    const bool he = layer.name == "direct" || layer.name == "norm";
+    EXPECT_EQ(layer.tensors[0].init.type,
+              he ? Initializer::Type::kNormal : Initializer::Type::kUniform)
+        << layer.name;
+  }
+}
+
+TEST(Graph, Losses) {
+  const std::string squared = "loss: {type: mean_squared_error}\n";
+  const auto label = Build(kHead, "shape: [28, 28, 1]", squared);
+  ASSERT_TRUE(label.ok()) << label.status();
+  EXPECT_EQ(label->loss, LossType::kMeanSquaredError);
+  EXPECT_EQ(label->target, Target::kLabel);
+  const std::string input = "loss: {type: mean_squared_error, target: input}\n";
+  const auto coder = Build({"type: flatten", "type: dense, units: 6", "type: dense, units: 24"},
+                           "shape: [2, 3, 4]", input);
+  ASSERT_TRUE(coder.ok()) << coder.status();
+  EXPECT_EQ(coder->target, Target::kInput);
+  EXPECT_TRUE(Build({"type: relu"}, "shape: [2, 3, 4]", input).ok());
+  EXPECT_EQ(Refused(kHead, "shape: [2, 3, 4]", input),
+            "model.layers.1.units: the output {10} has 10 elements, but the data {2, 3, 4} has 24; "
+            "accepted: as many, loss.target is input");
+  EXPECT_EQ(Refused({"type: flatten"}, "shape: [2, 3, 4]", squared),
+            "model.layers.0: the output is {24}; accepted: {10}, data.classes, for "
+            "mean_squared_error");
+  EXPECT_EQ(Refused({"type: relu"}, "shape: [1, 1, 10]"),
+            "model.layers.0: the output is {1, 1, 10}; accepted: {10}, data.classes, for "
+            "softmax_cross_entropy; put a flatten or global_average_pool before the end");
+}
+
+TEST(Graph, RefusesShapesThatDoNotFit) {
+  struct Case {
+    std::vector<std::string> layers;
+    std::string message;
+  };
+  const std::vector<Case> cases = {
+      {{"type: dense, units: 10"},
+       "model.layers.0: dense needs an input {features}, but data is {28, 28, 1}; put a flatten "
+       "before it"},
+      {{"type: flatten", "type: conv2d, filters: 3, kernel: 3"},
+       "model.layers.1: conv2d needs an input {height, width, channels}, but flatten_1 is {784}"},
+      {{"type: flatten", "type: max_pool, kernel: 2"},
+       "model.layers.1: max_pool needs an input {height, width, channels}, but flatten_1 is {784}"},
+      {{"type: flatten", "type: global_average_pool"},
+       "model.layers.1: global_average_pool needs an input {height, width, channels}, but "
+       "flatten_1 "
+       "is {784}"},
+      {{"type: average_pool, kernel: 29"},
+       "model.layers.0.kernel: found 29, larger than the padded input (28 by 28); accepted: 1 to "
+       "28"},
+      {{"type: conv2d, filters: 1, kernel: 31, padding: 1"},
+       "model.layers.0.kernel: found 31, larger than the padded input (30 by 30); accepted: 1 to "
+       "30"},
+      {{"type: max_pool, kernel: 17"},
+       "model.layers.0.kernel: found 17; accepted: 1 to 16 for max_pool"},
+      {{"type: average_pool, kernel: 2, padding: 2"},
+       "model.layers.0.padding: found 2; accepted: 0 to 1, less than the kernel"},
+      {{"type: relu", "type: max_pool, kernel: 2", "type: add, inputs: [relu_1, max_pool_1]"},
+       "model.layers.2.inputs.1: relu_1 is {28, 28, 1} and max_pool_1 is {14, 14, 1}; accepted: "
+       "inputs of one shape"},
+      {{"type: relu", "type: add, inputs: [relu_1]"},
+       "model.layers.1.inputs: found 1 input; accepted: 2 or more for add"},
+      {{"type: relu", "type: tanh, inputs: [relu_1, data]"},
+       "model.layers.1.inputs: found 2 inputs; accepted: 1 for tanh"},
+  };
+  for (const Case& c : cases) EXPECT_EQ(Refused(c.layers), c.message);
+}
+
+TEST(Graph, RefusesTensorsBeyondTheCap) {
+  EXPECT_EQ(
+      Refused({"type: flatten", "type: dense, units: 2147483647"}),
+      "model.layers.1.units: the weight {2147483647, 784} would have more than 2^31 elements");
+  EXPECT_EQ(Refused({"type: conv2d, filters: 2147483647, kernel: 28"}),
+            "model.layers.0.filters: the weight {2147483647, 28, 28, 1} would have more than 2^31 "
+            "elements");
+  EXPECT_EQ(
+      Refused({"type: conv2d, filters: 2147483647, kernel: 1"}),
+      "model.layers.0: its output {28, 28, 2147483647} has more than 2^31 elements per sample");
+  EXPECT_EQ(
+      Refused({"type: conv2d, filters: 1, kernel: 1, padding: 2147483647"}),
+      "model.layers.0: its output {4294967322, 4294967322, 1} has more than 2^31 elements per "
+      "sample");
+  EXPECT_EQ(
+      Refused({"type: conv2d, filters: 1, kernel: 2147483647, padding: 2147483647"}),
+      "model.layers.0.filters: the weight {1, 2147483647, 2147483647, 1} would have more than "
+      "2^31 elements");
+  // 28 x 28 outputs, each from almost 2^62 elements.
+  EXPECT_EQ(Refused({"type: average_pool, kernel: 2147483647, padding: 1073741823, stride: 1"}),
+            "model.layers.0: needs more than 2^63 operations per sample");
+}
+
+TEST(Graph, NamesTheLayersOfACycle) {
+  EXPECT_EQ(
+      Refused({"name: a, type: relu, inputs: [c]", "name: b, type: relu, inputs: [a]",
+               "name: c, type: relu, inputs: [b]"}),
+      "model.layers.0.inputs: found the cycle a -> b -> c -> a; accepted: inputs without one");
+  EXPECT_EQ(Refused({"name: a, type: relu, inputs: [a]"}),
+            "model.layers.0.inputs: found the cycle a -> a; accepted: inputs without one");
+  // What hangs on the cycle, before and after, is not named.
+  EXPECT_EQ(Refused({"name: out, type: relu, inputs: [z]", "name: in, type: tanh, inputs: [data]",
+                     "name: y, type: add, inputs: [in, z]", "name: z, type: relu, inputs: [y]"}),
+            "model.layers.2.inputs: found the cycle y -> z -> y; accepted: inputs without one");
+}
+
+TEST(Graph, RefusesASecondOutput) {
+  EXPECT_EQ(
+      Refused(WithHead({"name: lost, type: relu", "type: tanh, inputs: [data]"})),
+      "model.layers.0: nothing uses its output (lost), and dense_1 is an output too; accepted: "
+      "one output, the last layer");
+}
+
+TEST(Graph, DefaultNamesKeepClearOfGivenOnes) {
+  const auto graph = Build(WithHead({"type: relu", "name: relu_3, type: tanh",
+                                     "name: x, type: relu", "type: relu", "type: relu"}));
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_THAT(Names(*graph),
+              ElementsAre("relu_1", "relu_3", "x", "relu_4", "relu_5", "flatten_1", "dense_1"));
+}
+
+Graph Preset(const std::string& model, const std::string& data = "path: d") {
+  const auto spec = LoadText(
+      fmt::format(
+          "data: {{{}}}\nmodel: {{{}}}\noptimizer: {{learning_rate: 1}}\ntrain: {{batch: 8, "
+          "steps: 1}}\n",
+          data, model),
+      "job.yaml", {});
+  EXPECT_TRUE(spec.ok()) << spec.status();
+  const auto graph = BuildGraph(*spec);
+  EXPECT_TRUE(graph.ok()) << graph.status();
+  return *graph;
+}
+
+int64_t Parameters(const Graph& graph) {
+  int64_t count = 0;
+  for (const Layer& layer : graph.layers) {
+    for (const TensorSpec& tensor : layer.tensors) {
+      if (tensor.trainable) count += ElementCount(tensor.shape);
+    }
+  }
+  return count;
+}
+
+TEST(Preset, Mlp) {
+  const Graph graph = Preset("preset: mlp, hidden: [30, 20], dropout: 0.2, sync: batch");
+  EXPECT_THAT(Names(graph),
+              ElementsAre("flatten_1", "dense_1", "batch_norm_1", "relu_1", "dropout_1", "dense_2",
+                          "batch_norm_2", "relu_2", "dropout_2", "dense_3"));
+  EXPECT_FALSE(graph.layers[1].bias);
+  EXPECT_EQ(graph.layers[1].tensors[0].init.type, Initializer::Type::kNormal);
+  EXPECT_DOUBLE_EQ(graph.layers[1].tensors[0].init.scale, std::sqrt(2.0 / 784));
+  EXPECT_EQ(graph.layers[2].sync, Sync::kBatch);
+  EXPECT_EQ(graph.layers[4].rate, 0.2);
+  EXPECT_TRUE(graph.layers.back().bias);
+  EXPECT_EQ(Parameters(graph), 784 * 30 + 60 + 30 * 20 + 40 + 20 * 10 + 10);
+  EXPECT_THAT(Names(Preset("preset: mlp, hidden: [30], batch_norm: false")),
+              ElementsAre("flatten_1", "dense_1", "relu_1", "dense_2"));
+  EXPECT_TRUE(Preset("preset: mlp, batch_norm: false").layers[1].bias);
+  EXPECT_EQ(Preset("preset: mlp", "path: d, classes: 7").layers.back().output, Shape{7});
+}
+
+TEST(Preset, FashionCnn) {
+  const Graph graph = Preset("preset: fashion-cnn");
+  EXPECT_THAT(Names(graph),
+              ElementsAre("conv2d_1", "batch_norm_1", "relu_1", "max_pool_1", "conv2d_2",
+                          "batch_norm_2", "relu_2", "max_pool_2", "flatten_1", "dropout_1",
+                          "dense_1", "relu_3", "dropout_2", "dense_2"));
+  EXPECT_EQ(graph.layers[3].output, (Shape{14, 14, 32}));
+  EXPECT_EQ(graph.layers[8].output, Shape{3136});
+  EXPECT_EQ(graph.layers[1].sync, Sync::kShard);
+  EXPECT_EQ(graph.layers[9].rate, 0.3);
+  EXPECT_EQ(Parameters(graph), 9 * 32 + 64 + 9 * 32 * 64 + 128 + 3136 * 128 + 128 + 1290);
+  for (const Layer& layer : Preset("preset: fashion-cnn, dropout: 0").layers)
+    EXPECT_NE(layer.type, LayerType::kDropout);
+}
+
+TEST(Preset, AProblemOfItsLayersNamesThePreset) {
+  const auto spec = LoadText(
+      "data: {path: d, shape: [2, 2, 1]}\nmodel:\n  preset: fashion-cnn\noptimizer: "
+      "{learning_rate: "
+      "1}\ntrain: {batch: 8, steps: 1}\n",
+      "job.yaml", {});
+  EXPECT_EQ(
+      spec.status().message(),
+      "job.yaml:3: model.preset: its layer max_pool_2.kernel: found 2, larger than the padded "
+      "input (1 by 1); accepted: 1 to 1");
+}
+
+}  // namespace
+}  // namespace lockstep::spec
