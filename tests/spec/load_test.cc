@@ -414,8 +414,8 @@ TEST(Override, RefusalsNameTheArgument) {
       {"train.batch=", "train.batch: found nothing; accepted: an integer from 1 to 1048576"},
       {"train.batch=[1", "train.batch: not YAML: end of sequence flow not found (column 1)"},
       // yaml-cpp's own LoadAll never returns from this one.
-      {"train.batch=32]",
-       "train.batch: found a second document, or a stray bracket after the first; accepted: one "
+      {"data.shape=[8, 8, 1]]",
+       "data.shape: found a second document, or a stray bracket after the first; accepted: one "
        "document"},
       {"train=5",
        "train: found 5; accepted: a mapping of fields: batch, epochs, steps, shards, seed, "
