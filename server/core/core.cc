@@ -78,8 +78,12 @@ std::vector<Action> Core::Flush() {
   }
 
   for (auto& [call, answer] : answers_) {
-    Reply reply{call, answer.status()};
-    if (answer.ok()) reply.job = jobs_.at(*answer).record.job;
+    Reply reply{call, v1::Job()};
+    if (answer.ok()) {
+      reply.job = jobs_.at(*answer).record.job;
+    } else {
+      reply.job = answer.status();
+    }
     if (last_ticket_ <= persisted_ || Planted(PlantedBug::kReplyBeforePersisted)) {
       actions_.emplace_back(std::move(reply));
     } else {

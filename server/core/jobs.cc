@@ -293,8 +293,21 @@ void Core::End(JobEntry& job, v1::JobState state) {
   v1::Job& record = job.record.job;
   v1::JobResult& result = *record.mutable_result();
   if (job.generation.has_value()) {
-    const std::optional<v1::Ended>& ended = job.generation->members[0].ended;
-    if (ended.has_value() && ended->has_result()) result = ended->result();
+    const std::vector<Member>& members = job.generation->members;
+    if (members[0].ended.has_value() && members[0].ended->has_result()) {
+      result = members[0].ended->result();
+    }
+    result.clear_shard_steps();
+    result.clear_gradient_bytes_sent();
+    for (const Member& member : members) {
+      const v1::Ended& ended = member.ended.has_value() ? *member.ended : v1::Ended();
+      result.add_gradient_bytes_sent(ended.gradient_bytes_sent());
+      for (int shard = 0; shard < ended.shard_steps_size(); ++shard) {
+        if (shard >= record.spec().train().shards()) break;
+        if (shard == result.shard_steps_size()) result.add_shard_steps(0);
+        result.set_shard_steps(shard, result.shard_steps(shard) + ended.shard_steps(shard));
+      }
+    }
   }
   if (result.steps() == 0) {  // nobody could sum it up
     result.set_steps(record.step());
