@@ -34,7 +34,9 @@ class DocumentStarts : public YAML::EventHandler {
 };
 
 // YAML::Load drops whatever follows the first document, and YAML::LoadAll never ends on a stray
-// bracket after it (yaml-cpp 0.7): so the events of at most two documents are read first.
+// comma
+// ("[8], 1": yaml-cpp 0.7 reads empty documents for ever): so the events of at most two documents
+// are read first.
 bool IsOneDocument(const std::string& text, YamlError* error) {
   std::istringstream stream(text);
   YAML::Parser parser(stream);
@@ -42,8 +44,7 @@ bool IsOneDocument(const std::string& text, YamlError* error) {
   for (int count = 0; parser.HandleNextDocument(starts); ++count) {
     if (count == 0) continue;
     error->line = starts.line();
-    error->text =
-        "found a second document, or a stray bracket after the first; accepted: one document";
+    error->text = "found more after the end of the first document; accepted: one document";
     return false;
   }
   return true;

@@ -290,9 +290,9 @@ TEST(Load, RefusesWhatIsNotOneYamlMapping) {
       {"- a\n", "job.yaml:1: found a list; accepted: " + fields},
       {"\nhello\n", "job.yaml:2: found \"hello\"; accepted: " + fields},
       {Compact() + "---\nname: b\n",
-       "job.yaml:6: found a second document, or a stray bracket after the first; accepted: one "
-       "document"},
+       "job.yaml:6: found more after the end of the first document; accepted: one document"},
       {Compact() + "]\n", "job.yaml:6: not YAML: illegal flow end (column 1)"},
+      {",\n", "job.yaml:1: found more after the end of the first document; accepted: one document"},
       {"name: a\ndata: [1, 2\nmodel: {}\n",
        "job.yaml:3: not YAML: end of sequence flow not found "
        "(column 6)"},
@@ -414,9 +414,8 @@ TEST(Override, RefusalsNameTheArgument) {
       {"train.batch=", "train.batch: found nothing; accepted: an integer from 1 to 1048576"},
       {"train.batch=[1", "train.batch: not YAML: end of sequence flow not found (column 1)"},
       // yaml-cpp's own LoadAll never returns from this one.
-      {"data.shape=[8, 8, 1]]",
-       "data.shape: found a second document, or a stray bracket after the first; accepted: one "
-       "document"},
+      {"data.shape=[8, 8, 1], 1",
+       "data.shape: found more after the end of the first document; accepted: one document"},
       {"train=5",
        "train: found 5; accepted: a mapping of fields: batch, epochs, steps, shards, seed, "
        "evaluate, digest_every"},
