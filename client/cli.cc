@@ -36,7 +36,7 @@ void AddCluster(CLI::App* command, ClusterOptions* options) {
 }
 
 void AddSpec(CLI::App* command, std::string* spec, std::vector<std::string>* overrides) {
-  command->add_option("spec", *spec, "The job's spec, a YAML file")->required()->type_name("SPEC");
+  command->add_option("SPEC", *spec, "The job's spec, a YAML file")->required()->type_name("");
   command
       ->add_option("--set", *overrides,
                    "Replace one field of the spec; may be repeated (train.epochs=3, "
@@ -57,7 +57,7 @@ CLI::App* AddCommand(CLI::App& app, const std::string& name, const std::string& 
 CLI::App* AddJobCommand(CLI::App& app, const std::string& name, const std::string& description,
                         const std::string& example, std::string* job, ClusterOptions* cluster) {
   CLI::App* command = AddCommand(app, name, description, example);
-  command->add_option("job", *job, "The job, such as job-1")->required()->type_name("JOB");
+  command->add_option("JOB", *job, "The job, such as mlp-1")->required()->type_name("");
   AddCluster(command, cluster);
   return command;
 }
@@ -129,24 +129,24 @@ int RunCli(int argc, char** argv, const std::string& version) {
 
   command = AddJobCommand(app, "describe",
                           "Show a job's state, placement, scores and where its checkpoints lie",
-                          "lockstep describe job-1", &job, &cluster);
+                          "lockstep describe mlp-1", &job, &cluster);
   command->callback([&] { chosen = [&] { return Describe(job, cluster, interrupts); }; });
 
-  command = AddJobCommand(app, "watch", "Follow a job until it has ended", "lockstep watch job-1",
+  command = AddJobCommand(app, "watch", "Follow a job until it has ended", "lockstep watch mlp-1",
                           &job, &cluster);
   command->callback([&] { chosen = [&] { return Watch(job, cluster, interrupts); }; });
 
   command = AddJobCommand(app, "logs", "Print the job's log of every worker",
-                          "lockstep logs job-1 --follow", &job, &cluster);
+                          "lockstep logs mlp-1 --follow", &job, &cluster);
   command->add_flag("--follow", follow, "Go on until the job has ended");
   command->callback([&] { chosen = [&] { return Logs(job, follow, cluster, interrupts); }; });
 
   command = AddJobCommand(app, "metrics", "Print the metrics of every step and evaluation",
-                          "lockstep metrics job-1 --csv > metrics.csv", &job, &cluster);
+                          "lockstep metrics mlp-1 --csv > metrics.csv", &job, &cluster);
   command->add_flag("--csv", csv, "As comma-separated values");
   command->callback([&] { chosen = [&] { return Metrics(job, csv, cluster, interrupts); }; });
 
-  command = AddJobCommand(app, "cancel", "End a job and free its slots", "lockstep cancel job-1",
+  command = AddJobCommand(app, "cancel", "End a job and free its slots", "lockstep cancel mlp-1",
                           &job, &cluster);
   command->callback([&] { chosen = [&] { return Cancel(job, cluster, interrupts); }; });
 
@@ -171,10 +171,10 @@ int RunCli(int argc, char** argv, const std::string& version) {
   command = AddCommand(app, "evaluate", "Score a checkpoint on its validation data",
                        "lockstep evaluate runs/first");
   command
-      ->add_option("folder", evaluate.folder,
+      ->add_option("DIR", evaluate.folder,
                    "A run's folder (its newest checkpoint) or a checkpoint's")
       ->required()
-      ->type_name("DIR");
+      ->type_name("");
   command->add_option("--data", evaluate.data, "Folder of the data, instead of the spec's")
       ->type_name("PATH");
   AddOutput(command, &evaluate.json);
@@ -185,8 +185,8 @@ int RunCli(int argc, char** argv, const std::string& version) {
                        "Compare two runs bit by bit: names the first differing step and tensors "
                        "(exit code 0: equal, 1: different, 2: cannot compare)",
                        "lockstep diff runs/first runs/second");
-  command->add_option("a", diff.a, "A run's folder")->required()->type_name("A");
-  command->add_option("b", diff.b, "Another's")->required()->type_name("B");
+  command->add_option("A", diff.a, "A run's folder")->required()->type_name("");
+  command->add_option("B", diff.b, "Another's")->required()->type_name("");
   AddOutput(command, &diff.json);
   command->callback([&] { chosen = [&] { return Diff(diff); }; });
 

@@ -20,6 +20,8 @@ void JobView::Add(const v1::JobEvent& event) {
       const v1::StepMetrics& step = event.step();
       metrics_.Add(step);
       if (step.epoch() != epoch_) {
+        epoch_before_ = epoch_score();
+        epoch_before_end_ = step.step() - 1;
         epoch_ = step.epoch();
         loss_sum_ = correct_sum_ = 0;
         epoch_samples_ = 0;
@@ -87,6 +89,11 @@ v1::Score JobView::epoch_score() const {
   score.set_loss(loss_sum_ / static_cast<double>(epoch_samples_));
   if (has_accuracy_) score.set_accuracy(correct_sum_ / static_cast<double>(epoch_samples_));
   return score;
+}
+
+v1::Score JobView::epoch_score_after(int64_t step) const {
+  if (step == job_.step()) return epoch_score();
+  return step == epoch_before_end_ ? epoch_before_ : v1::Score();
 }
 
 double JobView::samples_per_second() const {

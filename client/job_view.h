@@ -26,8 +26,11 @@ class JobView {
   int64_t total_epochs() const;
   double fraction() const;  // of the steps, 0 while their number is unknown
 
-  // Means over the current epoch so far.
+  // Means over the current epoch so far; no samples before its first step.
   v1::Score epoch_score() const;
+  // The same as it was after `step`, which is the last step or the last of the epoch before;
+  // otherwise no samples. (The next epoch's first steps may overtake the evaluation of this one.)
+  v1::Score epoch_score_after(int64_t step) const;
   // Over the last seconds of training; 0 before the second step.
   double samples_per_second() const;
   // Seconds left by the pace of the run so far, evaluations included; negative while unknown.
@@ -39,6 +42,8 @@ class JobView {
   double loss_sum_ = 0, correct_sum_ = 0;  // of the current epoch, weighted by samples
   int64_t epoch_ = 0, epoch_samples_ = 0;
   bool has_accuracy_ = false;
+  v1::Score epoch_before_;
+  int64_t epoch_before_end_ = 0;  // its last step
   struct Point {
     double seconds;
     int64_t step, samples;  // of this run up to here

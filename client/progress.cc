@@ -38,6 +38,39 @@ std::string Rate(const JobView& view) {
   return FormatCount(static_cast<int64_t>(view.samples_per_second())) + " samples/s";
 }
 
+// What stands beside the bar, as much as fits.
+std::string Numbers(const JobView& view, bool wide, int width) {
+  const v1::Job& job = view.job();
+  std::vector<std::string> parts;
+  if (wide || view.total_steps() == 0) {
+    parts.push_back(Position(view));
+  } else {
+    parts.push_back(
+        fmt::format("epoch {}/{}", std::max<int64_t>(1, job.epoch()), view.total_epochs()));
+  }
+  const v1::Score score = view.epoch_score();
+  if (score.samples() > 0) {
+    parts.push_back("loss " + FormatLoss(score.loss()));
+    if (score.has_accuracy()) {
+      parts.push_back((wide ? "accuracy " : "acc ") + FormatPercent(score.accuracy()));
+    }
+  }
+  if (view.samples_per_second() > 0) parts.push_back(Rate(view));
+  if (job.state() == v1::STOPPING) {
+    parts.push_back("stopping");
+  } else if (view.seconds_left() >= 0) {
+    const double left = view.seconds_left();
+    parts.push_back("ETA " + (left < 60 ? fmt::format("{:.0f} s", left) : FormatDuration(left)));
+  }
+  std::string line;
+  for (const std::string& part : parts) {
+    const std::string longer = line.empty() ? part : line + "  " + part;
+    if (DisplayWidth(longer) > width) break;
+    line = longer;
+  }
+  return line;
+}
+
 }  // namespace
 
 std::string ProgressLine(const JobView& view, const Terminal& terminal, int width) {
@@ -55,24 +88,8 @@ std::string ProgressLine(const JobView& view, const Terminal& terminal, int widt
     }
     return text;
   }
-  const v1::Score score = view.epoch_score();
-  std::vector<std::string> parts = {Position(view)};
-  if (score.samples() > 0) {
-    parts.push_back("loss " + FormatLoss(score.loss()));
-    if (score.has_accuracy()) parts.push_back("accuracy " + FormatPercent(score.accuracy()));
-  }
-  if (view.samples_per_second() > 0) parts.push_back(Rate(view));
-  if (job.state() == v1::STOPPING) {
-    parts.push_back("stopping");
-  } else if (view.seconds_left() >= 0) {
-    parts.push_back("ETA " + FormatDuration(view.seconds_left()));
-  }
-  std::string line;
-  for (const std::string& part : parts) {
-    const std::string longer = line.empty() ? part : line + "  " + part;
-    if (DisplayWidth(longer) > width) break;
-    line = longer;
-  }
+  std::string line = Numbers(view, /*wide=*/true, width);
+  if (width - DisplayWidth(line) - 2 < kMinBar) line = Numbers(view, /*wide=*/false, width);
   const int room = width - DisplayWidth(line) - 2;
   if (room >= kMinBar && view.total_steps() > 0) {
     line = Bar(view.fraction(), std::min(room, kMaxBar), terminal) + "  " + line;
@@ -94,13 +111,17 @@ std::string EvaluationLine(const JobView& view, const v1::Evaluation& evaluation
         fmt::format("epoch {}{}  {}", evaluation.epoch(),
                     view.total_epochs() > 0 ? fmt::format("/{}", view.total_epochs()) : "", line);
   }
-  const v1::Score train = view.epoch_score();
+  const v1::Score train = view.epoch_score_after(evaluation.step());
   if (train.samples() > 0) line += "  train " + FormatScore(train);
   return line + "  validation " + FormatScore(evaluation.validation());
 }
 
-Progress::Progress(const Terminal& terminal, Writer writer, Clock& clock)
-    : terminal_(terminal), writer_(std::move(writer)), clock_(clock) {}
+Progress::Progress(const Terminal& terminal, Writer writer, Clock& clock,
+                   absl::Duration state_patience)
+    : terminal_(terminal),
+      writer_(std::move(writer)),
+      clock_(clock),
+      state_patience_(state_patience) {}
 
 void Progress::Add(const v1::JobEvent& event) {
   absl::MutexLock lock(&mutex_);
@@ -109,6 +130,7 @@ void Progress::Add(const v1::JobEvent& event) {
   switch (event.event_case()) {
     case v1::JobEvent::kJob:
       ShowState();
+      drawn_ = absl::InfinitePast();  // no event may follow for long
       break;
     case v1::JobEvent::kEvaluation:
       Line(EvaluationLine(view_, event.evaluation()));
@@ -136,6 +158,7 @@ void Progress::Update(const v1::Job& job) {
 
 void Progress::Tick() {
   absl::MutexLock lock(&mutex_);
+  ShowState();
   Redraw(/*force=*/false);
 }
 
@@ -164,13 +187,19 @@ int64_t Progress::total_steps() const {
 
 void Progress::ShowState() {
   const v1::Job& job = view_.job();
-  if (IsFinal(job.state())) return;  // the final table says it
+  // A terminal shows the state in its line; the final table says the last one.
+  if (terminal_.interactive || job.id().empty() || IsFinal(job.state())) return;
   std::string text = job.id() + " " + StateName(job.state());
   if (!job.reason().empty()) text += ": " + OneLine(job.reason());
-  if (text == shown_state_) return;
-  shown_state_ = text;
-  // A terminal shows waiting in its line, which training then takes over.
-  if (!terminal_.interactive) Line(text);
+  if (text != state_) {
+    state_ = text;
+    state_since_ = clock_.Now();
+  }
+  if (state_ == shown_state_ || clock_.Now() - state_since_ < state_patience_) return;
+  shown_state_ = state_;
+  if (job.state() == v1::RUNNING && state_patience_ > absl::ZeroDuration())
+    return;  // its steps tell
+  Line(state_);
 }
 
 void Progress::Line(const std::string& text) {

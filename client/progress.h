@@ -27,8 +27,11 @@ std::string EvaluationLine(const JobView& view, const v1::Evaluation& evaluation
 class Progress {
  public:
   using Writer = std::function<void(const std::string&)>;  // text as it is, without buffering
-  // `terminal` is what the writer writes to. The clock must outlive it.
-  Progress(const Terminal& terminal, Writer writer, Clock& clock);
+  // `terminal` is what the writer writes to. A state is told once it has lasted `state_patience` (a
+  // local run passes through waiting and starting in a moment; needs Tick). The clock must outlive
+  // it.
+  Progress(const Terminal& terminal, Writer writer, Clock& clock,
+           absl::Duration state_patience = absl::ZeroDuration());
 
   void Add(const v1::JobEvent& event);
   void Update(const v1::Job& job);
@@ -50,9 +53,11 @@ class Progress {
   const Terminal terminal_;
   const Writer writer_;
   Clock& clock_;
+  const absl::Duration state_patience_;
   mutable absl::Mutex mutex_;
   JobView view_ ABSL_GUARDED_BY(mutex_);
-  std::string shown_state_ ABSL_GUARDED_BY(mutex_);
+  std::string state_ ABSL_GUARDED_BY(mutex_), shown_state_ ABSL_GUARDED_BY(mutex_);
+  absl::Time state_since_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   absl::Time drawn_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   absl::Time stepped_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   bool line_open_ ABSL_GUARDED_BY(mutex_) = false;

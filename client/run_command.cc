@@ -179,6 +179,11 @@ End Supervise(LocalCluster& cluster, Follower& follower, Progress& progress, Int
     end.failure = absl::OkStatus();
   } else if (end.failure.ok()) {
     end.failure = follower.status();
+    // A coordinator that died is found by its connection first; its log says more.
+    if (const std::optional<LocalCluster::Loss> loss = cluster.NextLoss();
+        absl::IsUnavailable(end.failure) && loss.has_value()) {
+      end.failure = absl::UnavailableError(loss->text);
+    }
   }
   return end;
 }
@@ -274,7 +279,7 @@ int Run(const RunOptions& options, Interrupts& interrupts) {
   const Terminal terminal = Terminal::Of(progress_fd);
   Progress progress(
       terminal, [progress_fd](const std::string& text) { WriteAll(progress_fd, text); },
-      RealClock());
+      RealClock(), /*state_patience=*/absl::Seconds(1));
   progress.Print(absl::StrCat(spec->name(), ": ", options.workers,
                               options.workers == 1 ? " worker" : " workers", " with ", slots,
                               slots == 1 ? " slot" : " slots", options.workers == 1 ? "" : " each",

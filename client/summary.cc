@@ -32,9 +32,8 @@ std::string PaintState(v1::JobState state, const Terminal& terminal) {
 }
 
 std::string SummaryText(const v1::Job& job, const Terminal& terminal) {
-  std::string text = terminal.Paint(Color::kBold, job.spec().name().empty()
-                                                      ? job.id()
-                                                      : job.id() + " (" + job.spec().name() + ")");
+  const std::string& name = job.id().empty() ? job.spec().name() : job.id();  // not accepted yet
+  std::string text = terminal.Paint(Color::kBold, name);
   text += " " + PaintState(job.state(), terminal);
   if (!job.reason().empty()) text += ": " + OneLine(job.reason());
   text += "\n";
