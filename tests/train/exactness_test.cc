@@ -12,17 +12,13 @@
 namespace lockstep::train {
 namespace {
 
-struct Case {
-  const char* model;
-  int workers, slots;
-};
 
 class Exactness : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {};
 
 std::string YamlOf(const std::string& model) { return model == "mlp" ? MlpYaml() : CnnYaml(); }
 
 // Everything of an evaluation but its duration.
-std::string Numbers(const Run& run) {
+std::string Numbers(const Training& run) {
   std::string text;
   for (v1::Evaluation e : run.evaluations) {
     e.clear_seconds();
@@ -46,8 +42,8 @@ TEST_P(Exactness, EveryNumberIsThatOfOneSlot) {
   const Cluster one{.workers = 1, .slots = 1, .output_dir = TemporaryFolder()};
   const Cluster many{
       .workers = placement.first, .slots = placement.second, .output_dir = TemporaryFolder()};
-  const Run expected = RunMembers(YamlOf(model), one);
-  const Run actual = RunMembers(YamlOf(model), many);
+  const Training expected = RunMembers(YamlOf(model), one);
+  const Training actual = RunMembers(YamlOf(model), many);
   ASSERT_EQ(AgreedDigest(actual), AgreedDigest(expected));
   ASSERT_EQ(expected.steps.size(), 30u);
   ASSERT_EQ(expected.evaluations.size(), 5u);  // steps 7, 14, 21, 28 and the last, 30
@@ -63,7 +59,7 @@ TEST_P(Exactness, EveryNumberIsThatOfOneSlot) {
 // Each shard's forward and backward run exactly once a step across the cluster.
 TEST_P(Exactness, EveryShardRunsOnceAStep) {
   const auto [model, placement] = GetParam();
-  const Run run =
+  const Training run =
       RunMembers(YamlOf(model), {.workers = placement.first, .slots = placement.second});
   AgreedDigest(run);
   // 30 steps of 11 a epoch: the two short batches leave shards 3 to 7 empty.
@@ -121,7 +117,7 @@ optimizer: {learning_rate: 0.1}
 data: {path: /usr/share/datasets/fashion-mnist, train_samples: 640, validation_samples: 80}
 train: {batch: 64, steps: 10, shards: 8}
 )";
-    const Run run = RunMembers(yaml, {.workers = workers, .slots = 1});
+    const Training run = RunMembers(yaml, {.workers = workers, .slots = 1});
     AgreedDigest(run);
     // dense 784 x 500 without bias, batch_norm 2 x 500, dense 500 x 10 + 10; each begins on a cache
     // line.
@@ -147,12 +143,12 @@ class Resume : public testing::TestWithParam<std::tuple<const char*, std::pair<i
 TEST_P(Resume, OnAnotherPlacementGivesTheBitsOfTheUndisturbedRun) {
   const auto [model, placement] = GetParam();
   const Cluster whole{.workers = 2, .slots = 1, .output_dir = TemporaryFolder()};
-  const Run undisturbed = RunMembers(YamlOf(model), whole);
+  const Training undisturbed = RunMembers(YamlOf(model), whole);
   const std::string digest = AgreedDigest(undisturbed);
   Cluster rest{.workers = placement.first, .slots = placement.second};
   rest.resume_from = whole.output_dir + "/checkpoints/step-00000013";
   rest.output_dir = TemporaryFolder();
-  const Run resumed = RunMembers(YamlOf(model), rest);
+  const Training resumed = RunMembers(YamlOf(model), rest);
   EXPECT_EQ(AgreedDigest(resumed), digest);
   ASSERT_EQ(resumed.steps.size(), 17u);
   EXPECT_EQ(resumed.steps.front().step(), 14);
@@ -181,7 +177,7 @@ TEST(Digest, IsTheSameRunAfterRunAndAnotherForAnotherSeed) {
 
 // One flipped bit in one replica shows in its digest at the next checkpoint and at the end.
 TEST(Digest, ShowsAFlippedBit) {
-  const Run run = RunMembers(MlpYaml(), {.workers = 2, .slots = 1, .flip_bit_at_step = 5});
+  const Training run = RunMembers(MlpYaml(), {.workers = 2, .slots = 1, .flip_bit_at_step = 5});
   ASSERT_EQ(run.ended.size(), 2u);
   EXPECT_NE(run.ended[0].state_digest(), run.ended[1].state_digest());
   std::map<int64_t, std::vector<std::string>> by_step;

@@ -33,8 +33,8 @@ std::string TemporaryFolder() {
   return path;
 }
 
-Run RunMembers(const std::string& yaml, const Cluster& cluster) {
-  Run run;
+Training RunMembers(const std::string& yaml, const Cluster& cluster) {
+  Training run;
   absl::StatusOr<v1::JobSpec> spec = spec::LoadText(yaml, "test.yaml", {});
   EXPECT_TRUE(spec.ok()) << spec.status();
   if (!spec.ok()) return run;
@@ -101,7 +101,7 @@ Run RunMembers(const std::string& yaml, const Cluster& cluster) {
   return run;
 }
 
-std::string AgreedDigest(const Run& run) {
+std::string AgreedDigest(const Training& run) {
   EXPECT_EQ(run.prepare_error, "");
   EXPECT_FALSE(run.ended.empty());
   std::string digest;

@@ -10,7 +10,7 @@
 
 namespace lockstep::train {
 
-struct Run {
+struct Training {
   std::vector<v1::Ended> ended;        // by rank
   std::vector<v1::StepMetrics> steps;  // rank 0's reports, in order
   std::vector<v1::Evaluation> evaluations;
@@ -22,19 +22,19 @@ struct Run {
 struct Cluster {
   int workers = 1;
   int slots = 1;                       // of each worker
-  std::vector<std::string> host_ids;   // by rank; default: all one host
-  std::vector<std::string> addresses;  // by rank; default 127.0.0.1
-  std::string resume_from;
-  std::string output_dir;        // default: a fresh folder
+  std::vector<std::string> host_ids = {};   // by rank; default: all one host
+  std::vector<std::string> addresses = {};  // by rank; default 127.0.0.1
+  std::string resume_from = {};
+  std::string output_dir = {};        // default: a fresh folder
   int64_t flip_bit_at_step = 0;  // of the last rank
 };
 
 // `yaml` must be a valid spec. The folder of a default output_dir is removed with the process.
-Run RunMembers(const std::string& yaml, const Cluster& cluster);
+Training RunMembers(const std::string& yaml, const Cluster& cluster);
 
 // The state digest that all members ended with; fails the test where they differ or did not
 // complete.
-std::string AgreedDigest(const Run& run);
+std::string AgreedDigest(const Training& run);
 
 std::string TemporaryFolder();
 
