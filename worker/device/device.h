@@ -124,7 +124,7 @@ class Device {
                                                              absl::Span<const int64_t> rows) = 0;
 
   // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
-  // equals).
+  // equals; a NaN wins), so max pooling takes kernels up to 16. Backward overwrites dx.
   virtual void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
                               float* y, uint8_t* argmax) = 0;
   virtual void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows,
@@ -186,8 +186,8 @@ class Device {
                                float* dx) = 0;
   virtual void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
   // Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
-  // stream (key, scalars->step); kept where ToUniform >= rate, and divided by 1 - rate. Backward is
-  // the same call on dy: the mask is computed again, not stored.
+  // stream (key, scalars->step); kept where ToUniform >= rate, times 1 / (1 - rate) rounded to
+  // float; 0 <= rate < 1. Backward is the same call on dy: the mask is computed again, not stored.
   virtual void Dropout(Stream& stream, int64_t n, const float* x, float rate, PhiloxKey key,
                        const StepScalars* scalars, uint64_t first, float* y) = 0;
 

@@ -9,17 +9,18 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "worker/device/cpu/gemm_dense.h"
 #include "worker/device/cpu/host_memory.h"
 #include "worker/device/cpu/kernels.h"
 #include "worker/device/cpu/onednn_call.h"
-#include "worker/device/cpu/onednn_operations.h"
+#include "worker/device/cpu/onednn_conv2d.h"
 
 namespace lockstep::device {
 namespace {
 
 class CpuDevice : public Device {
  public:
-  CpuDevice(const Kernels& kernels, std::string fingerprint, OperationContext context)
+  CpuDevice(const Kernels& kernels, std::string fingerprint, OnednnContext context)
       : k_(kernels), fingerprint_(std::move(fingerprint)), context_(std::move(context)) {}
 
   std::string fingerprint() const override { return fingerprint_; }
@@ -53,7 +54,7 @@ class CpuDevice : public Device {
 
   absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
                                                    absl::Span<const int64_t> rows) override {
-    return MakeOnednnDense(context_, shape, rows);
+    return MakeGemmDense(k_, shape, rows);
   }
   absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                      absl::Span<const int64_t> rows) override {
@@ -191,7 +192,7 @@ class CpuDevice : public Device {
  private:
   const Kernels& k_;
   const std::string fingerprint_;
-  const OperationContext context_;
+  const OnednnContext context_;
 };
 
 bool Supports(CpuIsa isa) {
@@ -231,8 +232,8 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(CpuIsa isa) {
   try {
     return std::make_unique<CpuDevice>(
         wide ? avx512::kKernels : avx2::kKernels, std::move(fingerprint),
-        OperationContext{dnnl::engine(dnnl::engine::kind::cpu, 0), std::make_shared<CallNumbers>(),
-                         wide ? &avx512::kKernels : &avx2::kKernels});
+        OnednnContext{dnnl::engine(dnnl::engine::kind::cpu, 0), std::make_shared<CallNumbers>(),
+                      wide ? &avx512::kKernels : &avx2::kKernels});
   } catch (const dnnl::error& e) {
     return absl::InternalError(absl::StrCat("oneDNN cannot use the CPU: ", e.what()));
   }

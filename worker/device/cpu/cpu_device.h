@@ -1,4 +1,4 @@
-// The CPU as a device: oneDNN for dense and convolution, our own vector code for the rest.
+// The CPU as a device: oneDNN for convolution, our own vector code for the rest.
 // One thread per slot, single-threaded primitives, no OpenMP team; streams are the calling thread.
 // The device is thread-safe; see worker/device/device.h.
 #pragma once

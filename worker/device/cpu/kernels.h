@@ -13,7 +13,25 @@
 
 namespace lockstep::device {
 
+// c {rows, columns} = a {rows, depth} b {depth, columns} + bias {columns} (null: none). Element (i,
+// k) of a is a[i * a_row + k * a_depth]; columns of b lie in panels of kGemmPanel: element (k, j)
+// is b[j / kGemmPanel * b_panel + k * b_depth + j % kGemmPanel]. A plain matrix is b_panel =
+// kGemmPanel.
+constexpr int64_t kGemmPanel = 64;
+struct GemmShape {
+  int64_t rows = 0, columns = 0, depth = 0;
+  int64_t a_row = 0, a_depth = 1;
+  int64_t b_panel = kGemmPanel, b_depth = 0;
+  int64_t c_row = 0;
+};
+
 struct Kernels {
+  // An element's bits depend on its row of a and its column of b only.
+  void (*gemm)(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
+  // w {rows, columns} as the b of a gemm with w's rows for columns: b_panel = columns * kGemmPanel,
+  // b_depth = kGemmPanel. `packed` has whole panels; what lies beyond the rows is not written.
+  void (*pack_transposed)(int64_t rows, int64_t columns, const float* w, float* packed);
+
   void (*relu_forward)(int64_t n, const float* x, float* y);
   void (*relu_backward)(int64_t n, const float* y, const float* dy, float* dx);
   void (*tanh_forward)(int64_t n, const float* x, float* y);

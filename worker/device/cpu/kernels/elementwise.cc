@@ -74,6 +74,7 @@ LOCKSTEP_SIMD void RandomWords(const RoundKeys& keys, uint64_t block, uint64_t s
 
 void Dropout(int64_t n, const float* x, float rate, PhiloxKey key, uint64_t step, uint64_t first,
              float* y) {
+  if (n == 0) return;
   RoundKeys keys;
   uint32_t k0 = key.k0, k1 = key.k1;
   for (int round = 0; round < 10; ++round) {
@@ -97,7 +98,7 @@ void Dropout(int64_t n, const float* x, float rate, PhiloxKey key, uint64_t step
   uint64_t block = first / 4;
   I16 low, high;
   int64_t i = -lead;
-  if (lead > 0 && n > 0) {
+  if (lead > 0) {
     RandomWords(keys, block, step, &low, &high);
     const int64_t left = n + lead;  // words until the end
     apply(low, i, LastLanes(lead) & FirstLanes(left < kLanes ? left : kLanes));

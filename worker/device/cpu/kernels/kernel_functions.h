@@ -8,6 +8,10 @@
 
 namespace lockstep::device::LOCKSTEP_ISA {
 
+// gemm.cc
+void Gemm(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
+void PackTransposed(int64_t rows, int64_t columns, const float* w, float* packed);
+
 // elementwise.cc
 void ReluForward(int64_t n, const float* x, float* y);
 void ReluBackward(int64_t n, const float* y, const float* dy, float* dx);

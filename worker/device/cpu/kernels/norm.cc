@@ -142,9 +142,17 @@ void BatchNormMoments(int64_t channels, int64_t n, const float* x, float* mean, 
 
 void MergeMoments(int64_t channels, int64_t count_a, const float* mean_a, const float* m2_a,
                   int64_t count_b, const float* mean_b, const float* m2_b, float* mean, float* m2) {
+  if (count_a == 0 || count_b == 0) {  // an empty record says nothing, whatever it holds
+    const float* from_mean = count_b == 0 ? mean_a : mean_b;
+    const float* from_m2 = count_b == 0 ? m2_a : m2_b;
+    ForEachVector(channels, [&](int64_t c, auto m) {
+      Store(mean + c, Load(from_mean + c, m), m);
+      Store(m2 + c, Load(from_m2 + c, m), m);
+    });
+    return;
+  }
   const double a = static_cast<double>(count_a), b = static_cast<double>(count_b);
-  const double count = a + b;
-  const D16 share(count > 0 ? b / count : 0.0), cross(count > 0 ? a * b / count : 0.0);
+  const D16 share(b / (a + b)), cross(a * b / (a + b));
   ForEachVector(channels, [&](int64_t c, auto m) {
     const D16 from = ToDouble(Load(mean_a + c, m));
     const D16 delta = ToDouble(Load(mean_b + c, m)) - from;

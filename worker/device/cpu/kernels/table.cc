@@ -3,6 +3,8 @@
 namespace lockstep::device::LOCKSTEP_ISA {
 
 const Kernels kKernels = {
+    .gemm = Gemm,
+    .pack_transposed = PackTransposed,
     .relu_forward = ReluForward,
     .relu_backward = ReluBackward,
     .tanh_forward = TanhForward,

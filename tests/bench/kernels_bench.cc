@@ -1,0 +1,245 @@
+// One row for each kernel, at the sizes of fashion-cnn with 16 samples in a shard.
+//   kernels_bench --benchmark_filter=Conv
+// FLOP/s counts a multiply-add as two; bytes/s counts each array read or written once.
+#include <benchmark/benchmark.h>
+
+#include <memory>
+#include <vector>
+
+#include "worker/device/cpu/cpu_device.h"
+
+namespace lockstep::device {
+namespace {
+
+constexpr int64_t kRows = 16;
+
+class Bench {
+ public:
+  Bench() : device_(MakeCpuDevice().value()), stream_(device_->MakeStream().value()) {}
+  Device& device() { return *device_; }
+  Stream& stream() { return *stream_; }
+  // Small numbers of both signs.
+  float* Floats(int64_t n) {
+    memory_.push_back(device_->Allocate(n * sizeof(float)).value());
+    float* const x = memory_.back()->floats();
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(i * 7919 % 1000) / 500 - 1;
+    return x;
+  }
+  void* Bytes(int64_t n) {
+    memory_.push_back(device_->Allocate(n).value());
+    return memory_.back()->data();
+  }
+
+ private:
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Stream> stream_;
+  std::vector<std::unique_ptr<Memory>> memory_;
+};
+
+void ReportFlops(benchmark::State& state, double flops) {
+  state.counters["FLOP/s"] = benchmark::Counter(flops * static_cast<double>(state.iterations()),
+                                                benchmark::Counter::kIsRate);
+}
+void ReportBytes(benchmark::State& state, double elements, double bytes_per_element) {
+  const double times = static_cast<double>(state.iterations());
+  state.counters["bytes/s"] =
+      benchmark::Counter(elements * bytes_per_element * times, benchmark::Counter::kIsRate);
+  state.counters["elements/s"] = benchmark::Counter(elements * times, benchmark::Counter::kIsRate);
+}
+
+enum Pass { kForward, kInput, kWeight, kPack };
+
+template <class Op>
+void RunPass(benchmark::State& state, Bench& b, Op& op, Pass pass, double products, const float* w,
+             float* x, float* y, float* dw, float* vector) {
+  void* const scratch = b.Bytes(op.scratch_bytes());
+  op.Pack(b.stream(), w);
+  for (auto _ : state) {
+    if (pass == kForward) op.Forward(b.stream(), kRows, x, vector, y, scratch);
+    if (pass == kInput) op.BackwardInput(b.stream(), kRows, y, x, scratch);
+    if (pass == kWeight) op.BackwardWeight(b.stream(), kRows, x, y, dw, vector, scratch);
+    if (pass == kPack) op.Pack(b.stream(), w);
+    benchmark::ClobberMemory();
+  }
+  if (pass != kPack) ReportFlops(state, 2 * products);
+  if (!b.stream().Synchronize().ok()) state.SkipWithError("a kernel failed");
+}
+
+void Conv(benchmark::State& state, Conv2dShape s, Pass pass) {
+  Bench b;
+  auto op = b.device().MakeConv2d(s, {kRows}).value();
+  const int64_t pixels = kRows * s.out_height() * s.out_width(),
+                weights = s.out * s.kernel * s.kernel * s.in;
+  RunPass(state, b, *op, pass, static_cast<double>(pixels * weights), b.Floats(weights),
+          b.Floats(kRows * s.height * s.width * s.in), b.Floats(pixels * s.out), b.Floats(weights),
+          b.Floats(s.out));
+}
+constexpr Conv2dShape kConv1{28, 28, 1, 32, 3, 1, 1}, kConv2{14, 14, 32, 64, 3, 1, 1};
+BENCHMARK_CAPTURE(Conv, conv1_forward, kConv1, kForward);
+BENCHMARK_CAPTURE(Conv, conv1_weight, kConv1, kWeight);
+BENCHMARK_CAPTURE(Conv, conv2_forward, kConv2, kForward);
+BENCHMARK_CAPTURE(Conv, conv2_input, kConv2, kInput);
+BENCHMARK_CAPTURE(Conv, conv2_weight, kConv2, kWeight);
+
+void DenseLayer(benchmark::State& state, DenseShape s, Pass pass) {
+  Bench b;
+  auto op = b.device().MakeDense(s, {kRows}).value();
+  RunPass(state, b, *op, pass, static_cast<double>(kRows * s.in * s.out), b.Floats(s.in * s.out),
+          b.Floats(kRows * s.in), b.Floats(kRows * s.out), b.Floats(s.in * s.out), b.Floats(s.out));
+}
+constexpr DenseShape kDense1{3136, 128, true}, kDense2{128, 10, true};
+BENCHMARK_CAPTURE(DenseLayer, dense1_forward, kDense1, kForward);
+BENCHMARK_CAPTURE(DenseLayer, dense1_input, kDense1, kInput);
+BENCHMARK_CAPTURE(DenseLayer, dense1_weight, kDense1, kWeight);
+BENCHMARK_CAPTURE(DenseLayer, dense1_pack, kDense1, kPack);
+BENCHMARK_CAPTURE(DenseLayer, dense2_forward, kDense2, kForward);
+BENCHMARK_CAPTURE(DenseLayer, dense2_input, kDense2, kInput);
+BENCHMARK_CAPTURE(DenseLayer, dense2_weight, kDense2, kWeight);
+
+void BatchNorm(benchmark::State& state) {
+  Bench b;
+  const int64_t channels = state.range(0), n = kRows * state.range(1), size = n * channels;
+  const BatchNormShape shape{channels, true};
+  float *x = b.Floats(size), *y = b.Floats(size), *dy = b.Floats(size), *dx = b.Floats(size);
+  float *mean = b.Floats(channels), *m2 = b.Floats(channels), *w = b.Floats(channels);
+  float *sum = b.Floats(channels), *sum_x = b.Floats(channels);
+  b.device().BatchNormMoments(b.stream(), shape, n, x, mean, m2);
+  const int64_t stage = state.range(2);
+  for (auto _ : state) {
+    if (stage == 0) b.device().BatchNormMoments(b.stream(), shape, n, x, mean, m2);
+    if (stage == 1)
+      b.device().BatchNormForward(b.stream(), shape, n, x, mean, m2, n, 1e-5f, w, w, y);
+    if (stage == 2) {
+      b.device().BatchNormBackwardSums(b.stream(), shape, n, x, y, dy, mean, m2, n, 1e-5f, sum,
+                                       sum_x);
+    }
+    if (stage == 3) {
+      b.device().BatchNormBackward(b.stream(), shape, n, x, y, dy, mean, m2, n, 1e-5f, w, sum,
+                                   sum_x, dx);
+    }
+    benchmark::ClobberMemory();
+  }
+  constexpr double kBytes[] = {4, 8, 12, 16};
+  ReportBytes(state, static_cast<double>(size), kBytes[stage]);
+}
+BENCHMARK(BatchNorm)
+    ->ArgNames({"channels", "pixels", "stage"})
+    ->ArgsProduct({{32}, {784}, {0, 1, 2, 3}})
+    ->ArgsProduct({{64}, {196}, {0, 1, 2, 3}});
+
+void MaxPool(benchmark::State& state) {
+  Bench b;
+  const PoolShape s{.height = 28, .width = 28, .channels = 32, .kernel = 2, .stride = 2};
+  const int64_t in = kRows * 28 * 28 * 32;
+  float *x = b.Floats(in), *y = b.Floats(in / 4);
+  uint8_t* const argmax = static_cast<uint8_t*>(b.Bytes(in / 4));
+  b.device().MaxPoolForward(b.stream(), s, kRows, x, y, argmax);
+  for (auto _ : state) {
+    if (state.range(0) == 0) {
+      b.device().MaxPoolForward(b.stream(), s, kRows, x, y, argmax);
+    } else {
+      b.device().MaxPoolBackward(b.stream(), s, kRows, y, argmax, x);
+    }
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(in), 5.25);
+}
+BENCHMARK(MaxPool)->ArgName("backward")->Arg(0)->Arg(1);
+
+void Dropout(benchmark::State& state) {
+  Bench b;
+  const int64_t n = kRows * 3136;
+  const StepScalars scalars{.step = 1};
+  float *x = b.Floats(n), *y = b.Floats(n);
+  for (auto _ : state) {
+    b.device().Dropout(b.stream(), n, x, 0.25f, {1, 2}, &scalars,
+                       static_cast<uint64_t>(state.range(0)), y);
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(n), 8);
+}
+BENCHMARK(Dropout)->ArgName("first")->Arg(0)->Arg(3);
+
+void Optimizer(benchmark::State& state) {
+  Bench b;
+  const int64_t n = 1 << 16;
+  const OptimizerCoefficients c{.type = static_cast<OptimizerType>(state.range(0)),
+                                .momentum = 0.9f,
+                                .beta1 = 0.9f,
+                                .beta2 = 0.999f,
+                                .epsilon = 1e-8f,
+                                .l2 = 1e-4f};
+  const StepScalars scalars{.step = 1, .learning_rate = 1e-6f};
+  float *g = b.Floats(n), *w = b.Floats(n), *s0 = b.Floats(n), *s1 = b.Floats(n);
+  for (int64_t i = 0; i < n; ++i) s1[i] = 1;
+  for (auto _ : state) {
+    b.device().OptimizerUpdate(b.stream(), c, n, &scalars, g, w, s0, s1);
+    benchmark::ClobberMemory();
+  }
+  constexpr double kBytes[] = {12, 20, 20, 28};
+  ReportBytes(state, static_cast<double>(n), kBytes[state.range(0)]);
+}
+BENCHMARK(Optimizer)->ArgName("type")->DenseRange(0, 3);
+
+void DigestOf(benchmark::State& state) {
+  Bench b;
+  const int64_t n = 1 << 15;
+  float* const x = b.Floats(n);
+  Digest digest;
+  for (auto _ : state) {
+    b.device().AccumulateDigest(b.stream(), n, x, 1, 2, &digest);
+    benchmark::DoNotOptimize(digest);
+  }
+  ReportBytes(state, static_cast<double>(n), 4);
+}
+BENCHMARK(DigestOf);
+
+void Map(benchmark::State& state, void (Device::*map)(Stream&, int64_t, const float*, float*)) {
+  Bench b;
+  const int64_t n = 1 << 15;
+  float *x = b.Floats(n), *y = b.Floats(n);
+  for (auto _ : state) {
+    (b.device().*map)(b.stream(), n, x, y);
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(n), 8);
+}
+BENCHMARK_CAPTURE(Map, relu, &Device::ReluForward);
+BENCHMARK_CAPTURE(Map, tanh, &Device::TanhForward);
+BENCHMARK_CAPTURE(Map, sigmoid, &Device::SigmoidForward);
+
+void Softmax(benchmark::State& state) {
+  Bench b;
+  const int64_t classes = state.range(0), n = kRows * classes;
+  float *x = b.Floats(n), *dx = b.Floats(n);
+  const std::vector<int32_t> labels(kRows, 1);
+  double loss;
+  int64_t correct;
+  for (auto _ : state) {
+    b.device().SoftmaxCrossEntropy(b.stream(), kRows, classes, x, labels.data(), 0.1f, &loss,
+                                   &correct, dx);
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(n), 8);
+}
+BENCHMARK(Softmax)->ArgName("classes")->Arg(10)->Arg(1000);
+
+void Gather(benchmark::State& state) {
+  Bench b;
+  const int64_t channels = state.range(0), features = 784 * channels;
+  const std::vector<uint8_t> data(1000 * features, 7);
+  std::vector<int64_t> indices(kRows);
+  for (int64_t i = 0; i < kRows; ++i) indices[i] = i * 37 % 1000;
+  float *mean = b.Floats(channels), *inv_std = b.Floats(channels),
+        *out = b.Floats(kRows * features);
+  for (auto _ : state) {
+    b.device().GatherNormalize(b.stream(), kRows, features, channels, data.data(), indices.data(),
+                               mean, inv_std, out);
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(kRows * features), 5);
+}
+BENCHMARK(Gather)->ArgName("channels")->Arg(1)->Arg(3);
+
+}  // namespace
+}  // namespace lockstep::device

@@ -1,0 +1,148 @@
+#include "tests/device/device_test_fixture.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "worker/device/cpu/cpu_device.h"
+
+namespace lockstep::device {
+namespace {
+
+constexpr unsigned char kPattern = 0xC7;
+
+// [forbidden page][pages][forbidden page]; the buffer touches one of the forbidden pages.
+class GuardedPages : public GuardedMemory {
+ public:
+  GuardedPages(size_t bytes, Guard guard) : bytes_(bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    inner_ = (bytes + page) / page * page;  // at least one byte of pattern
+    total_ = inner_ + 2 * page;
+    base_ = static_cast<unsigned char*>(
+        mmap(nullptr, total_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    begin_ = base_ + page;
+    mprotect(begin_, inner_, PROT_READ | PROT_WRITE);
+    std::memset(begin_, kPattern, inner_);
+    data_ = guard == Guard::kBehind ? begin_ + inner_ - bytes : begin_;
+  }
+  ~GuardedPages() override { munmap(base_, total_); }
+
+  void* data() override { return data_; }
+  bool guards_intact() const override {
+    const auto intact = [](unsigned char byte) { return byte == kPattern; };
+    return std::all_of(begin_, data_, intact) &&
+           std::all_of(data_ + bytes_, begin_ + inner_, intact);
+  }
+
+ private:
+  size_t bytes_, inner_, total_;
+  unsigned char *base_, *begin_, *data_;
+};
+
+std::unique_ptr<GuardedMemory> AllocatePages(size_t bytes, Guard guard) {
+  return std::make_unique<GuardedPages>(bytes, guard);
+}
+
+}  // namespace
+
+const std::vector<DeviceFactory>& DeviceFactories() {
+  // "cpu" is the best instruction set of the machine.
+  static const auto* factories = new std::vector<DeviceFactory>{
+      {"cpu", [] { return MakeCpuDevice(); }, AllocatePages},
+      {"cpu_avx2", [] { return MakeCpuDevice(CpuIsa::kAvx2); }, AllocatePages},
+  };
+  return *factories;
+}
+
+void DeviceTest::SetUp() {
+  auto device = GetParam().make();
+  ASSERT_TRUE(device.ok()) << device.status();
+  device_ = *std::move(device);
+  auto stream = device_->MakeStream();
+  ASSERT_TRUE(stream.ok()) << stream.status();
+  stream_ = *std::move(stream);
+}
+
+std::vector<float> RandomFloats(size_t size, uint32_t seed, float low, float high) {
+  std::mt19937 generator(seed);
+  std::vector<float> values(size);
+  for (float& value : values) {
+    value = low + (high - low) * static_cast<float>(generator() >> 8) * 0x1p-24f;
+  }
+  return values;
+}
+
+std::vector<double> ToDoubles(const std::vector<float>& values) {
+  return std::vector<double>(values.begin(), values.end());
+}
+
+testing::AssertionResult Near(const std::vector<float>& actual, const std::vector<double>& expected,
+                              double tolerance) {
+  if (actual.size() != expected.size()) {
+    return testing::AssertionFailure() << actual.size() << " values, expected " << expected.size();
+  }
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double limit = tolerance * std::max(1.0, std::abs(expected[i]));
+    if (!(std::abs(actual[i] - expected[i]) <= limit)) {
+      return testing::AssertionFailure()
+             << "element " << i << " of " << actual.size() << " is " << actual[i] << ", expected "
+             << expected[i] << " within " << limit;
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
+testing::AssertionResult SameBits(const std::vector<float>& actual,
+                                  const std::vector<float>& expected) {
+  if (actual.size() != expected.size()) {
+    return testing::AssertionFailure() << actual.size() << " values, expected " << expected.size();
+  }
+  for (size_t i = 0; i < actual.size(); ++i) {
+    if (std::memcmp(&actual[i], &expected[i], sizeof(float)) != 0) {
+      return testing::AssertionFailure() << "element " << i << " of " << actual.size() << " is "
+                                         << actual[i] << ", expected the bits of " << expected[i];
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
+double UlpDistance(float actual, double expected) {
+  if (std::isnan(actual) || std::isnan(expected)) {
+    return std::isnan(actual) && std::isnan(expected) ? 0 : std::numeric_limits<double>::infinity();
+  }
+  const float nearest = static_cast<float>(expected);
+  if (std::isinf(nearest) || std::isinf(actual)) {
+    return actual == nearest ? 0 : std::numeric_limits<double>::infinity();
+  }
+  const double magnitude = std::max(std::abs(expected), 0x1p-126);
+  const double ulp = std::ldexp(1.0, std::ilogb(magnitude) - 23);
+  return std::abs(actual - expected) / ulp;
+}
+
+testing::AssertionResult MatchesFiniteDifferences(
+    const std::function<double(const std::vector<double>&)>& f, std::vector<double> x,
+    const std::vector<float>& gradient, double tolerance) {
+  std::vector<double> expected(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    constexpr double kStep = 1e-5;
+    const double at = x[i];
+    x[i] = at + kStep;
+    const double above = f(x);
+    x[i] = at - kStep;
+    const double below = f(x);
+    x[i] = at;
+    expected[i] = (above - below) / (2 * kStep);
+  }
+  return Near(gradient, expected, tolerance);
+}
+
+double Dot(const std::vector<double>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+}  // namespace lockstep::device

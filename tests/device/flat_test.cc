@@ -1,0 +1,198 @@
+#include <cmath>
+#include <limits>
+
+#include "common/digest.h"
+#include "tests/device/device_test_fixture.h"
+
+namespace lockstep::device {
+namespace {
+
+using FlatTest = DeviceTest;
+
+const OptimizerCoefficients kOptimizers[] = {
+    {.type = OptimizerType::kSgd},
+    {.type = OptimizerType::kSgd, .l2 = 0.01f, .weight_decay = 0.1f},
+    {.type = OptimizerType::kMomentum, .momentum = 0.9f, .l2 = 0.01f},
+    {.type = OptimizerType::kNesterov, .momentum = 0.9f, .l2 = 0.01f, .weight_decay = 0.1f},
+    {.type = OptimizerType::kAdam, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f},
+    {.type = OptimizerType::kAdam,
+     .beta1 = 0.8f,
+     .beta2 = 0.99f,
+     .epsilon = 1e-4f,
+     .l2 = 0.02f,
+     .weight_decay = 0.05f},
+};
+
+struct State {
+  std::vector<float> gradient, parameters, slot0, slot1;
+  explicit State(int64_t n)
+      : gradient(RandomFloats(n, 60)),
+        parameters(RandomFloats(n, 61)),
+        slot0(RandomFloats(n, 62)),
+        slot1(RandomFloats(n, 63, 0, 1)) {}
+};
+
+const StepScalars kScalars{
+    .step = 4, .learning_rate = 0.05f, .adam_correction1 = 0.3439f, .adam_correction2 = 0.004f};
+
+bool UsesSlot0(OptimizerType type) { return type != OptimizerType::kSgd; }
+bool UsesSlot1(OptimizerType type) { return type == OptimizerType::kAdam; }
+
+// The update in double.
+void Reference(const OptimizerCoefficients& c, const StepScalars& s, double g, double& w, double& a,
+               double& b) {
+  const double rate = s.learning_rate;
+  g += static_cast<double>(c.l2) * w;
+  w -= rate * c.weight_decay * w;
+  switch (c.type) {
+    case OptimizerType::kSgd:
+      w -= rate * g;
+      break;
+    case OptimizerType::kMomentum:
+      a = c.momentum * a + g;
+      w -= rate * a;
+      break;
+    case OptimizerType::kNesterov:
+      a = c.momentum * a + g;
+      w -= rate * (g + c.momentum * a);
+      break;
+    case OptimizerType::kAdam:
+      a = c.beta1 * a + (1.0 - c.beta1) * g;
+      b = c.beta2 * b + (1.0 - c.beta2) * g * g;
+      w -= rate * (a / s.adam_correction1) / (std::sqrt(b / s.adam_correction2) + c.epsilon);
+      break;
+  }
+}
+
+TEST_P(FlatTest, OptimizersMatchTheReference) {
+  for (const OptimizerCoefficients& c : kOptimizers) {
+    for (int64_t n : kOddSizes) {
+      const State state(n);
+      const auto gradient = In(state.gradient), parameters = In(state.parameters),
+                 slot0 = In(state.slot0), slot1 = In(state.slot1);
+      device().OptimizerUpdate(stream(), c, n, &kScalars, gradient, parameters,
+                               UsesSlot0(c.type) ? slot0.data() : nullptr,
+                               UsesSlot1(c.type) ? slot1.data() : nullptr);
+      std::vector<double> w = ToDoubles(state.parameters), a = ToDoubles(state.slot0),
+                          b = ToDoubles(state.slot1);
+      for (int64_t i = 0; i < n; ++i) Reference(c, kScalars, state.gradient[i], w[i], a[i], b[i]);
+      EXPECT_TRUE(Near(parameters.Read(), w, 1e-6)) << static_cast<int>(c.type);
+      EXPECT_TRUE(Near(slot0.Read(), a, 3e-7)) << static_cast<int>(c.type);
+      EXPECT_TRUE(Near(slot1.Read(), b, 3e-7)) << static_cast<int>(c.type);
+    }
+  }
+}
+
+TEST_P(FlatTest, AnyCutOfAnUpdateGivesTheSameBits) {
+  constexpr int64_t kSize = 70;
+  const State state(kSize);
+  const auto gradient = In(state.gradient);
+  for (const OptimizerCoefficients& c : kOptimizers) {
+    const auto update = [&](int64_t at, float* w, float* a, float* b, int64_t n) {
+      device().OptimizerUpdate(stream(), c, n, &kScalars, gradient + at, w + at,
+                               UsesSlot0(c.type) ? a + at : nullptr,
+                               UsesSlot1(c.type) ? b + at : nullptr);
+    };
+    const auto w = In(state.parameters), a = In(state.slot0), b = In(state.slot1);
+    update(0, w, a, b, kSize);
+    for (int64_t at = 0; at <= kSize; ++at) {
+      const auto w2 = In(state.parameters), a2 = In(state.slot0), b2 = In(state.slot1);
+      update(at, w2, a2, b2, kSize - at);
+      update(0, w2, a2, b2, at);
+      ASSERT_TRUE(SameBits(w2.Read(), w.Read())) << "cut at " << at;
+      ASSERT_TRUE(SameBits(a2.Read(), a.Read())) << "cut at " << at;
+      ASSERT_TRUE(SameBits(b2.Read(), b.Read())) << "cut at " << at;
+    }
+  }
+}
+
+TEST_P(FlatTest, FlagsEachNonFiniteElement) {
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+                    -std::numeric_limits<float>::infinity()}) {
+    for (int64_t n : {1, 15, 16, 17, 50}) {
+      const auto flag = In(std::vector<uint32_t>{2});
+      const std::vector<float> fine(n, std::numeric_limits<float>::max());
+      const auto in = In(fine);
+      device().FlagNonFinite(stream(), n, in, flag);
+      EXPECT_EQ(flag.Read()[0], 2u) << "nothing to flag";
+      for (int64_t at = 0; at < n; ++at) {
+        std::vector<float> x = fine;
+        x[at] = bad;
+        const auto one_bad = In(x);
+        const auto raised = In(std::vector<uint32_t>{2});
+        device().FlagNonFinite(stream(), n, one_bad, raised);
+        ASSERT_EQ(raised.Read()[0], 3u) << bad << " at " << at << " of " << n;
+      }
+    }
+  }
+}
+
+Digest DigestReference(const std::vector<float>& x, uint64_t key, uint64_t first) {
+  Digest digest{.lo = 0xfffffffffffffff0ull, .hi = 5};  // the next addition carries
+  for (size_t i = 0; i < x.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, &x[i], sizeof(bits));
+    digest += MixElement(key, first + i, bits);
+  }
+  return digest;
+}
+
+TEST_P(FlatTest, DigestMatchesTheScalarSum) {
+  for (int64_t n : {0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1000}) {
+    std::vector<float> x = RandomFloats(n, 64);
+    if (n > 2) x[1] = -0.0f, x[2] = std::numeric_limits<float>::quiet_NaN();
+    const auto in = In(x);
+    for (uint64_t first : {uint64_t{0}, uint64_t{13}, uint64_t{1} << 33, ~uint64_t{0} - 5}) {
+      const auto digest = In(std::vector<Digest>{{.lo = 0xfffffffffffffff0ull, .hi = 5}});
+      device().AccumulateDigest(stream(), n, in, 0x0123456789abcdefull, first, digest);
+      EXPECT_EQ(digest.Read()[0], DigestReference(x, 0x0123456789abcdefull, first))
+          << n << " " << first;
+    }
+  }
+}
+
+TEST_P(FlatTest, DigestIsTheSameForAnyCut) {
+  constexpr int64_t kSize = 80;
+  const std::vector<float> x = RandomFloats(kSize, 65);
+  const auto in = In(x);
+  const auto whole = In(std::vector<Digest>(1));
+  device().AccumulateDigest(stream(), kSize, in, 99, 1000, whole);
+  for (int64_t at = 0; at <= kSize; ++at) {
+    const auto cut = In(std::vector<Digest>(1));
+    device().AccumulateDigest(stream(), kSize - at, in + at, 99, 1000 + at, cut);
+    device().AccumulateDigest(stream(), at, in, 99, 1000, cut);
+    ASSERT_EQ(cut.Read()[0], whole.Read()[0]) << "cut at " << at;
+  }
+}
+
+TEST_P(FlatTest, GatherNormalizesTheChosenSamples) {
+  for (int64_t channels : {1, 2, 3, 4, 7, 16, 17, 40}) {
+    for (int64_t pixels : {1, 5, 16, 28}) {
+      const int64_t features = channels * pixels;
+      constexpr int64_t kSamples = 6;
+      std::vector<uint8_t> data(kSamples * features);
+      for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<uint8_t>(i * 31 + i / 256);
+      const std::vector<int64_t> indices = {5, 0, 3, 3};
+      const std::vector<float> mean = RandomFloats(channels, 66, 0, 1);
+      const std::vector<float> inv_std = RandomFloats(channels, 67, 1, 5);
+      const auto in = In(data);
+      const auto in_indices = In(indices);
+      const auto in_mean = In(mean), in_inv_std = In(inv_std), out = Out(indices.size() * features);
+      device().GatherNormalize(stream(), indices.size(), features, channels, in, in_indices,
+                               in_mean, in_inv_std, out);
+      std::vector<float> expected(indices.size() * features);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const int64_t c = i % channels;
+        const uint8_t byte = data[indices[i / features] * features + i % features];
+        expected[i] = (static_cast<float>(byte) / 255.0f - mean[c]) * inv_std[c];
+      }
+      EXPECT_TRUE(SameBits(out.Read(), expected))
+          << channels << " channels, " << pixels << " pixels";
+    }
+  }
+}
+
+LOCKSTEP_DEVICE_TESTS(FlatTest);
+
+}  // namespace
+}  // namespace lockstep::device
