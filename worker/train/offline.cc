@@ -9,6 +9,7 @@
 #include "common/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "worker/collective/all_reduce.h"
+#include "worker/collective/tree.h"
 #include "worker/data/sampler.h"
 #include "worker/device/cpu/cpu_device.h"
 #include "worker/nn/plan.h"
@@ -95,11 +96,10 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
     offsets.push_back(tensor.offset);
   const int64_t size = program->parameters().size;
   const int64_t flat_bytes = size * static_cast<int64_t>(sizeof(float));
-  collective::Placement placement;
-  placement.leaves = shards;
-  placement.bounds = {{0, shards}};
+  // The stack of partial sums that folds all shards' gradients in order.
+  const std::vector<uint8_t> present(shards, 1);
   const int64_t gradients =
-      static_cast<int64_t>(collective::CanonicalAllReduce::SharedBytes(placement, size));
+      flat_bytes * collective::MakeStackSchedule(shards, 0, shards, present).buffers;
   const int64_t optimizer =
       flat_bytes *
       static_cast<int64_t>(optim::SlotNames(MakeCoefficients(spec.optimizer()).type).size());

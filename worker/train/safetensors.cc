@@ -152,7 +152,9 @@ absl::Status SafetensorsFile::ParseHeader(const std::string& header, int64_t dat
   if (json.is_discarded() || !json.is_object()) return Damaged("its header is no JSON object");
 
   const int64_t data_begin = kLengthBytes + static_cast<int64_t>(header.size());
-  for (const auto& [name, entry] : json.items()) {
+  for (const auto& item : json.items()) {
+    const std::string& name = item.key();
+    const Json& entry = item.value();
     if (name == kMetadata) {
       if (!entry.is_object()) return Damaged("__metadata__ is no object");
       for (const auto& [key, value] : entry.items()) {

@@ -174,9 +174,6 @@ absl::Status StepLoop::Run(int index) {
   if (index == 0) {
     stopped_ = slot.step < options_.length.total_steps;
     result_.set_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
-    result_.set_samples_per_second(training_time_ > absl::ZeroDuration()
-                                       ? trained_samples_ / absl::ToDoubleSeconds(training_time_)
-                                       : 0);
   }
   return Barrier(slot);
 }
@@ -320,6 +317,9 @@ absl::Status StepLoop::Report(Slot& slot) {
     }
   };
   result_.set_steps(slot.step);
+  result_.set_seconds(absl::ToDoubleSeconds(now - started_));
+  result_.set_samples_per_second(static_cast<double>(trained_samples_) /
+                                 absl::ToDoubleSeconds(training_time_));
   result_.set_epochs(slot.step / options_.length.steps_per_epoch);
   if (options_.length.EndsEpoch(slot.step)) {
     last_epoch_ = epoch_;
