@@ -65,6 +65,8 @@ class Fd {
   dup2(high_out, 1);
   dup2(high_err, 2);
   if (high_inherit >= 0) dup2(high_inherit, kInheritedFd);
+  // Also what our own parent left open in us: whoever waits for its end would wait for the child's.
+  close_range(high_inherit >= 0 ? kInheritedFd + 1 : kInheritedFd, ~0u, CLOSE_RANGE_CLOEXEC);
   execv(arguments[0], arguments);
   const int error = errno;
   if (write(high_report, &error, sizeof(error)) < 0) _exit(126);
@@ -152,7 +154,7 @@ bool Child::WaitUntil(absl::Time deadline) {
 
 void Child::Kill() {
   if (Ended()) return;
-  kill(pid_, SIGKILL);
+  kill(-pid_, SIGKILL);  // its group: whatever it has started, too
   int status = 0;
   while (waitpid(pid_, &status, 0) < 0 && errno == EINTR) {
   }

@@ -51,7 +51,7 @@ class Child {
   void Signal(int signal);
   // Waits until it ended; false at the deadline.
   bool WaitUntil(absl::Time deadline);
-  void Kill();  // SIGKILL, and reaps
+  void Kill();  // SIGKILL to it and all that it started, and reaps it
 
   // Of one that ended: "exit code 3", "killed by signal 9 (Killed)".
   std::string EndText() const;
