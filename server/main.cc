@@ -122,7 +122,7 @@ int main(int argc, char** argv) {
       "Example:\n"
       "  lockstep-server --listen 127.0.0.1:7070 --data-dir /var/lib/lockstep\n"
       "then, on each host:\n"
-      "  lockstep-worker --coordinator 127.0.0.1:7070 --slots cpu:2\n");
+      "  lockstep-worker --coordinator 127.0.0.1:7070 --slots cpu:2");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

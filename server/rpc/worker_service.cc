@@ -55,8 +55,10 @@ class WorkerStream : public grpc::ServerBidiReactor<v1::WorkerMessage, v1::Coord
       service_.driver_->Post(WorkerSaid{id_, std::move(incoming_)});
       return;
     }
+    // The worker's goodbye, its death, or bytes that are no message: gRPC does not tell them apart.
+    // To a message that is too large it answers RESOURCE_EXHAUSTED by itself.
     service_.driver_->Post(StreamLost{id_, "connection closed"});
-    Close(absl::OkStatus());
+    Close(absl::InvalidArgumentError("the stream ended, or what came is no WorkerMessage"));
   }
 
   void OnWriteDone(bool ok) override ABSL_LOCKS_EXCLUDED(mutex_) {
