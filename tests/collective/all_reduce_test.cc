@@ -205,7 +205,11 @@ void ExpectVictimNamed(Scenario scenario, absl::StatusCode code) {
     const absl::Status& status = outcomes[rank].status;
     EXPECT_EQ(outcomes[rank].digests.size(), 3u);
     EXPECT_THAT(status.message(), HasSubstr(name)) << "member " << rank;
-    EXPECT_TRUE(status.code() == code || absl::IsAborted(status)) << status;
+    // Some see it themselves, others are told or, where the victim is on their own host, run out of
+    // time: its death is only seen at the other end of a connection.
+    EXPECT_TRUE(status.code() == code || absl::IsAborted(status) ||
+                absl::IsDeadlineExceeded(status))
+        << status;
     direct += status.code() == code;
   }
   EXPECT_GE(direct, 1);

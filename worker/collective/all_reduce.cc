@@ -22,6 +22,8 @@ constexpr size_t RoundUp(size_t bytes) { return (bytes + kLine - 1) / kLine * kL
 // second-level cache in between.
 constexpr int64_t kDelivery = 8 * FoldProgram::kBlock;
 
+constexpr absl::Duration kGrace = absl::Seconds(1);
+
 struct alignas(kLine) Line {
   std::byte bytes[kLine];
 };
@@ -160,6 +162,8 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
 
   absl::Status Fail(const absl::Status& failure);
   absl::Status Barrier(int slot, absl::Time deadline);
+  // Where other slots wait for slot 0, which waits for other members with the same deadline.
+  absl::Status BarrierAfterMembers(int slot, absl::Time deadline);
   float* Buffer(int index) const {
     return reinterpret_cast<float*>(memory_ + index * VectorBytes(size_));
   }
@@ -275,6 +279,11 @@ absl::Status CanonicalOnCommunicator::Barrier(int slot, absl::Time deadline) {
   if (team_ == nullptr) return absl::OkStatus();
   const absl::Status status = team_->Barrier(slot, deadline);
   return status.ok() ? status : Fail(status);
+}
+
+absl::Status CanonicalOnCommunicator::BarrierAfterMembers(int slot, absl::Time deadline) {
+  // Slot 0 is to be the one that reports, since it can name the member that is missing.
+  return Barrier(slot, members_ > 1 && slot != 0 ? deadline + kGrace : deadline);
 }
 
 // ---- the step
@@ -497,20 +506,21 @@ absl::Status CanonicalOnCommunicator::FinishAcrossMembers(int slot, device::Stre
       const absl::Status status = communicator_->Wait(tickets_[bucket], deadline);
       if (!status.ok()) return Fail(status);
     }
-    RETURN_IF_ERROR(Barrier(slot, deadline));  // the views are there, the bucket before is finished
+    RETURN_IF_ERROR(
+        BarrierAfterMembers(slot, deadline));  // the views are there, the bucket before is finished
     if (slot == 0 && slots_count_ > 1 && bucket > 0) {
       RETURN_IF_ERROR(EnqueueGather(bucket - 1, &gather));
     }
     FinishChunk(slot, stream, bucket);
     if (slots_count_ == 1) RETURN_IF_ERROR(EnqueueGather(bucket, &gather));
   }
-  if (slots_count_ > 1) RETURN_IF_ERROR(Barrier(slot, deadline));
+  if (slots_count_ > 1) RETURN_IF_ERROR(BarrierAfterMembers(slot, deadline));
   if (slot == 0 && !buckets_.empty()) {
     if (slots_count_ > 1) RETURN_IF_ERROR(EnqueueGather(buckets_.size() - 1, &gather));
     const absl::Status status = communicator_->Wait(gather, deadline);
     if (!status.ok()) return Fail(status);
   }
-  return Barrier(slot, deadline);
+  return BarrierAfterMembers(slot, deadline);
 }
 
 absl::Status CanonicalOnCommunicator::EnqueueGather(size_t bucket, Ticket* ticket) {
@@ -599,7 +609,7 @@ absl::StatusOr<const void*> CanonicalOnCommunicator::MergeSmall(
     const absl::Status status = MergeMembers(bytes, fold, deadline);
     if (!status.ok()) return Fail(status);
   }
-  RETURN_IF_ERROR(Barrier(slot, deadline));
+  RETURN_IF_ERROR(BarrierAfterMembers(slot, deadline));
   return small_present_ ? small_result_.data() : nullptr;
 }
 
@@ -663,7 +673,7 @@ absl::StatusOr<const void*> CanonicalOnCommunicator::AllGather(int slot, const v
       if (!status.ok()) return Fail(status);
     }
   }
-  RETURN_IF_ERROR(Barrier(slot, deadline));
+  RETURN_IF_ERROR(BarrierAfterMembers(slot, deadline));
   return all.data();
 }
 
