@@ -28,7 +28,7 @@ class HostMemory : public Memory {
 }  // namespace
 
 std::unique_ptr<Memory> AllocateHostMemory(size_t bytes) {
-  if (bytes > PTRDIFF_MAX - kAlignment) return nullptr;  // no object can be larger
+  if (bytes > PTRDIFF_MAX - kAlignment) return nullptr;    // no object can be larger
   void* const block = std::calloc(bytes + kAlignment, 1);  // large blocks stay untouched
   if (block == nullptr) return nullptr;
   return std::make_unique<HostMemory>(block, bytes);
