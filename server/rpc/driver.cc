@@ -42,12 +42,13 @@ absl::StatusOr<v1::Job> Driver::Call(std::variant<Submit, Cancel> request, absl:
     absl::MutexLock lock(&mutex_);
     id = ++last_call_;
     calls_[id] = call;
-    std::visit(
-        [&](auto& r) {
+    Event event = std::visit(
+        [id](auto& r) {
           r.call = id;
-          tasks_.emplace_back(std::in_place_type<Event>, std::move(r));
+          return Event(std::move(r));
         },
         request);
+    tasks_.emplace_back(std::in_place_type<Event>, std::move(event));
   }
   if (!call->done.WaitForNotificationWithTimeout(timeout)) {
     absl::MutexLock lock(&mutex_);
