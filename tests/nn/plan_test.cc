@@ -119,6 +119,17 @@ TEST_P(PlanTest, FindsNothingWhereAllIsFinite) {
   ExpectSameOutcome(runner.TrainStep(batch, 1), outcome);
 }
 
+// A relu or a pool that took a NaN for 0 would train on as if nothing had happened.
+TEST_P(PlanTest, NoLayerHidesANaN) {
+  const spec::Graph& graph = GetParam().graph;
+  PlanRunner runner(graph, OptionsOf(1, 4));
+  SampleBatch batch = RandomBatch(graph, 4, 6);
+  batch.data.assign(batch.data.size(), std::numeric_limits<float>::quiet_NaN());
+  EXPECT_FALSE(std::isfinite(runner.TrainStep(batch, 1).results[0].loss_sum));
+  EXPECT_THAT(runner.FindNonFinite(batch, 1), ElementsAre(testing::Ne("")));
+  EXPECT_FALSE(std::isfinite(runner.Evaluate(batch).results[0].loss_sum));
+}
+
 TEST(PlanSegmentsTest, EndAtSynchronizedNormsOnly) {
   auto segments = [](const std::string& name) {
     for (const GraphCase& graph_case : GraphCases()) {
