@@ -5,14 +5,7 @@
 #include <optional>
 #include <utility>
 
-#include "absl/synchronization/notification.h"
-
 namespace lockstep::server {
-
-struct Driver::PendingCall {
-  absl::Notification done;
-  std::optional<absl::StatusOr<v1::Job>> reply;  // before done is notified: of the driver's thread
-};
 
 Driver::Driver(std::unique_ptr<Core> core, Clock& clock, WorkerStreams& streams,
                std::function<void(Write)> store)
@@ -36,40 +29,33 @@ void Driver::Post(Event event) {
 }
 
 absl::StatusOr<v1::Job> Driver::Call(std::variant<Submit, Cancel> request, absl::Duration timeout) {
-  auto call = std::make_shared<PendingCall>();
-  CallId id;
-  {
-    absl::MutexLock lock(&mutex_);
-    id = ++last_call_;
-    calls_[id] = call;
-    Event event = std::visit(
-        [id](auto& r) {
-          r.call = id;
-          return Event(std::move(r));
-        },
-        request);
-    tasks_.emplace_back(std::in_place_type<Event>, std::move(event));
-  }
-  if (!call->done.WaitForNotificationWithTimeout(timeout)) {
-    absl::MutexLock lock(&mutex_);
-    calls_.erase(id);
-    return absl::DeadlineExceededError(
-        "the request was not stored in time and may still be carried out; look before repeating "
-        "it");
-  }
-  return *std::move(call->reply);
+  absl::MutexLock lock(&mutex_);
+  const CallId id = ++last_call_;
+  std::optional<absl::StatusOr<v1::Job>>& reply = calls_[id];
+  Event event = std::visit(
+      [id](auto& r) {
+        r.call = id;
+        return Event(std::move(r));
+      },
+      request);
+  tasks_.emplace_back(std::in_place_type<Event>, std::move(event));
+  const auto replied = [&reply] { return reply.has_value(); };
+  absl::StatusOr<v1::Job> answer = absl::DeadlineExceededError(
+      "the request was not stored in time and may still be carried out; look before repeating it");
+  if (mutex_.AwaitWithTimeout(absl::Condition(&replied), timeout)) answer = *std::move(reply);
+  calls_.erase(id);
+  return answer;
 }
 
 void Driver::Read(const std::function<void(const Core&)>& read) {
-  absl::Notification done;
-  {
-    absl::MutexLock lock(&mutex_);
-    tasks_.emplace_back(std::in_place_type<std::function<void()>>, [&] {
-      read(*core_);
-      done.Notify();
-    });
-  }
-  done.WaitForNotification();
+  bool done = false;
+  absl::MutexLock lock(&mutex_);
+  tasks_.emplace_back(std::in_place_type<std::function<void()>>, [&] {
+    read(*core_);
+    absl::MutexLock inner(&mutex_);
+    done = true;
+  });
+  mutex_.Await(absl::Condition(&done));
 }
 
 void Driver::Loop() {
@@ -115,16 +101,9 @@ void Driver::Do(const std::vector<Action>& actions) {
     } else if (const auto* alarm = std::get_if<SetAlarm>(&action)) {
       alarm_ = alarm->at;
     } else if (const auto* reply = std::get_if<Reply>(&action)) {
-      std::shared_ptr<PendingCall> call;
-      {
-        absl::MutexLock lock(&mutex_);
-        auto found = calls_.find(reply->call);
-        if (found == calls_.end()) continue;  // it gave up
-        call = std::move(found->second);
-        calls_.erase(found);
-      }
-      call->reply = reply->job;
-      call->done.Notify();
+      absl::MutexLock lock(&mutex_);
+      auto call = calls_.find(reply->call);
+      if (call != calls_.end()) call->second = reply->job;  // else it gave up
     }
   }
 }

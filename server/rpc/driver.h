@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <variant>
 #include <vector>
@@ -58,7 +59,6 @@ class Driver {
 
  private:
   using Task = std::variant<Event, std::function<void()>>;
-  struct PendingCall;
 
   void Loop() ABSL_LOCKS_EXCLUDED(mutex_);
   void Do(const std::vector<Action>& actions) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -71,7 +71,8 @@ class Driver {
   const std::function<void(Write)> store_;
   absl::Mutex mutex_;
   std::deque<Task> tasks_ ABSL_GUARDED_BY(mutex_);
-  std::map<CallId, std::shared_ptr<PendingCall>> calls_ ABSL_GUARDED_BY(mutex_);
+  std::map<CallId, std::optional<absl::StatusOr<v1::Job>>> calls_
+      ABSL_GUARDED_BY(mutex_);  // that wait; the reply once it came
   CallId last_call_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -17,6 +18,7 @@
 #include "tests/common/temporary_folder.h"
 #include "tests/server/client.h"
 #include "tests/server/fake_worker.h"
+#include "tests/server/tsan_options.h"
 
 namespace lockstep::server {
 namespace {
@@ -40,6 +42,9 @@ class ServerProcess {
       close(ready[0]);
       const int file = open(error_file_.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
       dup2(file, STDERR_FILENO);
+      const char* given = getenv("TSAN_OPTIONS");
+      const std::string options = absl::StrCat(kTsanOptions, " ", given == nullptr ? "" : given);
+      setenv("TSAN_OPTIONS", options.c_str(), 1);
       std::vector<char*> argv;
       for (std::string& argument : arguments) argv.push_back(argument.data());
       argv.push_back(nullptr);
