@@ -18,6 +18,10 @@ namespace lockstep::nn {
 namespace {
 
 constexpr double kTolerance = 2e-5;
+// Random graphs stack norms over two samples, whose standard deviations may be small and divide
+// what rounding left before them. A gradient lost or counted twice is off by a large part of
+// itself.
+constexpr double kRandomTolerance = 2e-4;
 constexpr int kShards = 3;
 constexpr int64_t kBatch = 7;  // shards of 3, 2 and 2 samples
 constexpr int64_t kStep = 4;
@@ -51,8 +55,8 @@ double Largest(const std::vector<double>& values) {
   return largest;
 }
 
-void ExpectGradients(const spec::Graph& graph, int64_t size, int shards = kShards,
-                     int64_t full = kBatch) {
+void ExpectGradients(const spec::Graph& graph, int64_t size, double tolerance = kTolerance,
+                     int shards = kShards, int64_t full = kBatch) {
   PlanRunner::Options options;
   options.shards = shards;
   options.batch = full;
@@ -81,7 +85,7 @@ void ExpectGradients(const spec::Graph& graph, int64_t size, int shards = kShard
   ASSERT_GT(model, 1e-3) << "nothing would be tested";
   for (const optim::TensorView& view : runner.program().parameters().tensors) {
     const std::vector<double>& want = wanted.at(view.name);
-    const double bound = kTolerance * std::max(Largest(want), 0.1 * model);
+    const double bound = tolerance * std::max(Largest(want), 0.1 * model);
     for (int64_t i = 0; i < view.size; ++i) {
       ASSERT_NEAR(gradient[view.offset + i], want[i], bound) << view.name << "[" << i << "]";
     }
@@ -126,7 +130,7 @@ INSTANTIATE_TEST_SUITE_P(Graphs, GradientTest, testing::ValuesIn(GraphCases()),
 
 class RandomGraphTest : public testing::TestWithParam<int> {};
 TEST_P(RandomGraphTest, Gradients) {
-  ExpectGradients(RandomGraph(static_cast<uint64_t>(GetParam()), 14), kBatch);
+  ExpectGradients(RandomGraph(static_cast<uint64_t>(GetParam()), 14), kBatch, kRandomTolerance);
 }
 INSTANTIATE_TEST_SUITE_P(Seeds, RandomGraphTest, testing::Range(1, 13));
 
@@ -164,7 +168,7 @@ TEST(NormOfOneElementTest, ShardsOfOneSample) {
   maker.BatchNorm(spec::Sync::kShard);
   maker.Relu();
   maker.Dense(3);
-  ExpectGradients(maker.graph(), 3, 3, 3);
+  ExpectGradients(maker.graph(), 3, kTolerance, 3, 3);
 }
 
 }  // namespace
