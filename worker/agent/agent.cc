@@ -221,10 +221,10 @@ class Agent::Impl {
       });
       while (stream->Read(&message)) Obey(message);
       outbox_.Close();
-      context.TryCancel();
       writer.join();
+    } else if (message.message_case() != v1::CoordinatorMessage::MESSAGE_NOT_SET) {
+      context.TryCancel();  // a greeting that we do not know; else the stream has ended by itself
     }
-    context.TryCancel();
     const absl::Status status = rpc::FromGrpc(stream->Finish());
     absl::MutexLock lock(&mutex_);
     context_ = nullptr;
