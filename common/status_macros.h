@@ -9,9 +9,10 @@
 #define LOCKSTEP_CONCAT_INNER(a, b) a##b
 #define LOCKSTEP_CONCAT(a, b) LOCKSTEP_CONCAT_INNER(a, b)
 
-#define RETURN_IF_ERROR(expression)                                  \
-  do {                                                               \
-    if (absl::Status lockstep_status = (expression); !lockstep_status.ok()) return lockstep_status; \
+#define RETURN_IF_ERROR(expression)                                         \
+  do {                                                                      \
+    if (absl::Status lockstep_status = (expression); !lockstep_status.ok()) \
+      return lockstep_status;                                               \
   } while (false)
 
 #define ASSIGN_OR_RETURN(target, expression) \

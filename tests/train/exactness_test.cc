@@ -12,7 +12,6 @@
 namespace lockstep::train {
 namespace {
 
-
 class Exactness : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {};
 
 std::string YamlOf(const std::string& model) { return model == "mlp" ? MlpYaml() : CnnYaml(); }

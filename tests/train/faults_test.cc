@@ -81,7 +81,8 @@ TEST_F(ResumeRefused, WithAnotherBatchSeedShardsModelOptimizerOrData) {
               AllOf(HasSubstr("train.batch 100"), HasSubstr("50")));
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "shards: 8", "shards: 4")), HasSubstr("train.shards 8"));
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "seed: 7", "seed: 8")), HasSubstr("train.seed 7"));
-  EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "units: 32", "units: 33")), HasSubstr("out.weight has shape [10, 32], expected [10, 33]"));
+  EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "units: 32", "units: 33")),
+              HasSubstr("out.weight has shape [10, 32], expected [10, 33]"));
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "type: momentum", "type: sgd")), HasSubstr("momentum"));
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "train_samples: 1030", "train_samples: 1031")),
               HasSubstr("other data"));

@@ -21,11 +21,11 @@ struct Training {
 
 struct Cluster {
   int workers = 1;
-  int slots = 1;                       // of each worker
+  int slots = 1;                            // of each worker
   std::vector<std::string> host_ids = {};   // by rank; default: all one host
   std::vector<std::string> addresses = {};  // by rank; default 127.0.0.1
   std::string resume_from = {};
-  std::string output_dir = {};        // default: a fresh folder
+  std::string output_dir = {};   // default: a fresh folder
   int64_t flip_bit_at_step = 0;  // of the last rank
 };
 
