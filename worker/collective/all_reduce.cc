@@ -664,7 +664,7 @@ absl::StatusOr<const void*> CanonicalOnCommunicator::AllGather(int slot, const v
     const size_t lines = RoundUp(members_ * bytes) / kLine;
     if (all.size() < lines) all.resize(lines);
     if (members_ == 1) {
-      memcpy(all.data(), mine, bytes);
+      if (bytes > 0) memcpy(all.data(), mine, bytes);
     } else {
       auto ticket =
           communicator_->EnqueueAllGather(nullptr, Lane::kMoments, mine, bytes, all.data());

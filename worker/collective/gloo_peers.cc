@@ -1,12 +1,16 @@
 #include "worker/collective/gloo_peers.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
 #include <gloo/transport/address.h>
 #include <gloo/transport/context.h>
 #include <gloo/transport/tcp/device.h>
 #include <gloo/transport/unbound_buffer.h>
+#include <netinet/in.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -60,6 +64,27 @@ absl::Status Guard(Call&& call) {
     message = message.substr(bracket + 2);
   }
   return absl::UnavailableError(message);
+}
+
+// Gloo would crash on what is no address, and loses memory where it cannot bind.
+absl::Status CheckAddress(const std::string& address) {
+  sockaddr_in v4{};
+  sockaddr_in6 v6{};
+  v4.sin_family = AF_INET;
+  v6.sin6_family = AF_INET6;
+  const bool is_v4 = inet_pton(AF_INET, address.c_str(), &v4.sin_addr) == 1;
+  if (!is_v4 && inet_pton(AF_INET6, address.c_str(), &v6.sin6_addr) != 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("\"", address, "\" is not an IP address by which other hosts reach this one"));
+  }
+  const int fd = socket(is_v4 ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int bound = fd < 0  ? -1
+                    : is_v4 ? bind(fd, reinterpret_cast<const sockaddr*>(&v4), sizeof(v4))
+                            : bind(fd, reinterpret_cast<const sockaddr*>(&v6), sizeof(v6));
+  const int error = errno;
+  if (fd >= 0) close(fd);
+  if (bound == 0) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("cannot listen on ", address, ": ", strerror(error)));
 }
 
 void IgnoreBrokenPipes() {
@@ -156,12 +181,7 @@ GlooPeers::GlooPeers(std::unique_ptr<State> state) : state_(std::move(state)) {}
 absl::StatusOr<std::unique_ptr<GlooPeers>> GlooPeers::Open(const std::string& address, int rank,
                                                            const std::vector<MemberInfo>& members,
                                                            const std::vector<int>& remote) {
-  unsigned char numeric[sizeof(in6_addr)];
-  if (inet_pton(AF_INET, address.c_str(), numeric) != 1 &&
-      inet_pton(AF_INET6, address.c_str(), numeric) != 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("\"", address, "\" is not an IP address by which other hosts reach this one"));
-  }
+  if (const absl::Status status = CheckAddress(address); !status.ok()) return status;
   IgnoreBrokenPipes();
   auto state = std::make_unique<State>();
   state->rank = rank;

@@ -19,6 +19,11 @@ static_assert(kPieceBytes <= Communicator::kSmallBytes);
 
 const char* LaneName(Lane lane) { return lane == Lane::kGradients ? "gradients" : "moments"; }
 
+// Nothing may be copied from or to null.
+void Copy(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) memmove(to, from, bytes);
+}
+
 // Between two members; above bit 8 unique to the operation.
 uint64_t GlooSlot(Lane lane, uint64_t sequence, int part) {
   return static_cast<uint64_t>(lane) << 62 | sequence << 8 | static_cast<uint64_t>(part);
@@ -217,7 +222,7 @@ void MeshCommunicator::Post(Lane lane, Operation& operation) {
   if (!shared_.peers().empty()) {
     Describe(lane, operation, operation.first);
     if (operation.kind == Kind::kAllGather) {
-      memcpy(shared_.own().staging(lane, operation.first), operation.mine, operation.count);
+      Copy(shared_.own().staging(lane, operation.first), operation.mine, operation.count);
       state(lane).staged[operation.first % 2] = operation.first;
     }
     shared_.Raise(lane, Mark::kPosted, operation.first);
@@ -393,7 +398,7 @@ absl::Status MeshCommunicator::CompleteGather(Lane lane, Operation& operation,
       const auto* theirs = reinterpret_cast<const float*>(shared_.peer(member).data() + offset);
       const int64_t begin = ChunkBegin(operation.count, size(), member);
       const int64_t end = ChunkBegin(operation.count, size(), member + 1);
-      memcpy(data + begin, theirs + begin, (end - begin) * sizeof(float));
+      Copy(data + begin, theirs + begin, (end - begin) * sizeof(float));
     }
   }
   if (!shared_.peers().empty()) {
@@ -411,11 +416,11 @@ absl::Status MeshCommunicator::CompleteGather(Lane lane, Operation& operation,
 absl::Status MeshCommunicator::CompleteAllGather(Lane lane, Operation& operation,
                                                  absl::Time deadline) {
   std::byte* all = static_cast<std::byte*>(operation.data);
-  memmove(all + rank_ * operation.count, operation.mine, operation.count);
+  Copy(all + rank_ * operation.count, operation.mine, operation.count);
   RETURN_IF_ERROR(AwaitPosted(lane, operation, deadline));
   for (const int member : shared_.peers()) {
-    memcpy(all + member * operation.count, shared_.peer(member).staging(lane, operation.first),
-           operation.count);
+    Copy(all + member * operation.count, shared_.peer(member).staging(lane, operation.first),
+         operation.count);
   }
   if (!shared_.peers().empty()) shared_.Raise(lane, Mark::kFinished, operation.first);
   return AwaitOtherHosts(lane, operation, deadline);
@@ -439,12 +444,12 @@ absl::Status MeshCommunicator::CompleteBroadcast(Lane lane, Operation& operation
     if (root) {
       RETURN_IF_ERROR(AwaitMayPost(lane, operation, sequence, deadline));
       Describe(lane, operation, sequence);
-      memcpy(shared_.own().staging(lane, sequence), data + begin, bytes);
+      Copy(shared_.own().staging(lane, sequence), data + begin, bytes);
       state(lane).staged[sequence % 2] = sequence;
     } else {
       if (here) {
         RETURN_IF_ERROR(AwaitPosted(lane, operation.root, operation, sequence, deadline));
-        memcpy(data + begin, shared_.peer(operation.root).staging(lane, sequence), bytes);
+        Copy(data + begin, shared_.peer(operation.root).staging(lane, sequence), bytes);
       }
       // Nobody reads it of us, but a later operation's flags must not overtake it.
       Describe(lane, operation, sequence);
