@@ -265,7 +265,9 @@ class PlanRunner {
     }
     if (++arrived_ < slots_.size()) {
       const int64_t generation = generation_;
-      auto moved_on = [&] { return generation_ != generation; };
+      auto moved_on = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+        return generation_ != generation;
+      };
       mutex_.Await(absl::Condition(&moved_on));
     } else {
       const int root = FoldTree(
