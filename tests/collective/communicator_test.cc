@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <string.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -314,6 +315,29 @@ TEST_P(Links, AbortReachesThePeersThatWaitForUs) {
     EXPECT_EQ(statuses[rank].code(), absl::StatusCode::kAborted) << statuses[rank];
     EXPECT_THAT(std::string(statuses[rank].message()),
                 AllOf(HasSubstr("member 2"), HasSubstr("the coordinator said stop")));
+  }
+}
+
+TEST(Communicator, AbortIsNeverMissed) {
+  // The abort comes at many moments of the waiter's way from its first look to its sleep.
+  for (int round = 0; round < 200; ++round) {
+    auto communicators = MakeLocalCommunicators(2, 64);
+    char mine = 0, all[2];
+    const auto ticket = communicators[0]->EnqueueAllGather(nullptr, Lane::kMoments, &mine, 1, all);
+    std::atomic<bool> started{false};
+    absl::Status status;
+    std::thread waiting([&] {
+      started = true;
+      status = communicators[0]->Wait(*ticket, absl::Now() + absl::Seconds(5));
+    });
+    while (!started) {
+    }
+    const absl::Time moment = absl::Now() + absl::Nanoseconds(450) * round;
+    while (absl::Now() < moment) {
+    }
+    communicators[round % 2]->Abort(absl::CancelledError("stop"));
+    waiting.join();
+    ASSERT_EQ(status.code(), absl::StatusCode::kAborted) << status;
   }
 }
 
