@@ -17,9 +17,12 @@
 #define LOCKSTEP_QUOTE_INNER(x) #x
 #define LOCKSTEP_QUOTE(x) LOCKSTEP_QUOTE_INNER(x)
 
-// Gloo counts references with atomics that are not instrumented either.
+// Also not instrumented: what the library keeps about locks, and the references that Gloo counts.
 extern "C" const char* __tsan_default_suppressions() {
-  return "race:libabsl_synchronization.so\nrace:libgloo.so\n";
+  return "race:libabsl_synchronization.so\n"
+         "race:libabsl_graphcycles_internal.so\n"
+         "race:libabsl_malloc_internal.so\n"
+         "race:libgloo.so\n";
 }
 
 namespace {
