@@ -78,12 +78,13 @@ void OnMembers(Link link, int size, const std::function<void(Communicator&)>& bo
 }
 
 class Links : public testing::TestWithParam<Link> {};
+std::string LinkName(const testing::TestParamInfo<Link>& link) {
+  constexpr const char* kNames[] = {"Threads", "Shared", "Gloo", "Mixed"};
+  return kNames[static_cast<int>(link.param)];
+}
 INSTANTIATE_TEST_SUITE_P(All, Links,
                          testing::Values(Link::kThreads, Link::kShared, Link::kGloo, Link::kMixed),
-                         [](const testing::TestParamInfo<Link>& link) {
-                           const char* const names[] = {"Threads", "Shared", "Gloo", "Mixed"};
-                           return std::string(names[static_cast<int>(link.param)]);
-                         });
+                         LinkName);
 
 TEST(Chunks, PartitionAtMultiplesOfSixteen) {
   for (const int64_t count : {0, 1, 15, 16, 17, 1000, 1 << 20}) {
