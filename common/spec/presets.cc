@@ -68,7 +68,7 @@ LayerList Mlp(const v1::ModelSpec& model, int classes) {
 
 LayerList FashionCnn(const v1::ModelSpec& model, int classes) {
   Chain chain(model);
-  for (const int filters : {32, 64})
+  for (const int filters : {32, 64, 128})
     chain.Conv3x3(filters, /*bias=*/false).BatchNorm().Relu().MaxPool(2);
   return chain.Flatten().Dropout().Dense(128).Relu().Dropout().Dense(classes).Take();
 }

@@ -271,6 +271,19 @@ TEST_F(ServiceTest, TwoWorkersOfOneName) {
   EXPECT_EQ(programs_.End(programs_.Submit(programs_.Spec("small")))["state"], "SUCCEEDED");
 }
 
+// One flipped bit in one replica of three: found at the next checkpoint, and the worker is named.
+TEST_F(ServiceTest, AReplicaThatDivergesFailsTheJobAndIsNamed) {
+  programs_.StartWorker("w0", 1);
+  programs_.StartWorker("w1", 1, {"--flip-bit-at-step", "2"});
+  programs_.StartWorker("w2", 1);
+  programs_.WaitForWorkers(3);
+  const nlohmann::json end = programs_.End(programs_.Submit(
+      programs_.Spec("small", "resources: {slots: 3}\n"), {"--set", "checkpoint.every_steps=4"}));
+  EXPECT_EQ(end["state"], "FAILED");
+  EXPECT_THAT(end["reason"].get<std::string>(), HasSubstr("worker w1"));
+  EXPECT_THAT(end["reason"].get<std::string>(), HasSubstr("step 4"));
+}
+
 TEST_F(ServiceTest, WorkersWithDifferentDataFailTheJob) {
   // The second's training images are another file of the same shape.
   const std::filesystem::path real = "/usr/share/datasets/fashion-mnist";

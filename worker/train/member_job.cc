@@ -268,6 +268,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     collective::RendezvousOptions rendezvous;
     rendezvous.rank = prepare.rank();
     rendezvous.address = options_.address;
+    rendezvous.slots = static_cast<int>(plans_.size());
     for (const v1::Member& m : prepare.members()) {
       placement_.bounds.emplace_back(m.bounds().begin(), m.bounds().end());
       rendezvous.members.push_back({m.worker(), m.host_id()});
