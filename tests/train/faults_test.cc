@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <fstream>
 #include <string>
 
@@ -30,15 +31,19 @@ TEST(NonFinite, NamesStepAndFirstTensorWhateverThePlacement) {
   for (const auto& [workers, slots] : {std::pair(1, 1), std::pair(1, 2), std::pair(3, 1)}) {
     const Training run = RunMembers(yaml, {.workers = workers, .slots = slots});
     ASSERT_FALSE(run.ended.empty());
+    int causes = 0;
     for (const v1::Ended& ended : run.ended) {
       ASSERT_EQ(ended.outcome(), v1::Ended::ERRORED);
-      EXPECT_FALSE(ended.secondary());
+      if (ended.secondary()) continue;  // was told of the first's failure before it said its own
+      ++causes;
       EXPECT_THAT(ended.error(),
                   AllOf(HasSubstr("step "), HasSubstr("is not finite"), Not(HasSubstr("\n"))));
-      const std::string message = ended.error().substr(ended.error().find("step "));
+      const std::string message =
+          ended.error().substr(std::min(ended.error().size(), ended.error().find("step ")));
       if (expected.empty()) expected = message;
       EXPECT_EQ(message, expected);
     }
+    EXPECT_GE(causes, 1);
   }
 }
 
