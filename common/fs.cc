@@ -196,7 +196,7 @@ absl::Status RemoveEntries(FileSystem& fs, const std::string& path) {
 }  // namespace
 
 FileSystem& RealFileSystem() {
-  static PosixFileSystem fs;
+  static auto& fs = *new PosixFileSystem;  // never destroyed: used by destructors at exit too
   return fs;
 }
 
