@@ -225,6 +225,29 @@ TEST_F(RunTest, NonFiniteLossNamesStepAndTensor) {
   EXPECT_EQ(result.json()["state"], "FAILED");
 }
 
+// On a file system of a megabyte, where the machine lets us mount one; the checkpoint needs six.
+TEST_F(RunTest, AFullDiskAtACheckpointFailsWithOneLine) {
+  const std::string disk = programs_.JoinedPath("disk");
+  ASSERT_TRUE(MakeDirectories(disk).ok());
+  const std::string mount = "mount -t tmpfs -o size=1m tmpfs " + disk;
+  const std::vector<std::string> unshare = {"/usr/bin/unshare", "-r", "-m", "/bin/sh", "-c"};
+  const auto inside = [&](const std::string& command) {
+    std::vector<std::string> arguments = unshare;
+    arguments.push_back(mount + " && " + command);
+    return programs_.Execute(arguments);
+  };
+  if (inside("true").code != 0) GTEST_SKIP() << "no user namespaces here";
+  const Programs::Result result =
+      inside(std::string("exec ") + LOCKSTEP_BIN_DIR + "/lockstep run " + programs_.Spec("small") +
+             " --set model.hidden=[1000] --out " + disk + "/run -o json");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_EQ(ErrorLines(result.err), 1) << result.err;
+  const std::string reason = result.json().value("reason", "");
+  EXPECT_THAT(reason, HasSubstr("checkpoint of step 8"));
+  EXPECT_THAT(reason, HasSubstr("No space left on device"));
+  ExpectNothingLeft();
+}
+
 class InterruptedRunTest : public RunTest, public ::testing::WithParamInterface<int> {};
 
 TEST_P(InterruptedRunTest, CancelsAndExitsWith130) {
