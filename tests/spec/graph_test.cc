@@ -374,17 +374,17 @@ TEST(Preset, Mlp) {
 
 TEST(Preset, FashionCnn) {
   const Graph graph = Preset("preset: fashion-cnn");
-  EXPECT_THAT(Names(graph),
-              ElementsAre("conv2d_1", "batch_norm_1", "relu_1", "max_pool_1", "conv2d_2",
-                          "batch_norm_2", "relu_2", "max_pool_2", "conv2d_3", "batch_norm_3",
-                          "relu_3", "max_pool_3", "flatten_1", "dropout_1", "dense_1", "relu_4",
-                          "dropout_2", "dense_2"));
+  EXPECT_THAT(
+      Names(graph),
+      ElementsAre("conv2d_1", "batch_norm_1", "relu_1", "max_pool_1", "conv2d_2", "batch_norm_2",
+                  "relu_2", "max_pool_2", "conv2d_3", "batch_norm_3", "relu_3", "max_pool_3",
+                  "flatten_1", "dropout_1", "dense_1", "relu_4", "dropout_2", "dense_2"));
   EXPECT_EQ(graph.layers[3].output, (Shape{14, 14, 32}));
   EXPECT_EQ(graph.layers[12].output, Shape{1152});
   EXPECT_EQ(graph.layers[1].sync, Sync::kShard);
   EXPECT_EQ(graph.layers[13].rate, 0.3);
-  EXPECT_EQ(Parameters(graph), 9 * 32 + 64 + 9 * 32 * 64 + 128 + 9 * 64 * 128 + 256 + 1152 * 128 +
-                                   128 + 1290);
+  EXPECT_EQ(Parameters(graph),
+            9 * 32 + 64 + 9 * 32 * 64 + 128 + 9 * 64 * 128 + 256 + 1152 * 128 + 128 + 1290);
   for (const Layer& layer : Preset("preset: fashion-cnn, dropout: 0").layers)
     EXPECT_NE(layer.type, LayerType::kDropout);
 }
