@@ -1,9 +1,9 @@
 // Lets ThreadSanitizer see absl::Mutex. The distribution's Abseil is built without it, so locks
 // would order nothing in its eyes and every guarded field would be a race. In
 // -DLOCKSTEP_SANITIZE=thread builds (and only there) these definitions come before the shared
-// library's: they call the real ones and say what was acquired and released. Conditions of Await
-// are evaluated inside the library, by whichever thread unlocks, which cannot be told from here:
-// stacks through it are suppressed.
+// library's: they call the real ones and say what was acquired and released. Conditions are
+// evaluated inside the library, by whichever thread unlocks: each is wrapped, so that its
+// evaluation is seen under the lock.
 #ifdef __SANITIZE_THREAD__
 
 #include <dlfcn.h>
@@ -47,6 +47,19 @@ using Wait = void(absl::CondVar*, absl::Mutex*);
 using WaitTimeout = bool(absl::CondVar*, absl::Mutex*, absl::Duration);
 using WaitDeadline = bool(absl::CondVar*, absl::Mutex*, absl::Time);
 
+// On the waiter's stack. Not instrumented itself: who evaluates it has yet to acquire.
+struct Seen {
+  absl::Mutex* mutex;
+  const absl::Condition* condition;
+};
+
+__attribute__((no_sanitize("thread"))) bool Evaluate(Seen* seen) {
+  __tsan_acquire(seen->mutex);
+  const bool holds = seen->condition->Eval();
+  __tsan_release(seen->mutex);
+  return holds;
+}
+
 }  // namespace
 
 namespace absl {
@@ -85,22 +98,26 @@ void Mutex::ReaderUnlock() {
 
 void Mutex::LockWhen(const Condition& condition) {
   static When* const real = Real<When>("5Mutex8LockWhenERKNS0_9ConditionE");
-  real(this, condition);
+  Seen seen{this, &condition};
+  __tsan_release(this);
+  real(this, Condition(&Evaluate, &seen));
   __tsan_acquire(this);
 }
 
 void Mutex::Await(const Condition& condition) {
   static When* const real = Real<When>("5Mutex5AwaitERKNS0_9ConditionE");
+  Seen seen{this, &condition};
   __tsan_release(this);
-  real(this, condition);
+  real(this, Condition(&Evaluate, &seen));
   __tsan_acquire(this);
 }
 
 bool Mutex::AwaitWithTimeout(const Condition& condition, Duration timeout) {
   static WhenTimeout* const real =
       Real<WhenTimeout>("5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE");
+  Seen seen{this, &condition};
   __tsan_release(this);
-  const bool held = real(this, condition, timeout);
+  const bool held = real(this, Condition(&Evaluate, &seen), timeout);
   __tsan_acquire(this);
   return held;
 }
@@ -108,8 +125,9 @@ bool Mutex::AwaitWithTimeout(const Condition& condition, Duration timeout) {
 bool Mutex::AwaitWithDeadline(const Condition& condition, Time deadline) {
   static WhenDeadline* const real =
       Real<WhenDeadline>("5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE");
+  Seen seen{this, &condition};
   __tsan_release(this);
-  const bool held = real(this, condition, deadline);
+  const bool held = real(this, Condition(&Evaluate, &seen), deadline);
   __tsan_acquire(this);
   return held;
 }
