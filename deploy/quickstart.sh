@@ -13,7 +13,9 @@ if [ ! -f build/build.ninja ]; then
   mv build.log build/configure.log
 fi
 programs=(lockstep lockstep-server lockstep-worker)
-if [ "$(ninja -C build -n "${programs[@]}" | tail -n 1)" != "ninja: no work to do." ]; then
+if [ -x build/bin/lockstep ] && [ -x build/bin/lockstep-server ] && [ -x build/bin/lockstep-worker ]; then
+  ninja -C build "${programs[@]}" >build/build.log 2>&1 || { cat build/build.log >&2; exit 1; }
+else
   echo "Building lockstep, lockstep-server and lockstep-worker (some minutes the first time)"
   ninja -C build "${programs[@]}"
 fi
