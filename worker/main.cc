@@ -4,6 +4,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <iostream>
 #include <iterator>
 #include <memory>
@@ -86,7 +87,8 @@ int Serve(const Flags& flags, int slots) {
     member.prepare = prepare;
     member.host = lockstep::HostName();
     member.address = prepare.members(prepare.rank()).address();
-    member.work_dir = flags.work_dir;
+    // Checkpoints are named to people on other hosts: by absolute paths.
+    member.work_dir = std::filesystem::absolute(flags.work_dir);
     member.version = LOCKSTEP_VERSION;
     member.data_path = flags.data;
     member.flip_bit_at_step = flags.flip_bit_at_step;
