@@ -67,6 +67,9 @@ class GrpcServer : public Server {
         jobs_(options.data_dir, driver_, published_) {
     workers_.SetDriver(&driver_);
     driver_.Start();
+    // What the restart means for the stored jobs is committed before anybody can ask about them.
+    driver_.Read([](const Core&) {});
+    committer_.Drain();
   }
 
   ~GrpcServer() override { Shutdown(); }

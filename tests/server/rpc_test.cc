@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "server/rpc/monotonic_clock.h"
 #include "server/rpc/server.h"
 #include "tests/common/temporary_folder.h"
@@ -308,14 +309,14 @@ TEST_F(RpcTest, WhatIsStoredIsThereAfterARestart) {
     worker.SayEnded(prepare, v1::Ended::COMPLETED);
     ASSERT_TRUE(client_->WaitFor(done, v1::SUCCEEDED));
   }
-  const std::string waiting = SubmitSmall();
+  const std::string waiting = SubmitSmall(2);  // more slots than the worker had
   server_.reset();
   StartServer();
   EXPECT_EQ(client_->Get(done)->state(), v1::SUCCEEDED);
   EXPECT_EQ(client_->Metrics(done)->steps_size(), 30);
   EXPECT_EQ(client_->Logs(done, true)->size(), 2u);
   EXPECT_EQ(client_->Get(waiting)->state(), v1::QUEUED);
-  FakeWorker worker(address(), "w0", 1);
+  FakeWorker worker(address(), "w0", 2);
   EXPECT_EQ(worker.StartJob().job(), waiting);
 }
 
@@ -326,7 +327,14 @@ TEST_F(RpcTest, ShutdownTellsWorkersAndWatchers) {
   const std::string waiting = SubmitSmall();
   absl::Status watched;
   std::vector<v1::JobEvent> events;
-  std::thread watcher([&] { watched = client_->Watch(waiting, 0, &events); });
+  absl::Notification watching;
+  std::thread watcher([&] {
+    watched = client_->Watch(waiting, 0, &events, [&](const v1::JobEvent&) {
+      if (!watching.HasBeenNotified()) watching.Notify();
+      return false;
+    });
+  });
+  watching.WaitForNotification();
   server_->Shutdown();
   worker.Expect(v1::CoordinatorMessage::kControl);
   EXPECT_EQ(worker.Finish().code(), absl::StatusCode::kUnavailable);
