@@ -85,25 +85,42 @@ MaybeProblem CompleteLoss(v1::LossSpec* loss) {
   return std::nullopt;
 }
 
+// The fields of an optimizer's type beside those that every type has.
+std::vector<std::string> OptimizerFields(const std::string& type) {
+  if (type == "momentum" || type == "nesterov") return {"momentum"};
+  if (type == "adam" || type == "adamw") return {"beta1", "beta2", "epsilon"};
+  if (type == "adagrad") return {"epsilon"};
+  if (type == "adadelta") return {"rho", "epsilon"};
+  if (type == "rmsprop") return {"rho", "epsilon", "momentum", "centered"};
+  return {};
+}
+
 MaybeProblem CompleteOptimizer(v1::OptimizerSpec* optimizer) {
   if (optimizer->type().empty()) optimizer->set_type("sgd");
-  const bool adam = optimizer->type() == "adam";
-  const bool momentum = optimizer->type() == "momentum" || optimizer->type() == "nesterov";
-  std::vector<std::string> fields;
-  if (adam) fields = {"beta1", "beta2", "epsilon"};
-  if (momentum) fields = {"momentum"};
-  LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*optimizer, "optimizer", "type", optimizer->type(),
-                                             {"learning_rate", "l2", "weight_decay"}, fields));
+  const std::string type = optimizer->type();
+  const bool adamw = type == "adamw", rmsprop = type == "rmsprop";
+  const std::vector<std::string> fields = OptimizerFields(type);
+  std::vector<std::string> always = {"learning_rate", "l2", "weight_decay"};
+  if (adamw) always = {"learning_rate", "weight_decay"};
+  LOCKSTEP_RETURN_IF_PROBLEM(
+      CheckApplicable(*optimizer, "optimizer", "type", type, always, fields));
   if (!optimizer->has_learning_rate()) {
     return Problem{"optimizer.learning_rate",
                    "missing; accepted: " + AcceptedFor(*optimizer, "learning_rate")};
   }
-  if (momentum && !optimizer->has_momentum()) optimizer->set_momentum(0.9);
-  if (adam && !optimizer->has_beta1()) optimizer->set_beta1(0.9);
-  if (adam && !optimizer->has_beta2()) optimizer->set_beta2(0.999);
-  if (adam && !optimizer->has_epsilon()) optimizer->set_epsilon(1e-8);
-  if (!optimizer->has_l2()) optimizer->set_l2(0);
-  if (!optimizer->has_weight_decay()) optimizer->set_weight_decay(0);
+  const auto lacks = [&](const std::string& field, bool given) {
+    return !given && std::find(fields.begin(), fields.end(), field) != fields.end();
+  };
+  if (lacks("momentum", optimizer->has_momentum())) optimizer->set_momentum(rmsprop ? 0 : 0.9);
+  if (lacks("beta1", optimizer->has_beta1())) optimizer->set_beta1(0.9);
+  if (lacks("beta2", optimizer->has_beta2())) optimizer->set_beta2(0.999);
+  if (lacks("rho", optimizer->has_rho())) optimizer->set_rho(rmsprop ? 0.99 : 0.9);
+  if (lacks("centered", optimizer->has_centered())) optimizer->set_centered(false);
+  if (lacks("epsilon", optimizer->has_epsilon())) {
+    optimizer->set_epsilon(type == "adagrad" ? 1e-10 : type == "adadelta" ? 1e-6 : 1e-8);
+  }
+  if (!adamw && !optimizer->has_l2()) optimizer->set_l2(0);
+  if (!optimizer->has_weight_decay()) optimizer->set_weight_decay(adamw ? 0.01 : 0);
   return std::nullopt;
 }
 

@@ -84,7 +84,8 @@ const std::map<std::string, Rule>& Rules() {
       {"InitializerSpec.distribution", Choice({"uniform", "normal"})},
       {"LossSpec.type", Choice({"softmax_cross_entropy", "mean_squared_error"})},
       {"LossSpec.target", Choice({"label", "input"})},
-      {"OptimizerSpec.type", Choice({"sgd", "momentum", "nesterov", "adam"})},
+      {"OptimizerSpec.type",
+       Choice({"sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "adadelta", "rmsprop"})},
       {"OptimizerSpec.learning_rate", Number(0, 1e6, true)},
       {"OptimizerSpec.momentum", Number(0, 1, false, true)},
       {"OptimizerSpec.beta1", Number(0, 1, false, true)},
@@ -92,6 +93,8 @@ const std::map<std::string, Rule>& Rules() {
       {"OptimizerSpec.epsilon", Number(1e-30, 1)},  // representable in float
       {"OptimizerSpec.l2", Number(0, 1e6)},
       {"OptimizerSpec.weight_decay", Number(0, 1e6)},
+      {"OptimizerSpec.rho", Number(0, 1, false, true)},
+      {"OptimizerSpec.centered", {Rule::Kind::kBool}},
       {"ScheduleSpec.type", Choice({"constant", "step", "cosine"})},
       {"ScheduleSpec.warmup_steps", Integer(0, kManySteps)},
       {"ScheduleSpec.at_steps", Integer(1, kManySteps)},

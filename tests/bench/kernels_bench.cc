@@ -3,6 +3,7 @@
 // FLOP/s counts a multiply-add as two; bytes/s counts each array read or written once.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -167,19 +168,22 @@ void Optimizer(benchmark::State& state) {
                                 .momentum = 0.9f,
                                 .beta1 = 0.9f,
                                 .beta2 = 0.999f,
+                                .rho = 0.9f,
                                 .epsilon = 1e-8f,
                                 .l2 = 1e-4f};
   const StepScalars scalars{.step = 1, .learning_rate = 1e-6f};
-  float *g = b.Floats(n), *w = b.Floats(n), *s0 = b.Floats(n), *s1 = b.Floats(n);
-  for (int64_t i = 0; i < n; ++i) s1[i] = 1;
+  float *g = b.Floats(n), *w = b.Floats(n);
+  const int count = SlotCount(c.type);
+  OptimizerSlots slots;
+  for (int i = 0; i < count; ++i) slots.at[i] = b.Floats(n);
+  for (int i = 0; i < count; ++i) std::fill_n(slots.at[i], n, 1.0f);
   for (auto _ : state) {
-    b.device().OptimizerUpdate(b.stream(), c, n, &scalars, g, w, s0, s1);
+    b.device().OptimizerUpdate(b.stream(), c, n, &scalars, g, w, slots);
     benchmark::ClobberMemory();
   }
-  constexpr double kBytes[] = {12, 20, 20, 28};
-  ReportBytes(state, static_cast<double>(n), kBytes[state.range(0)]);
+  ReportBytes(state, static_cast<double>(n), 12 + 8 * count);
 }
-BENCHMARK(Optimizer)->ArgName("type")->DenseRange(0, 3);
+BENCHMARK(Optimizer)->ArgName("type")->DenseRange(0, kOptimizerTypes - 1);
 
 void DigestOf(benchmark::State& state) {
   Bench b;

@@ -97,7 +97,7 @@ TEST(CpuDeviceTest, BothInstructionSetsGiveEqualBits) {
   const int64_t size = static_cast<int64_t>(x.size());
   const std::vector<float> weight = RandomFloats(kChannels, 83);
   const auto run = [&](const Kernels& k) {
-    std::vector<float> out(12 * size + 64 * kChannels + kN * kN);
+    std::vector<float> out(34 * size + 64 * kChannels + kN * kN);
     float* next = out.data();
     const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
     k.tanh_forward(size, x.data(), take(size));
@@ -129,12 +129,23 @@ TEST(CpuDeviceTest, BothInstructionSetsGiveEqualBits) {
     for (double loss : losses) {  // as it is, in two floats
       std::memcpy(take(2), &loss, sizeof(loss));
     }
-    const OptimizerCoefficients adam{
-        .type = OptimizerType::kAdam, .beta1 = 0.9f, .beta2 = 0.99f, .epsilon = 1e-8f, .l2 = 0.1f};
+    OptimizerCoefficients optimizer{.momentum = 0.9f,
+                                    .beta1 = 0.9f,
+                                    .beta2 = 0.99f,
+                                    .rho = 0.95f,
+                                    .epsilon = 1e-8f,
+                                    .l2 = 0.1f};
     const StepScalars scalars{
         .step = 1, .learning_rate = 0.1f, .adam_correction1 = 0.1f, .adam_correction2 = 0.01f};
-    float *w = take(size), *slot0 = take(size), *slot1 = take(size);
-    k.optimizer_update(adam, size, scalars, dy.data(), w, slot0, slot1);
+    for (int type = 0; type < kOptimizerTypes; ++type) {
+      optimizer.type = static_cast<OptimizerType>(type);
+      float* w = take(size);
+      OptimizerSlots slots;
+      for (int i = 0; i < SlotCount(optimizer.type); ++i) slots.at[i] = take(size);
+      for (int step = 0; step < 2; ++step) {
+        k.optimizer_update(optimizer, size, scalars, dy.data(), w, slots);
+      }
+    }
     return out;
   };
   EXPECT_TRUE(SameBits(run(avx2::kKernels), run(avx512::kKernels)));

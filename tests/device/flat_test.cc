@@ -21,26 +21,38 @@ const OptimizerCoefficients kOptimizers[] = {
      .epsilon = 1e-4f,
      .l2 = 0.02f,
      .weight_decay = 0.05f},
+    {.type = OptimizerType::kAdagrad, .epsilon = 1e-10f, .l2 = 0.02f},
+    {.type = OptimizerType::kAdadelta, .rho = 0.9f, .epsilon = 1e-3f, .weight_decay = 0.05f},
+    {.type = OptimizerType::kRmsProp, .rho = 0.99f, .epsilon = 1e-8f, .weight_decay = 0.05f},
+    {.type = OptimizerType::kRmsPropMomentum, .momentum = 0.9f, .rho = 0.9f, .epsilon = 1e-4f},
+    {.type = OptimizerType::kRmsPropCentered, .rho = 0.9f, .epsilon = 0.1f, .l2 = 0.02f},
+    {.type = OptimizerType::kRmsPropCenteredMomentum,
+     .momentum = 0.8f,
+     .rho = 0.95f,
+     .epsilon = 0.1f},
 };
 
+// Moments are in [0, 1) where the type divides by their root; a centered variance is above zero.
 struct State {
-  std::vector<float> gradient, parameters, slot0, slot1;
-  explicit State(int64_t n)
-      : gradient(RandomFloats(n, 60)),
-        parameters(RandomFloats(n, 61)),
-        slot0(RandomFloats(n, 62)),
-        slot1(RandomFloats(n, 63, 0, 1)) {}
+  std::vector<float> gradient, parameters, slots[kMostSlots];
+  State(OptimizerType type, int64_t n)
+      : gradient(RandomFloats(n, 60)), parameters(RandomFloats(n, 61)) {
+    using Type = OptimizerType;
+    const bool signed_first =
+        type == Type::kMomentum || type == Type::kNesterov || type == Type::kAdam;
+    const bool centered = type == Type::kRmsPropCentered || type == Type::kRmsPropCenteredMomentum;
+    slots[0] = RandomFloats(n, 62, signed_first ? -1 : centered ? 0.3f : 0, 1);
+    slots[1] = RandomFloats(n, 63, centered ? -0.5f : 0, centered ? 0.5f : 1);
+    slots[2] = RandomFloats(n, 64);
+  }
 };
 
 const StepScalars kScalars{
     .step = 4, .learning_rate = 0.05f, .adam_correction1 = 0.3439f, .adam_correction2 = 0.004f};
 
-bool UsesSlot0(OptimizerType type) { return type != OptimizerType::kSgd; }
-bool UsesSlot1(OptimizerType type) { return type == OptimizerType::kAdam; }
-
 // The update in double.
 void Reference(const OptimizerCoefficients& c, const StepScalars& s, double g, double& w, double& a,
-               double& b) {
+               double& b, double& d) {
   const double rate = s.learning_rate;
   g += static_cast<double>(c.l2) * w;
   w -= rate * c.weight_decay * w;
@@ -61,48 +73,113 @@ void Reference(const OptimizerCoefficients& c, const StepScalars& s, double g, d
       b = c.beta2 * b + (1.0 - c.beta2) * g * g;
       w -= rate * (a / s.adam_correction1) / (std::sqrt(b / s.adam_correction2) + c.epsilon);
       break;
+    case OptimizerType::kAdagrad:
+      a += g * g;
+      w -= rate * g / (std::sqrt(a) + c.epsilon);
+      break;
+    case OptimizerType::kAdadelta: {
+      a = c.rho * a + (1.0 - c.rho) * g * g;
+      const double step = std::sqrt(b + c.epsilon) / std::sqrt(a + c.epsilon) * g;
+      b = c.rho * b + (1.0 - c.rho) * step * step;
+      w -= rate * step;
+      break;
+    }
+    case OptimizerType::kRmsProp:
+      a = c.rho * a + (1.0 - c.rho) * g * g;
+      w -= rate * g / (std::sqrt(a) + c.epsilon);
+      break;
+    case OptimizerType::kRmsPropMomentum:
+      a = c.rho * a + (1.0 - c.rho) * g * g;
+      b = c.momentum * b + g / (std::sqrt(a) + c.epsilon);
+      w -= rate * b;
+      break;
+    case OptimizerType::kRmsPropCentered:
+    case OptimizerType::kRmsPropCenteredMomentum: {
+      a = c.rho * a + (1.0 - c.rho) * g * g;
+      b = c.rho * b + (1.0 - c.rho) * g;
+      double step = g / (std::sqrt(a - b * b) + c.epsilon);
+      if (c.type == OptimizerType::kRmsPropCenteredMomentum) step = d = c.momentum * d + step;
+      w -= rate * step;
+      break;
+    }
   }
+}
+
+// The slots that the type has, from element `at` on.
+OptimizerSlots SlotsAt(OptimizerType type, float* a, float* b, float* d, int64_t at) {
+  OptimizerSlots slots;
+  float* const all[kMostSlots] = {a, b, d};
+  for (int i = 0; i < SlotCount(type); ++i) slots.at[i] = all[i] + at;
+  return slots;
 }
 
 TEST_P(FlatTest, OptimizersMatchTheReference) {
   for (const OptimizerCoefficients& c : kOptimizers) {
     for (int64_t n : kOddSizes) {
-      const State state(n);
-      const auto gradient = In(state.gradient), parameters = In(state.parameters),
-                 slot0 = In(state.slot0), slot1 = In(state.slot1);
+      const State state(c.type, n);
+      const auto gradient = In(state.gradient), parameters = In(state.parameters);
+      const auto a = In(state.slots[0]), b = In(state.slots[1]), d = In(state.slots[2]);
       device().OptimizerUpdate(stream(), c, n, &kScalars, gradient, parameters,
-                               UsesSlot0(c.type) ? slot0.data() : nullptr,
-                               UsesSlot1(c.type) ? slot1.data() : nullptr);
-      std::vector<double> w = ToDoubles(state.parameters), a = ToDoubles(state.slot0),
-                          b = ToDoubles(state.slot1);
-      for (int64_t i = 0; i < n; ++i) Reference(c, kScalars, state.gradient[i], w[i], a[i], b[i]);
-      EXPECT_TRUE(Near(parameters.Read(), w, 1e-6)) << static_cast<int>(c.type);
-      EXPECT_TRUE(Near(slot0.Read(), a, 3e-7)) << static_cast<int>(c.type);
-      EXPECT_TRUE(Near(slot1.Read(), b, 3e-7)) << static_cast<int>(c.type);
+                               SlotsAt(c.type, a, b, d, 0));
+      std::vector<double> w = ToDoubles(state.parameters), wa = ToDoubles(state.slots[0]),
+                          wb = ToDoubles(state.slots[1]), wd = ToDoubles(state.slots[2]);
+      for (int64_t i = 0; i < n; ++i) {
+        Reference(c, kScalars, state.gradient[i], w[i], wa[i], wb[i], wd[i]);
+      }
+      const int type = static_cast<int>(c.type);
+      EXPECT_TRUE(Near(parameters.Read(), w, 1e-6)) << type;
+      EXPECT_TRUE(Near(a.Read(), wa, 3e-7)) << type;
+      // Adadelta's step and RMSProp's momentum pass through a root and a quotient.
+      EXPECT_TRUE(Near(b.Read(), wb, c.type == OptimizerType::kAdam ? 3e-7 : 3e-6)) << type;
+      EXPECT_TRUE(Near(d.Read(), wd, 3e-6)) << type;
     }
   }
 }
 
 TEST_P(FlatTest, AnyCutOfAnUpdateGivesTheSameBits) {
   constexpr int64_t kSize = 70;
-  const State state(kSize);
-  const auto gradient = In(state.gradient);
   for (const OptimizerCoefficients& c : kOptimizers) {
-    const auto update = [&](int64_t at, float* w, float* a, float* b, int64_t n) {
-      device().OptimizerUpdate(stream(), c, n, &kScalars, gradient + at, w + at,
-                               UsesSlot0(c.type) ? a + at : nullptr,
-                               UsesSlot1(c.type) ? b + at : nullptr);
+    const State state(c.type, kSize);
+    const auto gradient = In(state.gradient);
+    const auto update = [&](int64_t at, float* w, const OptimizerSlots& slots, int64_t n) {
+      device().OptimizerUpdate(stream(), c, n, &kScalars, gradient + at, w + at, slots);
     };
-    const auto w = In(state.parameters), a = In(state.slot0), b = In(state.slot1);
-    update(0, w, a, b, kSize);
+    const auto w = In(state.parameters);
+    const auto a = In(state.slots[0]), b = In(state.slots[1]), d = In(state.slots[2]);
+    update(0, w, SlotsAt(c.type, a, b, d, 0), kSize);
     for (int64_t at = 0; at <= kSize; ++at) {
-      const auto w2 = In(state.parameters), a2 = In(state.slot0), b2 = In(state.slot1);
-      update(at, w2, a2, b2, kSize - at);
-      update(0, w2, a2, b2, at);
+      const auto w2 = In(state.parameters);
+      const auto a2 = In(state.slots[0]), b2 = In(state.slots[1]), d2 = In(state.slots[2]);
+      update(at, w2, SlotsAt(c.type, a2, b2, d2, at), kSize - at);
+      update(0, w2, SlotsAt(c.type, a2, b2, d2, 0), at);
       ASSERT_TRUE(SameBits(w2.Read(), w.Read())) << "cut at " << at;
       ASSERT_TRUE(SameBits(a2.Read(), a.Read())) << "cut at " << at;
       ASSERT_TRUE(SameBits(b2.Read(), b.Read())) << "cut at " << at;
+      ASSERT_TRUE(SameBits(d2.Read(), d.Read())) << "cut at " << at;
     }
+  }
+}
+
+// With a constant gradient the mean of squares and the square of the mean differ by roundings
+// alone, in either direction.
+TEST_P(FlatTest, ACenteredVarianceIsNeverBelowZero) {
+  for (const OptimizerType type :
+       {OptimizerType::kRmsPropCentered, OptimizerType::kRmsPropCenteredMomentum}) {
+    const OptimizerCoefficients c{.type = type, .momentum = 0.5f, .rho = 0.7f, .epsilon = 1.0f};
+    constexpr int64_t kSize = 200;
+    const auto gradient = In(RandomFloats(kSize, 65)), w = In(std::vector<float>(kSize));
+    const auto a = In(std::vector<float>(kSize)), b = In(std::vector<float>(kSize)),
+               d = In(std::vector<float>(kSize));
+    for (int step = 0; step < 100; ++step) {
+      device().OptimizerUpdate(stream(), c, kSize, &kScalars, gradient, w,
+                               SlotsAt(type, a, b, d, 0));
+    }
+    int below = 0;
+    for (int64_t i = 0; i < kSize; ++i) {
+      below += std::fma(-b.Read()[i], b.Read()[i], a.Read()[i]) < 0;
+      ASSERT_TRUE(std::isfinite(w.Read()[i])) << i;
+    }
+    EXPECT_GT(below, 0) << "the test must reach what it is about";
   }
 }
 

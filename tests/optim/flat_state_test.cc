@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <set>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -68,6 +69,19 @@ TEST(FlatStateTest, NamesEveryTensorInDigestOrder) {
   EXPECT_THAT(names(device::OptimizerType::kAdam),
               ElementsAre("a.weight", "a.bias", "adam_m/a.weight", "adam_m/a.bias",
                           "adam_v/a.weight", "adam_v/a.bias", "n.running_mean"));
+  EXPECT_THAT(names(device::OptimizerType::kRmsPropCenteredMomentum),
+              ElementsAre("a.weight", "a.bias", "rmsprop_v/a.weight", "rmsprop_v/a.bias",
+                          "rmsprop_m/a.weight", "rmsprop_m/a.bias", "momentum/a.weight",
+                          "momentum/a.bias", "n.running_mean"));
+}
+
+TEST(FlatStateTest, EverySlotOfATypeHasItsOwnName) {
+  for (int i = 0; i < device::kOptimizerTypes; ++i) {
+    const auto type = static_cast<device::OptimizerType>(i);
+    const std::vector<std::string> names = SlotNames(type);
+    EXPECT_EQ(names.size(), static_cast<size_t>(device::SlotCount(type))) << i;
+    EXPECT_EQ(std::set<std::string>(names.begin(), names.end()).size(), names.size()) << i;
+  }
 }
 
 TEST(FlatStateTest, BeginsAllZero) {

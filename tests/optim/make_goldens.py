@@ -4,8 +4,9 @@
 Two tensors, a weight of 8 that decays and a bias of 5 that does not. The gradient of element i at
 step t (from 1) depends on the parameter, so that an error feeds back:
     g = 0.5 w - 0.3 + 0.25 ((7 i + 3 t) mod 5 - 2),   w at first 0.1 (i - 3)
-A schedule halves the rate from step 11 on. Decoupled decay of SGD is not in PyTorch: the parameter is
-multiplied by 1 - rate * decay before its step, as AdamW does.
+A schedule halves the rate from step 11 on. Decoupled decay is in PyTorch's AdamW only: elsewhere the
+parameter is multiplied by 1 - rate * decay before its step, as AdamW does. Clipping is
+torch.nn.utils'; a multiplier of the rate or the decay is that of the weight's parameter group.
 
 Run: python3 tests/optim/make_goldens.py   (needs torch)
 """
@@ -16,6 +17,8 @@ import torch
 
 STEPS = 20
 RATE = 0.05
+DEFAULTS = dict(l2=0.0, weight_decay=0.0, momentum=0.9, rho=0.9, epsilon=1e-8, centered=False,
+                clip_norm=0.0, clip_value=0.0, rate_multiplier=1.0, decay_multiplier=1.0)
 
 
 def gradient(w, t):
@@ -27,20 +30,42 @@ def initial(n):
     return 0.1 * (torch.arange(n, dtype=torch.float64) - 3)
 
 
-def train(make, l2, weight_decay, decay_by_hand):
+def make(kind, groups, o):
+    optim = torch.optim
+    if kind == "adam":
+        cls = optim.AdamW if o["weight_decay"] else optim.Adam
+        groups = [dict(weight_decay=0.0) | g for g in groups]
+        return cls(groups, lr=RATE, betas=(0.9, 0.99), eps=o["epsilon"])
+    if kind == "adagrad":
+        return optim.Adagrad(groups, lr=RATE, eps=o["epsilon"])
+    if kind == "adadelta":
+        return optim.Adadelta(groups, lr=RATE, rho=o["rho"], eps=o["epsilon"])
+    if kind == "rmsprop":
+        return optim.RMSprop(groups, lr=RATE, alpha=o["rho"], eps=o["epsilon"], momentum=o["momentum"],
+                             centered=o["centered"])
+    return optim.SGD(groups, lr=RATE, momentum=0.0 if kind == "sgd" else o["momentum"],
+                     nesterov=kind == "nesterov")
+
+
+def train(kind, o):
     weight, bias = torch.nn.Parameter(initial(8)), torch.nn.Parameter(initial(5))
-    decay = 0.0 if decay_by_hand else l2 + weight_decay
-    optimizer = make([{"params": [weight], "weight_decay": decay}, {"params": [bias]}])
+    by_hand = kind != "adam" and o["weight_decay"] > 0
+    decay = (o["l2"] + (0.0 if by_hand else o["weight_decay"])) * o["decay_multiplier"]
+    optimizer = make(kind, [{"params": [weight], "weight_decay": decay}, {"params": [bias]}], o)
     snapshots = {}
     for t in range(1, STEPS + 1):
         rate = RATE if t <= 10 else RATE / 2
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate * o["rate_multiplier"]
+        optimizer.param_groups[1]["lr"] = rate
         for p in (weight, bias):
             p.grad = gradient(p.detach(), t)
-        if decay_by_hand:
+        if o["clip_norm"]:
+            torch.nn.utils.clip_grad_norm_([weight, bias], o["clip_norm"])
+        if o["clip_value"]:
+            torch.nn.utils.clip_grad_value_([weight, bias], o["clip_value"])
+        if by_hand:
             with torch.no_grad():
-                weight.mul_(1 - rate * weight_decay)
+                weight.mul_(1 - rate * o["rate_multiplier"] * o["weight_decay"] * o["decay_multiplier"])
         optimizer.step()
         if t in (1, 2, 10, STEPS):
             snapshots[str(t)] = weight.tolist() + bias.tolist()
@@ -59,23 +84,23 @@ CASES = [
     ("adam", "adam", dict()),
     ("adam_l2", "adam", dict(l2=0.1)),
     ("adam_weight_decay", "adam", dict(weight_decay=0.2)),
+    ("adagrad", "adagrad", dict(epsilon=1e-10)),
+    ("adagrad_l2", "adagrad", dict(epsilon=1e-10, l2=0.1)),
+    ("adadelta", "adadelta", dict(epsilon=1e-6)),
+    ("adadelta_weight_decay", "adadelta", dict(epsilon=1e-6, weight_decay=0.2)),
+    ("rmsprop", "rmsprop", dict(momentum=0.0)),
+    ("rmsprop_l2", "rmsprop", dict(momentum=0.0, l2=0.1)),
+    ("rmsprop_momentum", "rmsprop", dict(momentum=0.5)),
+    ("rmsprop_centered", "rmsprop", dict(momentum=0.0, centered=True)),
+    ("rmsprop_centered_momentum", "rmsprop", dict(momentum=0.5, centered=True, weight_decay=0.2)),
 ]
 
 
 def main():
     cases = []
     for name, kind, options in CASES:
-        l2, weight_decay = options.get("l2", 0.0), options.get("weight_decay", 0.0)
-        if kind == "adam":
-            cls = torch.optim.AdamW if weight_decay else torch.optim.Adam
-            make = lambda groups: cls(
-                [dict(weight_decay=0.0) | g for g in groups], lr=RATE, betas=(0.9, 0.99), eps=1e-8)
-        else:
-            make = lambda groups: torch.optim.SGD(
-                groups, lr=RATE, momentum=0.0 if kind == "sgd" else 0.9, nesterov=kind == "nesterov")
-        by_hand = kind != "adam" and weight_decay > 0
-        cases.append(dict(name=name, type=kind, l2=l2, weight_decay=weight_decay,
-                          parameters=train(make, l2, weight_decay, by_hand)))
+        o = DEFAULTS | options
+        cases.append(dict(name=name, type=kind, parameters=train(kind, o)) | o)
     out = dict(source=f"PyTorch {torch.__version__}, float64, tests/optim/make_goldens.py",
                steps=STEPS, rate=RATE, cases=cases)
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "optimizer_goldens.json")

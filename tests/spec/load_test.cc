@@ -63,7 +63,7 @@ TEST(Load, RefusesUnknownFieldsAndSuggests) {
       {Compact() + "<<: {}\n", std::string("job.yaml:6: <<: unknown field; accepted: ") + kTop},
       {Compact("{preset: mlp}", "{lr: 0.1}"),
        "job.yaml:4: optimizer.lr: unknown field; accepted: type, learning_rate, momentum, beta1, "
-       "beta2, epsilon, l2, weight_decay"},
+       "beta2, epsilon, l2, weight_decay, rho, centered"},
       {"train:\n  batch: 8\n  evaluate:\n    bacth: 8\n",
        "job.yaml:4: train.evaluate.bacth: unknown field (did you mean \"batch\"?); accepted: "
        "every_steps, every_epochs, batch"},
@@ -184,6 +184,18 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
       {Compact("{preset: mlp}", "{type: nesterov, learning_rate: 1, beta1: 0.9}"),
        "job.yaml:4: optimizer.beta1: does not belong to type nesterov; accepted with it: "
        "learning_rate, l2, weight_decay, momentum"},
+      {Compact("{preset: mlp}", "{type: adamw, learning_rate: 1, l2: 0.1}"),
+       "job.yaml:4: optimizer.l2: does not belong to type adamw; accepted with it: "
+       "learning_rate, weight_decay, beta1, beta2, epsilon"},
+      {Compact("{preset: mlp}", "{type: adagrad, learning_rate: 1, rho: 0.9}"),
+       "job.yaml:4: optimizer.rho: does not belong to type adagrad; accepted with it: "
+       "learning_rate, l2, weight_decay, epsilon"},
+      {Compact("{preset: mlp}", "{type: adadelta, learning_rate: 1, centered: true}"),
+       "job.yaml:4: optimizer.centered: does not belong to type adadelta; accepted with it: "
+       "learning_rate, l2, weight_decay, rho, epsilon"},
+      {Compact("{preset: mlp}", "{type: rmsprop, learning_rate: 1, beta2: 0.9}"),
+       "job.yaml:4: optimizer.beta2: does not belong to type rmsprop; accepted with it: "
+       "learning_rate, l2, weight_decay, rho, epsilon, momentum, centered"},
       {Compact() + "loss: {target: label}\n",
        "job.yaml:6: loss.target: does not belong to type softmax_cross_entropy; accepted with it: "
        "nothing more"},
@@ -460,6 +472,28 @@ TEST(Normalize, FillsEveryDefault) {
     resources { device: "cpu" })",
                                                             &expected));
   EXPECT_EQ(spec.DebugString(), expected.DebugString());
+}
+
+// torch.optim's of version 2.15.
+TEST(Normalize, FillsTheDefaultsOfEveryOptimizer) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"sgd", "l2: 0 weight_decay: 0"},
+      {"momentum", "momentum: 0.9 l2: 0 weight_decay: 0"},
+      {"nesterov", "momentum: 0.9 l2: 0 weight_decay: 0"},
+      {"adam", "beta1: 0.9 beta2: 0.999 epsilon: 1e-8 l2: 0 weight_decay: 0"},
+      {"adamw", "beta1: 0.9 beta2: 0.999 epsilon: 1e-8 weight_decay: 0.01"},
+      {"adagrad", "epsilon: 1e-10 l2: 0 weight_decay: 0"},
+      {"adadelta", "rho: 0.9 epsilon: 1e-6 l2: 0 weight_decay: 0"},
+      {"rmsprop", "rho: 0.99 epsilon: 1e-8 momentum: 0 centered: false l2: 0 weight_decay: 0"},
+  };
+  for (const auto& [type, defaults] : cases) {
+    v1::OptimizerSpec expected;
+    ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(
+        fmt::format("type: \"{}\" learning_rate: 1 {}", type, defaults), &expected));
+    const auto spec =
+        LoadOrDie(Compact("{preset: mlp}", fmt::format("{{type: {}, learning_rate: 1}}", type)));
+    EXPECT_EQ(spec.optimizer().DebugString(), expected.DebugString());
+  }
 }
 
 TEST(Normalize, FillsDefaultsOfTheChosenTypes) {

@@ -33,8 +33,14 @@ checkpoint: {every_steps: 20, keep: 2}
 resources: {device: cpu, slots: 2}
 )";
 
+constexpr char kSmall[] = R"(data: {path: d}
+model: {preset: mlp, hidden: [8]}
+optimizer: {type: rmsprop, learning_rate: 1e-3, rho: 0.9, momentum: 0.5, centered: true}
+train: {batch: 16, steps: 100}
+)";
+
 std::vector<std::string> Seeds() {
-  std::vector<std::string> seeds = {kLayers};
+  std::vector<std::string> seeds = {kLayers, kSmall};
   for (const char* name : {"mlp", "fashion-cnn"}) {
     std::ifstream file(fmt::format("{}/deploy/jobs/{}.yaml", LOCKSTEP_SOURCE_DIR, name));
     seeds.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());

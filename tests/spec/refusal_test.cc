@@ -117,7 +117,8 @@ std::vector<Refusal> Refusals() {
       {"loss.target", "labels",
        "found \"labels\" (did you mean \"label\"?); accepted: label, input"},
       {"optimizer.type", "Adam",
-       "found \"Adam\" (did you mean \"adam\"?); accepted: sgd, momentum, nesterov, adam"},
+       "found \"Adam\" (did you mean \"adam\"?); accepted: sgd, momentum, nesterov, adam, adamw, "
+       "adagrad, adadelta, rmsprop"},
       {"optimizer.learning_rate", "0", Number("0", "above 0 to 1000000")},
       {"optimizer.learning_rate", ".nan", Number("\".nan\"", "above 0 to 1000000")},
       {"optimizer.learning_rate", ".inf", Number("\".inf\"", "above 0 to 1000000")},
@@ -132,6 +133,8 @@ std::vector<Refusal> Refusals() {
       {"optimizer.epsilon", "0", Number("0", "from 1e-30 to 1")},
       {"optimizer.l2", "-1e-4", Number("-1e-4", "from 0 to 1000000")},
       {"optimizer.weight_decay", "-1", Number("-1", "from 0 to 1000000")},
+      {"optimizer.rho", "1", Number("1", "from 0 to below 1")},
+      {"optimizer.centered", "1", "found 1; accepted: true or false"},
       {"schedule.type", "linear", "found \"linear\"; accepted: constant, step, cosine"},
       {"schedule.warmup_steps", "-1", Integer("-1", "0", kMany)},
       {"schedule.at_steps", "[]",

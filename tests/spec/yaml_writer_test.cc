@@ -42,8 +42,9 @@ std::string RandomSpec(std::mt19937_64& random) {
     - {{name: sum, type: add, inputs: [batch_norm_1, dropout_1]}})",
                         number(1, 40), pick({"he", "xavier", "normal", "uniform", "zeros"}),
                         activation, real(), real())});
-  const std::string optimizer =
-      pick({"sgd", "momentum", "nesterov", "adam"}) + ", learning_rate: " + real();
+  const std::string optimizer = pick({"sgd", "momentum", "nesterov", "adam", "adagrad",
+                                      "adadelta, rho: 0.3", "rmsprop, centered: true"}) +
+                                ", learning_rate: " + real();
   const std::string schedule =
       pick({"{type: constant}", fmt::format("{{type: cosine, floor: {}, warmup_steps: 7}}", real()),
             fmt::format("{{type: step, at_epochs: [{}, 2, 3.5], factor: {}}}", real(), real()),

@@ -208,10 +208,10 @@ class Device {
                             const int32_t* labels, int64_t* correct) = 0;
 
   // ---- flat vectors.
-  // One fused pass over [0, n) of the given pointers; slots that the type does not use are null.
+  // One fused pass over [0, n) of the given pointers.
   virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars* scalars, const float* gradient, float* parameters,
-                               float* slot0, float* slot1) = 0;
+                               const OptimizerSlots& slots) = 0;
   // *flag |= 1 where any element is infinite or NaN.
   virtual void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) = 0;
   // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).

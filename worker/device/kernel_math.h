@@ -143,26 +143,53 @@ LOCKSTEP_MATH V InverseDeviation(V variance, V epsilon) {
   return V(1.0f) / Sqrt(variance + epsilon);
 }
 
-// ---- optimizers (device.h, OptimizerCoefficients): one element, in this order of operations.
+// ---- optimizers (kernel_types.h, OptimizerCoefficients): one element, in this order of
+// operations.
 template <OptimizerType kType, class V>
 LOCKSTEP_MATH void OptimizerStep(const OptimizerCoefficients& c, const StepScalars& s, V g, V& w,
-                                 V& slot0, V& slot1) {
+                                 V (&slots)[kMostSlots]) {
+  using Type = OptimizerType;
+  auto& [slot0, slot1, slot2] = slots;
   const V minus_rate(-s.learning_rate);
   g = Fma(V(c.l2), w, g);
   w = Fma(V(-(s.learning_rate * c.weight_decay)), w, w);
-  if constexpr (kType == OptimizerType::kSgd) {
+  if constexpr (kType == Type::kSgd) {
     w = Fma(minus_rate, g, w);
-  } else if constexpr (kType == OptimizerType::kMomentum) {
+  } else if constexpr (kType == Type::kMomentum) {
     slot0 = Fma(V(c.momentum), slot0, g);
     w = Fma(minus_rate, slot0, w);
-  } else if constexpr (kType == OptimizerType::kNesterov) {
+  } else if constexpr (kType == Type::kNesterov) {
     slot0 = Fma(V(c.momentum), slot0, g);
     w = Fma(minus_rate, Fma(V(c.momentum), slot0, g), w);
-  } else {
+  } else if constexpr (kType == Type::kAdam) {
     slot0 = Fma(V(c.beta1), slot0, V(1.0f - c.beta1) * g);
     slot1 = Fma(V(c.beta2), slot1, V(1.0f - c.beta2) * (g * g));
     const V step =
         (slot0 / V(s.adam_correction1)) / (Sqrt(slot1 / V(s.adam_correction2)) + V(c.epsilon));
+    w = Fma(minus_rate, step, w);
+  } else if constexpr (kType == Type::kAdagrad) {
+    slot0 = Fma(g, g, slot0);
+    w = Fma(minus_rate, g / (Sqrt(slot0) + V(c.epsilon)), w);
+  } else if constexpr (kType == Type::kAdadelta) {
+    slot0 = Fma(V(c.rho), slot0, V(1.0f - c.rho) * (g * g));
+    const V step = Sqrt(slot1 + V(c.epsilon)) / Sqrt(slot0 + V(c.epsilon)) * g;
+    slot1 = Fma(V(c.rho), slot1, V(1.0f - c.rho) * (step * step));
+    w = Fma(minus_rate, step, w);
+  } else {
+    constexpr bool kCentered =
+        kType == Type::kRmsPropCentered || kType == Type::kRmsPropCenteredMomentum;
+    slot0 = Fma(V(c.rho), slot0, V(1.0f - c.rho) * (g * g));
+    V variance = slot0;
+    if constexpr (kCentered) {
+      slot1 = Fma(V(c.rho), slot1, V(1.0f - c.rho) * g);
+      // Rounding may bring it below zero; NaN stays NaN.
+      variance = Maximum(V(0.0f), Fma(V(0.0f) - slot1, slot1, slot0));
+    }
+    V step = g / (Sqrt(variance) + V(c.epsilon));
+    if constexpr (kType == Type::kRmsPropMomentum || kType == Type::kRmsPropCenteredMomentum) {
+      V& buffer = kCentered ? slot2 : slot1;
+      step = buffer = Fma(V(c.momentum), buffer, step);
+    }
     w = Fma(minus_rate, step, w);
   }
 }

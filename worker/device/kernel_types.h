@@ -27,7 +27,19 @@ struct BatchNormShape {
   bool relu = false;  // y = relu(normalized); backward masks by y > 0
 };
 
-enum class OptimizerType { kSgd, kMomentum, kNesterov, kAdam };
+enum class OptimizerType {
+  kSgd,
+  kMomentum,
+  kNesterov,
+  kAdam,
+  kAdagrad,
+  kAdadelta,
+  kRmsProp,
+  kRmsPropMomentum,
+  kRmsPropCentered,
+  kRmsPropCenteredMomentum,
+};
+constexpr int kOptimizerTypes = 10;
 
 // g' = g + l2 * w;  decoupled: w -= lr * weight_decay * w before the update (Loshchilov & Hutter
 // 2019).
@@ -36,10 +48,45 @@ enum class OptimizerType { kSgd, kMomentum, kNesterov, kAdam };
 //   nesterov: v = mu v + g';  w -= lr (g' + mu v)
 //   adam:     m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;
 //             w -= lr * (m / c1) / (sqrt(v / c2) + eps)    (Kingma & Ba 2015, algorithm 1)
+//   adagrad:  v = v + g'^2;  w -= lr * g' / (sqrt(v) + eps)              (Duchi, Hazan & Singer
+//   2011) adadelta: v = rho v + (1-rho) g'^2;  d = sqrt(u + eps) / sqrt(v + eps) * g';
+//             u = rho u + (1-rho) d^2;  w -= lr d                        (Zeiler 2012, algorithm 1)
+//   rmsprop:  v = rho v + (1-rho) g'^2;  d = g' / (sqrt(v) + eps);  w -= lr d   (Tieleman & Hinton
+//   2012)
+//     centered: m = rho m + (1-rho) g';  d = g' / (sqrt(v - m^2) + eps)         (Graves 2013, eq.
+//     38-40) with momentum: b = mu b + d;  w -= lr b                                   (PyTorch's
+//     form)
 struct OptimizerCoefficients {
   OptimizerType type = OptimizerType::kSgd;
-  float momentum = 0, beta1 = 0, beta2 = 0, epsilon = 0;
+  float momentum = 0, beta1 = 0, beta2 = 0, rho = 0, epsilon = 0;
   float l2 = 0, weight_decay = 0;  // of this range: zero where the tensor does not decay
 };
+
+// An optimizer's vectors beside the parameters: momentum's v; adam's m, v; adagrad's v; adadelta's
+// v, u; rmsprop's v, then m, then b where the type has them. Those beyond SlotCount(type) are null.
+constexpr int kMostSlots = 3;
+struct OptimizerSlots {
+  float* at[kMostSlots] = {nullptr, nullptr, nullptr};
+};
+
+constexpr int SlotCount(OptimizerType type) {
+  switch (type) {
+    case OptimizerType::kSgd:
+      return 0;
+    case OptimizerType::kMomentum:
+    case OptimizerType::kNesterov:
+    case OptimizerType::kAdagrad:
+    case OptimizerType::kRmsProp:
+      return 1;
+    case OptimizerType::kAdam:
+    case OptimizerType::kAdadelta:
+    case OptimizerType::kRmsPropMomentum:
+    case OptimizerType::kRmsPropCentered:
+      return 2;
+    case OptimizerType::kRmsPropCenteredMomentum:
+      return 3;
+  }
+  return 0;
+}
 
 }  // namespace lockstep::device

@@ -35,6 +35,18 @@ std::vector<std::string> SlotNames(device::OptimizerType type) {
       return {"momentum"};
     case device::OptimizerType::kAdam:
       return {"adam_m", "adam_v"};
+    case device::OptimizerType::kAdagrad:
+      return {"adagrad_v"};
+    case device::OptimizerType::kAdadelta:
+      return {"adadelta_v", "adadelta_u"};
+    case device::OptimizerType::kRmsProp:
+      return {"rmsprop_v"};
+    case device::OptimizerType::kRmsPropMomentum:
+      return {"rmsprop_v", "momentum"};
+    case device::OptimizerType::kRmsPropCentered:
+      return {"rmsprop_v", "rmsprop_m"};
+    case device::OptimizerType::kRmsPropCenteredMomentum:
+      return {"rmsprop_v", "rmsprop_m", "momentum"};
   }
   return {};
 }

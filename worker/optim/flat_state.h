@@ -2,7 +2,7 @@
 //
 //  parameters   trainable tensors, in the order in which backward finishes them (the last layer
 //               first), so that gradient buckets are contiguous ranges that fill from the front
-//  slots        zero to two vectors of the same layout (momentum; Adam's m and v)
+//  slots        zero to three vectors of the same layout (momentum; Adam's m and v)
 //  statistics   batch norm's running averages, in layer order
 //
 // Everything is in logical layout; packed copies live in the device's prepared operations.
@@ -43,7 +43,9 @@ struct FlatLayout {
   int64_t size = 0;                          // elements, padding included
 };
 
-// Names of the slot vectors of an optimizer: {} | {"momentum"} | {"adam_m", "adam_v"}.
+// Names of the slot vectors of an optimizer, as many as device::SlotCount: {} | {"momentum"} |
+// {"adam_m", "adam_v"} | {"adagrad_v"} | {"adadelta_v", "adadelta_u"} | {"rmsprop_v"}, then
+// "rmsprop_m" where it is centered, then "momentum" where it has one.
 std::vector<std::string> SlotNames(device::OptimizerType type);
 
 class FlatState {

@@ -67,14 +67,13 @@ void Optimizer::Prepare(const ScheduleOptions& schedule, int64_t step,
 void Optimizer::Update(device::Device& device, device::Stream& stream, int64_t begin, int64_t end,
                        const device::StepScalars* scalars, const float* gradient,
                        FlatState& state) const {
-  float* slot0 = state.slot_count() > 0 ? state.slot(0) : nullptr;
-  float* slot1 = state.slot_count() > 1 ? state.slot(1) : nullptr;
   for (const Range& range : ranges_) {
     const int64_t first = std::max(begin, range.begin), last = std::min(end, range.end);
     if (first >= last) continue;
+    device::OptimizerSlots slots;
+    for (int i = 0; i < state.slot_count(); ++i) slots.at[i] = state.slot(i) + first;
     device.OptimizerUpdate(stream, range.coefficients, last - first, scalars, gradient + first,
-                           state.parameters() + first, slot0 == nullptr ? nullptr : slot0 + first,
-                           slot1 == nullptr ? nullptr : slot1 + first);
+                           state.parameters() + first, slots);
   }
 }
 

@@ -23,16 +23,34 @@ RunLength MakeRunLength(const v1::JobSpec& spec, int64_t samples) {
   return length;
 }
 
+namespace {
+
+device::OptimizerType TypeOf(const v1::OptimizerSpec& spec) {
+  using Type = device::OptimizerType;
+  const std::string& type = spec.type();
+  if (type == "momentum") return Type::kMomentum;
+  if (type == "nesterov") return Type::kNesterov;
+  if (type == "adam" || type == "adamw") return Type::kAdam;
+  if (type == "adagrad") return Type::kAdagrad;
+  if (type == "adadelta") return Type::kAdadelta;
+  if (type == "rmsprop") {
+    if (spec.momentum() > 0) {
+      return spec.centered() ? Type::kRmsPropCenteredMomentum : Type::kRmsPropMomentum;
+    }
+    return spec.centered() ? Type::kRmsPropCentered : Type::kRmsProp;
+  }
+  return Type::kSgd;
+}
+
+}  // namespace
+
 device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec) {
   device::OptimizerCoefficients c;
-  const std::string& type = spec.type();
-  c.type = type == "momentum"   ? device::OptimizerType::kMomentum
-           : type == "nesterov" ? device::OptimizerType::kNesterov
-           : type == "adam"     ? device::OptimizerType::kAdam
-                                : device::OptimizerType::kSgd;
+  c.type = TypeOf(spec);
   c.momentum = static_cast<float>(spec.momentum());
   c.beta1 = static_cast<float>(spec.beta1());
   c.beta2 = static_cast<float>(spec.beta2());
+  c.rho = static_cast<float>(spec.rho());
   c.epsilon = static_cast<float>(spec.epsilon());
   c.l2 = static_cast<float>(spec.l2());
   c.weight_decay = static_cast<float>(spec.weight_decay());

@@ -172,8 +172,8 @@ class CpuDevice : public Device {
 
   void OptimizerUpdate(Stream&, const OptimizerCoefficients& coefficients, int64_t n,
                        const StepScalars* scalars, const float* gradient, float* parameters,
-                       float* slot0, float* slot1) override {
-    k_.optimizer_update(coefficients, n, *scalars, gradient, parameters, slot0, slot1);
+                       const OptimizerSlots& slots) override {
+    k_.optimizer_update(coefficients, n, *scalars, gradient, parameters, slots);
   }
   void FlagNonFinite(Stream&, int64_t n, const float* x, uint32_t* flag) override {
     // Slots may share the flag.

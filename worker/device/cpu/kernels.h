@@ -84,7 +84,7 @@ struct Kernels {
 
   void (*optimizer_update)(const OptimizerCoefficients& coefficients, int64_t n,
                            const StepScalars& scalars, const float* gradient, float* parameters,
-                           float* slot0, float* slot1);
+                           const OptimizerSlots& slots);
   bool (*has_non_finite)(int64_t n, const float* x);
   // *lo and *hi are the digest's words; 128-bit addition.
   void (*accumulate_digest)(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,

@@ -8,18 +8,18 @@ namespace {
 template <OptimizerType kType>
 LOCKSTEP_SIMD void UpdateRange(const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars& scalars, const float* gradient, float* parameters,
-                               float* slot0, float* slot1) {
-  constexpr bool kSlot0 = kType != OptimizerType::kSgd, kSlot1 = kType == OptimizerType::kAdam;
+                               const OptimizerSlots& slots) {
+  constexpr int kSlots = SlotCount(kType);
   const OptimizerCoefficients c = coefficients;
   const StepScalars s = scalars;
+  const OptimizerSlots p = slots;
   ForEachVector(n, [&](int64_t i, auto m) {
-    F16 w = Load(parameters + i, m), a(0.0f), b(0.0f);
-    if constexpr (kSlot0) a = Load(slot0 + i, m);
-    if constexpr (kSlot1) b = Load(slot1 + i, m);
-    OptimizerStep<kType>(c, s, Load(gradient + i, m), w, a, b);
+    F16 w = Load(parameters + i, m);
+    F16 slot[kMostSlots] = {F16(0.0f), F16(0.0f), F16(0.0f)};
+    for (int k = 0; k < kSlots; ++k) slot[k] = Load(p.at[k] + i, m);
+    OptimizerStep<kType>(c, s, Load(gradient + i, m), w, slot);
     Store(parameters + i, w, m);
-    if constexpr (kSlot0) Store(slot0 + i, a, m);
-    if constexpr (kSlot1) Store(slot1 + i, b, m);
+    for (int k = 0; k < kSlots; ++k) Store(p.at[k] + i, slot[k], m);
   });
 }
 
@@ -42,20 +42,32 @@ LOCKSTEP_SIMD void Mix(U8 start, U8 bits, U8* lo, U8* hi) {
 
 void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
                      const StepScalars& scalars, const float* gradient, float* parameters,
-                     float* slot0, float* slot1) {
+                     const OptimizerSlots& slots) {
+  const auto update = [&]<OptimizerType kType>() {
+    UpdateRange<kType>(coefficients, n, scalars, gradient, parameters, slots);
+  };
+  using Type = OptimizerType;
   switch (coefficients.type) {
-    case OptimizerType::kSgd:
-      return UpdateRange<OptimizerType::kSgd>(coefficients, n, scalars, gradient, parameters, slot0,
-                                              slot1);
-    case OptimizerType::kMomentum:
-      return UpdateRange<OptimizerType::kMomentum>(coefficients, n, scalars, gradient, parameters,
-                                                   slot0, slot1);
-    case OptimizerType::kNesterov:
-      return UpdateRange<OptimizerType::kNesterov>(coefficients, n, scalars, gradient, parameters,
-                                                   slot0, slot1);
-    case OptimizerType::kAdam:
-      return UpdateRange<OptimizerType::kAdam>(coefficients, n, scalars, gradient, parameters,
-                                               slot0, slot1);
+    case Type::kSgd:
+      return update.operator()<Type::kSgd>();
+    case Type::kMomentum:
+      return update.operator()<Type::kMomentum>();
+    case Type::kNesterov:
+      return update.operator()<Type::kNesterov>();
+    case Type::kAdam:
+      return update.operator()<Type::kAdam>();
+    case Type::kAdagrad:
+      return update.operator()<Type::kAdagrad>();
+    case Type::kAdadelta:
+      return update.operator()<Type::kAdadelta>();
+    case Type::kRmsProp:
+      return update.operator()<Type::kRmsProp>();
+    case Type::kRmsPropMomentum:
+      return update.operator()<Type::kRmsPropMomentum>();
+    case Type::kRmsPropCentered:
+      return update.operator()<Type::kRmsPropCentered>();
+    case Type::kRmsPropCenteredMomentum:
+      return update.operator()<Type::kRmsPropCenteredMomentum>();
   }
 }
 

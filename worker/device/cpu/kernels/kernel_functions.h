@@ -64,7 +64,7 @@ void CountCorrect(int64_t rows, int64_t classes, const float* scores, const int3
 // flat.cc
 void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
                      const StepScalars& scalars, const float* gradient, float* parameters,
-                     float* slot0, float* slot1);
+                     const OptimizerSlots& slots);
 bool HasNonFinite(int64_t n, const float* x);
 void AccumulateDigest(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
                       uint64_t* lo, uint64_t* hi);
