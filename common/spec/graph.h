@@ -27,7 +27,9 @@ enum class LayerType {
   kAdd,
   kFlatten,
   kDropout,
+  kPad,
 };
+constexpr int kLayerTypes = static_cast<int>(LayerType::kPad) + 1;
 
 enum class Sync { kBatch, kShard };
 
@@ -63,6 +65,7 @@ struct Layer {
   double rate = 0;           // dropout
   Sync sync = Sync::kBatch;  // batch_norm
   double momentum = 0.1, epsilon = 1e-5;
+  int64_t channels_before = 0, channels_after = 0;  // pad, besides padding
   int64_t flops = 0;  // of one sample's forward pass; a multiply-add is two
 };
 
@@ -87,9 +90,9 @@ inline int64_t ElementCount(const std::vector<int64_t>& shape) {
 // The spec's name of a type, "conv2d".
 inline const char* LayerTypeName(LayerType type) {
   constexpr const char* kNames[] = {
-      "dense",      "conv2d", "max_pool", "average_pool", "global_average_pool",
-      "batch_norm", "relu",   "tanh",     "sigmoid",      "add",
-      "flatten",    "dropout"};
+      "dense",      "conv2d",  "max_pool", "average_pool", "global_average_pool",
+      "batch_norm", "relu",    "tanh",     "sigmoid",      "add",
+      "flatten",    "dropout", "pad"};
   return kNames[static_cast<int>(type)];
 }
 

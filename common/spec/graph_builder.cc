@@ -53,7 +53,7 @@ Initializer Resolve(const v1::InitializerSpec& init, int64_t fan_in, int64_t fan
 }
 
 LayerType TypeOf(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(LayerType::kDropout); ++i) {
+  for (int i = 0; i < kLayerTypes; ++i) {
     const auto type = static_cast<LayerType>(i);
     if (name == LayerTypeName(type)) return type;
   }
@@ -235,6 +235,8 @@ class GraphBuilder {
         layer->rate = spec.rate();
         layer->output = input;
         return std::nullopt;
+      case LayerType::kPad:
+        return InferPad(index, spec, layer);
       case LayerType::kRelu:
       case LayerType::kTanh:
       case LayerType::kSigmoid:
@@ -316,6 +318,17 @@ class GraphBuilder {
     return std::nullopt;
   }
 
+  MaybeProblem InferPad(int index, const v1::LayerSpec& spec, Layer* layer) const {
+    LOCKSTEP_RETURN_IF_PROBLEM(NeedsImage(index));
+    const Shape& input = InputShape(index);
+    layer->padding = spec.padding();
+    layer->channels_before = spec.channels_before();
+    layer->channels_after = spec.channels_after();
+    layer->output = {input[0] + 2 * layer->padding, input[1] + 2 * layer->padding,
+                     layer->channels_before + input[2] + layer->channels_after};
+    return std::nullopt;
+  }
+
   MaybeProblem CountFlops(int index, Layer* layer) const {
     const int64_t n = ElementCount(layer->output);
     constexpr int64_t kLimit = std::numeric_limits<int64_t>::max();
@@ -347,6 +360,7 @@ class GraphBuilder {
         flops = n;
         break;
       case LayerType::kFlatten:
+      case LayerType::kPad:
         break;
     }
     if (flops >= 0 && layer->bias) flops += flops <= kLimit - n ? n : -1 - flops;

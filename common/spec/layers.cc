@@ -76,6 +76,16 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
     }
   }
   if (layer.type() == "dropout" && !layer.has_rate()) return missing("rate");
+  if (layer.type() == "pad") {
+    if (!layer.has_padding()) layer.set_padding(0);
+    if (!layer.has_channels_before()) layer.set_channels_before(0);
+    if (!layer.has_channels_after()) layer.set_channels_after(0);
+    if (layer.padding() == 0 && layer.channels_before() == 0 && layer.channels_after() == 0) {
+      return source.At(*layers, index, "",
+                       "pad adds nothing; accepted: padding, channels_before or channels_after "
+                       "above 0");
+    }
+  }
   if (layer.type() == "batch_norm") {
     if (layer.sync().empty()) layer.set_sync("batch");
     if (!layer.has_momentum()) layer.set_momentum(0.1);
@@ -122,7 +132,7 @@ MaybeProblem CompleteInputs(const LayerSource& source, const std::map<std::strin
   return std::nullopt;
 }
 
-// Whether a layer's output reaches a relu directly or through batch_norm.
+// Whether a layer's output reaches a relu directly or through batch_norm and add.
 bool ReachesRelu(const LayerList& layers, const std::vector<std::vector<int>>& consumers,
                  int index) {
   std::vector<int> pending = consumers[index];
@@ -132,7 +142,7 @@ bool ReachesRelu(const LayerList& layers, const std::vector<std::vector<int>>& c
     pending.pop_back();
     if (!seen.insert(next).second) continue;
     if (layers[next].type() == "relu") return true;
-    if (layers[next].type() == "batch_norm")
+    if (layers[next].type() == "batch_norm" || layers[next].type() == "add")
       pending.insert(pending.end(), consumers[next].begin(), consumers[next].end());
   }
   return false;

@@ -58,7 +58,9 @@ const std::map<std::string, Rule>& Rules() {
       {"DataSpec.prefetch", Integer(1, 1024)},
       {"NormalizeSpec.mean", Number(-1e6, 1e6)},
       {"NormalizeSpec.std", Number(1e-6, 1e6)},
-      {"ModelSpec.preset", Choice({"mlp", "fashion-cnn"})},
+      {"ModelSpec.preset", Choice({"mlp", "fashion-cnn", "lenet", "resnet-20", "resnet-32",
+                                   "resnet-44", "resnet-56", "resnet-110", "plain-20", "plain-32",
+                                   "plain-44", "plain-56", "plain-110", "resnet-50"})},
       {"ModelSpec.hidden", Integer(1, kInt32Max)},
       {"ModelSpec.sync", Choice({"batch", "shard"})},
       {"ModelSpec.dropout", Number(0, 1, false, true)},
@@ -66,7 +68,7 @@ const std::map<std::string, Rule>& Rules() {
       {"LayerSpec.name", {Rule::Kind::kLayerName}},
       {"LayerSpec.type",
        Choice({"dense", "conv2d", "max_pool", "average_pool", "global_average_pool", "batch_norm",
-               "relu", "tanh", "sigmoid", "add", "flatten", "dropout"})},
+               "relu", "tanh", "sigmoid", "add", "flatten", "dropout", "pad"})},
       {"LayerSpec.inputs", {Rule::Kind::kInput}},
       {"LayerSpec.units", Integer(1, kInt32Max)},
       {"LayerSpec.filters", Integer(1, kInt32Max)},
@@ -78,6 +80,8 @@ const std::map<std::string, Rule>& Rules() {
       {"LayerSpec.sync", Choice({"batch", "shard"})},
       {"LayerSpec.momentum", Number(0, 1, true)},
       {"LayerSpec.epsilon", Number(1e-12, 1)},
+      {"LayerSpec.channels_before", Integer(0, kInt32Max)},
+      {"LayerSpec.channels_after", Integer(0, kInt32Max)},
       {"InitializerSpec.type", Choice({"zeros", "normal", "uniform", "xavier", "he"})},
       {"InitializerSpec.std", Number(0, 1e6, true)},
       {"InitializerSpec.limit", Number(0, 1e6, true)},
@@ -361,6 +365,7 @@ const std::vector<std::string>& LayerFields(const std::string& type) {
       {"average_pool", {"kernel", "stride", "padding"}},
       {"batch_norm", {"sync", "momentum", "epsilon"}},
       {"dropout", {"rate"}},
+      {"pad", {"padding", "channels_before", "channels_after"}},
   };
   static const auto& none = *new std::vector<std::string>;
   const auto it = fields.find(type);

@@ -270,6 +270,130 @@ TEST_P(NormTest, BackwardMatchesTheReference) {
   }
 }
 
+// One pass gives what BatchNormForward, Add and ReluForward give, also over its inputs.
+TEST_P(NormTest, AddForwardGivesTheBitsOfThreePasses) {
+  for (bool relu : {false, true}) {
+    for (int64_t channels : kOddSizes) {
+      constexpr int64_t kN = 37;
+      const NormData d(channels, kN);
+      const BatchNormShape shape{channels, relu}, plain{channels, false};
+      const std::vector<float> other = RandomFloats(d.x.size(), 51, -2, 2);
+      const auto x = In(d.x), weight = In(d.weight), bias = In(d.bias), residual = In(other),
+                 var = In(RandomFloats(channels, 52, 0.5f, 2));
+      const auto mean = Out(channels), m2 = Out(channels), apart = Out(d.x.size()),
+                 fused = Out(d.x.size());
+      device().BatchNormMoments(stream(), shape, kN, x, mean, m2);
+      for (bool inference : {false, true}) {
+        const auto over_x = In(d.x), over_residual = In(other);
+        const auto run = [&](const float* from, const float* added, float* to) {
+          if (inference) {
+            device().BatchNormAddInference(stream(), shape, kN, from, mean, var, kEpsilon, weight,
+                                           bias, added, to);
+          } else {
+            device().BatchNormAddForward(stream(), shape, kN, from, mean, m2, kN, kEpsilon, weight,
+                                         bias, added, to);
+          }
+        };
+        if (inference) {
+          device().BatchNormInference(stream(), plain, kN, x, mean, var, kEpsilon, weight, bias,
+                                      apart);
+        } else {
+          device().BatchNormForward(stream(), plain, kN, x, mean, m2, kN, kEpsilon, weight, bias,
+                                    apart);
+        }
+        const auto n = static_cast<int64_t>(d.x.size());
+        device().Add(stream(), n, apart, residual, apart);
+        if (relu) device().ReluForward(stream(), n, apart, apart);
+        run(x, residual, fused);
+        run(over_x, residual, over_x);
+        run(x, over_residual, over_residual);
+        ASSERT_TRUE(SameBits(fused.Read(), apart.Read()));
+        ASSERT_TRUE(SameBits(over_x.Read(), apart.Read()));
+        ASSERT_TRUE(SameBits(over_residual.Read(), apart.Read()));
+      }
+    }
+  }
+}
+
+// The gradient is that of Add and ReluBackward, the sums are its sums; also over its inputs.
+TEST_P(NormTest, GradientMatchesSeparatePasses) {
+  for (bool relu : {false, true}) {
+    for (bool two : {false, true}) {
+      for (int64_t channels : kOddSizes) {
+        for (int64_t n : {1, 31, 301}) {
+          const NormData d(channels, n);
+          const BatchNormShape shape{channels, relu};
+          const auto size = static_cast<int64_t>(d.x.size());
+          const std::vector<float> second = RandomFloats(d.x.size(), 53),
+                                   output = RandomFloats(d.x.size(), 54);
+          const auto x = In(d.x), dy = In(d.dy), more = In(second), y = In(output);
+          const auto mean = Out(channels), m2 = Out(channels), g = Out(d.x.size()),
+                     apart = Out(d.x.size()), sum_dy = Out(channels), sum_dy_xhat = Out(channels);
+          device().BatchNormMoments(stream(), shape, n, x, mean, m2);
+          const auto run = [&](const float* from, const float* a, const float* b, float* to) {
+            device().BatchNormGradient(stream(), shape, n, from, relu ? y.data() : nullptr, a,
+                                       two ? b : nullptr, mean, m2, n, kEpsilon, to, sum_dy,
+                                       sum_dy_xhat);
+          };
+          device().Copy(stream(), dy.data(), apart.data(), d.x.size() * sizeof(float));
+          if (two) device().Add(stream(), size, apart, more, apart);
+          if (relu) device().ReluBackward(stream(), size, y, apart, apart);
+          run(x, dy, more, g);
+          const std::vector<float> expected = apart.Read(), sums = sum_dy.Read(),
+                                   sums_x = sum_dy_xhat.Read();
+          ASSERT_TRUE(SameBits(g.Read(), expected));
+          const NormReference r(channels, ToDoubles(d.x));
+          std::vector<double> sum(channels, 0.0), sum_x(channels, 0.0);
+          for (size_t i = 0; i < d.x.size(); ++i) {
+            const int64_t c = i % channels;
+            sum[c] += expected[i];
+            sum_x[c] += expected[i] * (d.x[i] - r.mean[c]) * r.inv_std(c);
+          }
+          EXPECT_TRUE(Near(sums, sum, 3e-6));
+          EXPECT_TRUE(Near(sums_x, sum_x, 2e-5));  // up to 301 terms that cancel
+          const auto over_x = In(d.x), over_dy = In(d.dy), over_more = In(second);
+          run(over_x, dy, more, over_x);
+          ASSERT_TRUE(SameBits(over_x.Read(), expected));
+          ASSERT_TRUE(SameBits(sum_dy_xhat.Read(), sums_x));
+          run(x, over_dy, more, over_dy);
+          ASSERT_TRUE(SameBits(over_dy.Read(), expected));
+          if (!two) continue;
+          run(x, dy, over_more, over_more);
+          ASSERT_TRUE(SameBits(over_more.Read(), expected));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(NormTest, BackwardMayLieOverItsInputs) {
+  constexpr int64_t kChannels = 35, kN = 37;
+  const NormData d(kChannels, kN);
+  const BatchNormShape shape{kChannels, true};
+  const std::vector<float> output = RandomFloats(d.x.size(), 55);
+  const auto weight = In(d.weight);
+  auto x = In(d.x), y = In(output), dy = In(d.dy);
+  const auto mean = Out(kChannels), m2 = Out(kChannels), sum_dy = Out(kChannels),
+             sum_dy_xhat = Out(kChannels), dx = Out(d.x.size());
+  device().BatchNormMoments(stream(), shape, kN, x, mean, m2);
+  device().BatchNormBackwardSums(stream(), shape, kN, x, y, dy, mean, m2, kN, kEpsilon, sum_dy,
+                                 sum_dy_xhat);
+  const auto run = [&](const float* a, const float* b, const float* c, float* to) {
+    device().BatchNormBackward(stream(), shape, kN, a, b, c, mean, m2, kN, kEpsilon, weight, sum_dy,
+                               sum_dy_xhat, to);
+  };
+  run(x, y, dy, dx);
+  const std::vector<float> expected = dx.Read();
+  run(x, y, dy, dy);
+  EXPECT_TRUE(SameBits(dy.Read(), expected));
+  dy.Write(d.dy);
+  run(x, y, dy, y);
+  EXPECT_TRUE(SameBits(y.Read(), expected));
+  y.Write(output);
+  run(x, y, dy, x);
+  EXPECT_TRUE(SameBits(x.Read(), expected));
+}
+
 TEST_P(NormTest, RunningAveragesFollowTheUnbiasedVariance) {
   for (int64_t channels : kOddSizes) {
     for (int64_t n : {1, 2, 100}) {

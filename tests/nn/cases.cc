@@ -50,6 +50,15 @@ std::vector<GraphCase> MakeCases() {
     m.Flatten();
     m.Dense(3);
   });
+  add("pad", {3, 4, 2}, 3, [](GraphMaker& m) {
+    m.Pad(1, 0, 0);
+    m.Conv2d(2, 2);
+    m.Pad(2, 1, 3);
+    m.Tanh();
+    m.Pad(0, 0, 1);
+    m.Flatten();
+    m.Dense(3);
+  });
   add("max_pool", {6, 5, 1}, 3, [](GraphMaker& m) {
     m.Conv2d(3, 2);
     m.MaxPool(3, 2, 1);
@@ -109,6 +118,52 @@ std::vector<GraphCase> MakeCases() {
       m.Relu();
       m.GlobalAveragePool();
       m.Dense(3);
+    });
+    add("residual_of_narrower" + which, {6, 5, 2}, 3, [&](GraphMaker& m) {
+      m.Conv2d(2, 3, 1, 1, /*bias=*/false);
+      m.BatchNorm(sync);
+      const int trunk = m.Relu();
+      m.Conv2d(5, 3, 2, 1, /*bias=*/false);
+      m.BatchNorm(sync);
+      m.Relu();
+      m.Conv2d(5, 3, 1, 1, /*bias=*/false);
+      const int branch = m.BatchNorm(sync);
+      m.AveragePool(1, 2, 0, trunk);
+      const int shortcut = m.Pad(0, 1, 2);
+      m.AddLayers({branch, shortcut});
+      const int end = m.Relu();
+      m.Conv2d(5, 3, 1, 1, /*bias=*/false);
+      m.BatchNorm(sync);
+      m.AddLayers({end, m.Last()});
+      m.GlobalAveragePool();
+      m.Dense(3);
+    });
+    add("residual_of_projection" + which, {4, 4, 2}, 3, [&](GraphMaker& m) {
+      const int trunk = m.Conv2d(2, 3, 1, 1, /*bias=*/false);
+      m.BatchNorm(sync);
+      const int branch = m.Relu();
+      m.Conv2d(3, 1, 2, 0, /*bias=*/false, trunk);
+      const int projected = m.BatchNorm(sync);
+      m.Conv2d(3, 3, 2, 1, /*bias=*/false, branch);
+      const int norm = m.BatchNorm(sync);
+      m.AddLayers({projected, norm});
+      m.Relu();
+      m.Flatten();
+      m.Dense(3);
+    });
+    add("residual_of_data" + which, {4}, 4, [&](GraphMaker& m) {
+      m.Dense(4);
+      m.BatchNorm(sync);
+      m.AddLayers({kData, m.Last()});
+      const int sum = m.Relu();
+      const int norm = m.BatchNorm(sync);
+      m.AddLayers({m.Tanh(norm), m.Sigmoid(norm), sum, norm});
+    });
+    add("norm_of_constant_data_in_a_residual" + which, {4}, 4, [&](GraphMaker& m) {
+      const int dense = m.Dense(4);
+      const int norm = m.BatchNorm(sync, kData);
+      m.AddLayers({norm, dense});
+      m.Relu();
     });
     add("parallel_norms" + which, {5}, 3, [&](GraphMaker& m) {
       const int trunk = m.Dense(4);

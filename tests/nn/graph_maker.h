@@ -73,6 +73,16 @@ class GraphMaker {
     layer.output = {spec::ElementCount(layer.output)};
     return Last();
   }
+  int Pad(int64_t padding, int64_t before, int64_t after, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kPad, {input});
+    layer.padding = padding;
+    layer.channels_before = before;
+    layer.channels_after = after;
+    layer.output[0] += 2 * padding;
+    layer.output[1] += 2 * padding;
+    layer.output[2] += before + after;
+    return Last();
+  }
   int Dropout(double rate, int input = kPrevious) {
     Add(spec::LayerType::kDropout, {input}).rate = rate;
     return Last();

@@ -23,7 +23,7 @@ void ExpectEveryReadFindsItsValue(const Lowering& lowering, const MemoryPlan& pl
   };
   for (size_t i = 0; i < lowering.calls.size(); ++i) {
     const Call& call = lowering.calls[i];
-    for (const int value : {call.a, call.b, call.c}) {
+    for (const int value : {call.a, call.b, call.c, call.d}) {
       expect_held(value, static_cast<int>(i));
       for (const int out : {call.out, call.out2}) {
         if (out < 0 || value < 0 || IsElementwise(call.type)) continue;

@@ -45,6 +45,37 @@ TEST(ProgramTest, FusesReluOnlyIntoAProducerThatNothingElseReads) {
   EXPECT_THAT(program->nodes()[7].inputs, ElementsAre(4, 6));
 }
 
+TEST(ProgramTest, FusesAResidualIntoTheNormThatNothingElseReads) {
+  GraphMaker m({4, 4, 2}, 3);
+  const int stem = m.Conv2d(2, 3, 1, 1);  // node 0
+  const int first = m.BatchNorm(Sync::kShard);
+  const int projected = m.BatchNorm(Sync::kShard, stem);  // node 1
+  m.AddLayers({projected, first});                        // takes the later of two norms: node 2
+  const int relu = m.Relu();
+  const int norm = m.BatchNorm(Sync::kShard);
+  m.AddLayers({norm, relu});                             // node 3, without a relu
+  const int read_twice = m.BatchNorm(Sync::kShard);      // node 4
+  m.AddLayers({read_twice, relu});                       // node 5
+  m.AddLayers({read_twice, m.Last()});                   // node 6
+  m.AddLayers({m.BatchNorm(Sync::kShard), relu, stem});  // of three: nodes 7, 8
+  m.GlobalAveragePool();
+  m.Dense(3);
+  const auto program = MustCompile(m);
+  std::vector<std::vector<int>> nodes;
+  for (const Program::Node& node : program->nodes()) {
+    nodes.push_back({node.layer, node.fused_add, node.fused_relu});
+  }
+  EXPECT_THAT(nodes,
+              ElementsAre(ElementsAre(0, -1, -1), ElementsAre(1, -1, -1), ElementsAre(2, 3, 4),
+                          ElementsAre(5, 6, -1), ElementsAre(7, -1, -1), ElementsAre(8, -1, -1),
+                          ElementsAre(9, -1, -1), ElementsAre(10, -1, -1), ElementsAre(11, -1, -1),
+                          ElementsAre(12, -1, -1), ElementsAre(13, -1, -1)));
+  EXPECT_THAT(program->nodes()[2].inputs, ElementsAre(0, 1));
+  EXPECT_THAT(program->nodes()[3].inputs, ElementsAre(2, 2));
+  EXPECT_EQ(program->node_name(2), "layer4");
+  EXPECT_EQ(program->node_name(3), "layer6");
+}
+
 TEST(ProgramTest, ParametersLieInTheOrderOfBackwardAndAreAligned) {
   GraphMaker m({5}, 3);
   m.Dense(7);

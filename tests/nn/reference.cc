@@ -87,6 +87,9 @@ class Interpreter {
       case LayerType::kFlatten:
         y = x;
         break;
+      case LayerType::kPad:
+        Pad(layer, in, x, &y);
+        break;
       case LayerType::kDropout: {
         const PhiloxKey key = MakePhiloxKey(batch_.seed, "dropout/" + layer.name);
         const auto rate = static_cast<float>(layer.rate);
@@ -144,6 +147,18 @@ class Interpreter {
         }
       }
     });
+  }
+
+  void Pad(const Layer& layer, const std::vector<int64_t>& in, const Values& x, Values* y) const {
+    const int64_t width = layer.output[1], channels = layer.output[2];
+    for (int64_t r = 0; r < samples_; ++r) {
+      for (int64_t i = 0; i < in[0] * in[1] * in[2]; ++i) {
+        const int64_t h = i / in[2] / in[1] + layer.padding, w = i / in[2] % in[1] + layer.padding;
+        const int64_t c = i % in[2] + layer.channels_before;
+        (*y)[r * ElementCount(layer.output) + (h * width + w) * channels + c] =
+            x[r * ElementCount(in) + i];
+      }
+    }
   }
 
   void Pool(const Layer& layer, const std::vector<int64_t>& in, const Values& x, Values* y) const {

@@ -2,6 +2,7 @@
 #include "common/spec/graph.h"
 
 #include <cmath>
+#include <map>
 #include <string>
 
 #include "common/spec/spec.h"
@@ -98,6 +99,28 @@ TEST(Graph, Conv2d) {
   EXPECT_EQ(strided.tensors.size(), 1u);
   EXPECT_EQ(strided.flops, 2 * 4 * 3 * 2 * 48);
   EXPECT_EQ(One("type: conv2d, filters: 1, kernel: 11, padding: 1").output, (Shape{3, 1, 1}));
+}
+
+TEST(Graph, Pad) {
+  const Layer pad = One("type: pad, padding: 2, channels_before: 1, channels_after: 4");
+  EXPECT_EQ(pad.output, (Shape{15, 13, 8}));
+  EXPECT_EQ(pad.padding, 2);
+  EXPECT_EQ(pad.channels_before, 1);
+  EXPECT_EQ(pad.channels_after, 4);
+  EXPECT_EQ(pad.flops, 0);
+  EXPECT_EQ(One("type: pad, channels_after: 4").output, (Shape{11, 9, 7}));
+  EXPECT_EQ(One("type: pad, padding: 1").output, (Shape{13, 11, 3}));
+  EXPECT_EQ(Refused(WithHead({"type: pad"})),
+            "model.layers.0: pad adds nothing; accepted: padding, channels_before or "
+            "channels_after above 0");
+  EXPECT_EQ(Refused(WithHead({"type: pad, padding: 0, channels_before: 0"})),
+            "model.layers.0: pad adds nothing; accepted: padding, channels_before or "
+            "channels_after above 0");
+  EXPECT_EQ(Refused({"type: flatten", "type: pad, padding: 1", "type: dense, units: 10"}),
+            "model.layers.1: pad needs an input {height, width, channels}, but flatten_1 is {784}");
+  EXPECT_EQ(Refused(WithHead({"type: pad, channels_after: 2147483647"})),
+            "model.layers.0: its output {28, 28, 2147483648} has more than 2^31 elements per "
+            "sample");
 }
 
 TEST(Graph, PoolsRoundDown) {
@@ -387,6 +410,79 @@ TEST(Preset, FashionCnn) {
             9 * 32 + 64 + 9 * 32 * 64 + 128 + 9 * 64 * 128 + 256 + 1152 * 128 + 128 + 1290);
   for (const Layer& layer : Preset("preset: fashion-cnn, dropout: 0").layers)
     EXPECT_NE(layer.type, LayerType::kDropout);
+}
+
+// The model of the PyTorch benchmark: 32 and 64 filters with biases.
+TEST(Preset, LeNet) {
+  const Graph graph = Preset("preset: lenet, sync: batch");
+  EXPECT_THAT(Names(graph), ElementsAre("conv2d_1", "batch_norm_1", "relu_1", "max_pool_1",
+                                        "conv2d_2", "batch_norm_2", "relu_2", "max_pool_2",
+                                        "flatten_1", "dense_1", "relu_3", "dense_2"));
+  EXPECT_EQ(graph.layers[1].sync, Sync::kBatch);
+  EXPECT_EQ(graph.layers[8].output, Shape{64 * 49});
+  EXPECT_EQ(Parameters(graph),
+            9 * 32 + 32 + 64 + 9 * 32 * 64 + 64 + 128 + 64 * 49 * 128 + 128 + 128 * 10 + 10);
+}
+
+// The numbers of parameters that github.com/akamaster/pytorch_resnet_cifar10 lists for option A.
+TEST(Preset, ResNetsForCifar) {
+  const std::string cifar = "path: d, shape: [32, 32, 3]";
+  const std::map<int, int64_t> parameters = {
+      {20, 269722}, {32, 464154}, {44, 658586}, {56, 853018}, {110, 1727962}};
+  for (const auto& [depth, count] : parameters) {
+    const Graph residual = Preset(fmt::format("preset: resnet-{}", depth), cifar);
+    EXPECT_EQ(Parameters(residual), count) << depth;
+    const Graph plain = Preset(fmt::format("preset: plain-{}", depth), cifar);
+    EXPECT_EQ(Parameters(plain), count) << depth;
+    // Layers with weights on the longest path.
+    int weighted = 0, sums = 0;
+    for (const Layer& layer : residual.layers) {
+      const bool dense = layer.type == LayerType::kDense;
+      weighted += dense || layer.type == LayerType::kConv2d;
+      sums += layer.type == LayerType::kAdd;
+      if (dense || layer.type != LayerType::kConv2d) continue;
+      EXPECT_FALSE(layer.bias);
+      EXPECT_DOUBLE_EQ(layer.tensors[0].init.scale,
+                       std::sqrt(2.0 / (9.0 * static_cast<double>(layer.tensors[0].shape[3]))));
+    }
+    EXPECT_EQ(weighted, depth);
+    EXPECT_EQ(sums, (depth - 2) / 2);
+    for (const Layer& layer : plain.layers) {
+      EXPECT_NE(layer.type, LayerType::kAdd);
+      EXPECT_NE(layer.type, LayerType::kPad);
+    }
+  }
+  const Graph graph = Preset("preset: resnet-20", cifar);
+  std::map<std::string, const Layer*> by_name;
+  for (const Layer& layer : graph.layers) by_name[layer.name] = &layer;
+  EXPECT_EQ(by_name.at("stage2_block1_subsample")->output, (Shape{16, 16, 16}));
+  EXPECT_EQ(by_name.at("stage2_block1_pad")->output, (Shape{16, 16, 32}));
+  EXPECT_EQ(by_name.at("stage2_block1_pad")->channels_before, 8);
+  EXPECT_EQ(by_name.at("stage2_block1_pad")->channels_after, 8);
+  EXPECT_EQ(by_name.at("stage3_block3_relu2")->output, (Shape{8, 8, 64}));
+  EXPECT_EQ(by_name.at("dense")->output, Shape{10});
+  int64_t flops = 0;
+  for (const Layer& layer : graph.layers)
+    if (layer.type == LayerType::kConv2d) flops += layer.flops;
+  EXPECT_EQ(flops / 2, 40550400);
+}
+
+// torchvision's resnet50 has 25,557,032 parameters with 1000 classes and 4.09 billion multiply-adds
+// at 224 by 224.
+TEST(Preset, ResNet50) {
+  const Graph graph = Preset("preset: resnet-50", "path: d, shape: [224, 224, 3], classes: 200");
+  EXPECT_EQ(Parameters(graph), 25557032 - 800 * 2049);
+  std::map<std::string, const Layer*> by_name;
+  int64_t flops = 0;
+  for (const Layer& layer : graph.layers) {
+    by_name[layer.name] = &layer;
+    if (layer.type == LayerType::kConv2d) flops += layer.flops;
+  }
+  EXPECT_EQ(by_name.at("stem_pool")->output, (Shape{56, 56, 64}));
+  EXPECT_EQ(by_name.at("stage1_block3_relu3")->output, (Shape{56, 56, 256}));
+  EXPECT_EQ(by_name.at("stage4_block3_relu3")->output, (Shape{7, 7, 2048}));
+  EXPECT_EQ(by_name.at("stage3_block1_conv2")->stride, 2);
+  EXPECT_EQ(flops / 2, 4087136256);
 }
 
 TEST(Preset, AProblemOfItsLayersNamesThePreset) {

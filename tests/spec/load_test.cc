@@ -71,7 +71,7 @@ TEST(Load, RefusesUnknownFieldsAndSuggests) {
        "job.yaml:4: model.layers.0.unit: unknown field (did you mean \"units\"?); accepted: name, "
        "type, inputs, units, filters, kernel, stride, padding, bias, rate, sync, momentum, "
        "epsilon, "
-       "weight_init, bias_init"},
+       "weight_init, bias_init, channels_before, channels_after"},
       {"\"a\\nb\\e\": 1\n",
        std::string("job.yaml:1: a\\nb\\x1b: unknown field; accepted: ") + kTop},
       {"? [a]\n: b\n",
@@ -89,6 +89,9 @@ TEST(Load, RefusesDuplicateFields) {
 }
 
 TEST(Load, NamesTheParentsLineOfAMissingField) {
+  const std::string presets =
+      "preset (mlp, fashion-cnn, lenet, resnet-20, resnet-32, resnet-44, resnet-56, resnet-110, "
+      "plain-20, plain-32, plain-44, plain-56, plain-110, resnet-50) or layers";
   Check({
       {"\n# comment\nname: a\n",
        "job.yaml:3: data.path: missing; accepted: the folder of the data, absolute or below "
@@ -96,9 +99,8 @@ TEST(Load, NamesTheParentsLineOfAMissingField) {
       {"name: a\ndata:\n  classes: 10\n",
        "job.yaml:2: data.path: missing; accepted: the folder of the data, absolute or below "
        "LOCKSTEP_DATA"},
-      {"name: a\ndata: {path: d}\n",
-       "job.yaml:1: model: missing; accepted: preset (mlp, fashion-cnn) or layers"},
-      {Compact("{}"), "job.yaml:3: model: missing; accepted: preset (mlp, fashion-cnn) or layers"},
+      {"name: a\ndata: {path: d}\n", "job.yaml:1: model: missing; accepted: " + presets},
+      {Compact("{}"), "job.yaml:3: model: missing; accepted: " + presets},
       {Compact("{preset: mlp}", "{type: adam}"),
        "job.yaml:4: optimizer.learning_rate: missing; accepted: a number above 0 to 1000000"},
       {Compact("{preset: mlp}", "{learning_rate: 1}", "{epochs: 1}"),
@@ -220,7 +222,7 @@ TEST(Load, RefusesMissingAttributesOfLayers) {
   Check({
       {layer("name: x"),
        at + ".type: missing; accepted: dense, conv2d, max_pool, average_pool, global_average_pool, "
-            "batch_norm, relu, tanh, sigmoid, add, flatten, dropout"},
+            "batch_norm, relu, tanh, sigmoid, add, flatten, dropout, pad"},
       {layer("type: dense"), at + ".units: missing; dense needs " + integer},
       {layer("type: conv2d, kernel: 3"), at + ".filters: missing; conv2d needs " + integer},
       {layer("type: conv2d, filters: 3"), at + ".kernel: missing; conv2d needs " + integer},

@@ -31,7 +31,10 @@ const char kLayerName[] =
     "accepted: up to 64 letters, digits, '_' and '-', the first a letter, other than \"data\"";
 const char kTypes[] =
     "accepted: dense, conv2d, max_pool, average_pool, global_average_pool, batch_norm, relu, tanh, "
-    "sigmoid, add, flatten, dropout";
+    "sigmoid, add, flatten, dropout, pad";
+constexpr char kPresets[] =
+    "mlp, fashion-cnn, lenet, resnet-20, resnet-32, resnet-44, resnet-56, resnet-110, plain-20, "
+    "plain-32, plain-44, plain-56, plain-110, resnet-50";
 
 std::vector<Refusal> Refusals() {
   const std::string layer = "model.layers.1.";
@@ -67,8 +70,9 @@ std::vector<Refusal> Refusals() {
       {"data.train_samples", "0", Integer("0", "1", kMany)},
       {"data.validation_samples", "-1", Integer("-1", "1", kMany)},
       {"data.prefetch", "0", Integer("0", "1", "1024")},
-      {"model.preset", "cnn", "found \"cnn\"; accepted: mlp, fashion-cnn"},
-      {"model.preset", "mpl", "found \"mpl\" (did you mean \"mlp\"?); accepted: mlp, fashion-cnn"},
+      {"model.preset", "cnn", "found \"cnn\"; accepted: " + std::string(kPresets)},
+      {"model.preset", "mpl",
+       "found \"mpl\" (did you mean \"mlp\"?); accepted: " + std::string(kPresets)},
       {"model.hidden", "500",
        fmt::format("found 500; accepted: a list of 1 to 256 elements, each an integer from 1 to {}",
                    kInt32)},
@@ -112,6 +116,8 @@ std::vector<Refusal> Refusals() {
       {layer + "bias_init.std", "x", Number("\"x\"", "above 0 to 1000000")},
       {layer + "bias_init.limit", "true", Number("\"true\"", "above 0 to 1000000")},
       {layer + "bias_init.distribution", "''", "found the string \"\"; accepted: uniform, normal"},
+      {layer + "channels_before", "-1", Integer("-1", "0", kInt32)},
+      {layer + "channels_after", "0.5", Integer("0.5", "0", kInt32)},
       {"loss.type", "cross_entropy",
        "found \"cross_entropy\"; accepted: softmax_cross_entropy, mean_squared_error"},
       {"loss.target", "labels",

@@ -153,7 +153,7 @@ class Device {
                                 const float* x, const float* mean, const float* m2,
                                 int64_t moments_n, float epsilon, const float* weight,
                                 const float* bias, float* y) = 0;
-  // Same from running averages (inference).
+  // Same from running averages (inference). y may alias x.
   virtual void BatchNormInference(Stream& stream, const BatchNormShape& shape, int64_t n,
                                   const float* x, const float* running_mean,
                                   const float* running_var, float epsilon, const float* weight,
@@ -163,16 +163,38 @@ class Device {
                                      const float* x, const float* y, const float* dy,
                                      const float* mean, const float* m2, int64_t moments_n,
                                      float epsilon, float* sum_dy, float* sum_dy_xhat) = 0;
-  // dx = weight * inv_std * (dy - sum_dy / moments_n - xhat * sum_dy_xhat / moments_n).
+  // dx = weight * inv_std * (dy - sum_dy / moments_n - xhat * sum_dy_xhat / moments_n). dx may
+  // alias x, y or dy.
   virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, int64_t n,
                                  const float* x, const float* y, const float* dy, const float* mean,
                                  const float* m2, int64_t moments_n, float epsilon,
                                  const float* weight, const float* sum_dy, const float* sum_dy_xhat,
                                  float* dx) = 0;
+  // y = relu(normalized x + residual), in one pass; without the relu where shape says so. Otherwise
+  // BatchNormForward and BatchNormInference. y may alias x or residual.
+  virtual void BatchNormAddForward(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                   const float* x, const float* mean, const float* m2,
+                                   int64_t moments_n, float epsilon, const float* weight,
+                                   const float* bias, const float* residual, float* y) = 0;
+  virtual void BatchNormAddInference(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                     const float* x, const float* running_mean,
+                                     const float* running_var, float epsilon, const float* weight,
+                                     const float* bias, const float* residual, float* y) = 0;
+  // g = dy + more, masked by y > 0 where shape.relu: what reaches the residual, and the norm's
+  // BatchNormBackward with a shape without relu. In the same pass BatchNormBackwardSums' sums of
+  // it. `more` may be null; g may alias an input.
+  virtual void BatchNormGradient(Stream& stream, const BatchNormShape& shape, int64_t n,
+                                 const float* x, const float* y, const float* dy, const float* more,
+                                 const float* mean, const float* m2, int64_t moments_n,
+                                 float epsilon, float* g, float* sum_dy, float* sum_dy_xhat) = 0;
   // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
   virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                                      const float* m2, float momentum, float* running_mean,
                                      float* running_var) = 0;
+
+  // ---- rearranging.
+  virtual void CopyStrided(Stream& stream, const StridedCopy& copy, int64_t rows, const float* x,
+                           float* y) = 0;
 
   // ---- elementwise. Outputs may alias inputs.
   virtual void ReluForward(Stream& stream, int64_t n, const float* x, float* y) = 0;

@@ -27,6 +27,20 @@ struct BatchNormShape {
   bool relu = false;  // y = relu(normalized); backward masks by y > 0
 };
 
+// For each row: y[to_begin + sum to[d] i[d]] = x[from_begin + sum from[d] i[d]] for all i below
+// size. Rows lie from_row and to_row elements apart. x and y do not overlap.
+struct StridedCopy {
+  int64_t size[3] = {1, 1, 1};
+  int64_t from_begin = 0, from[3] = {0, 0, 0}, from_row = 0;
+  int64_t to_begin = 0, to[3] = {0, 0, 0}, to_row = 0;
+  int64_t elements() const { return size[0] * size[1] * size[2]; }  // of a row
+  // The same elements the other way.
+  StridedCopy Reversed() const {
+    return {{size[0], size[1], size[2]}, to_begin, {to[0], to[1], to[2]}, to_row, from_begin,
+            {from[0], from[1], from[2]}, from_row};
+  }
+};
+
 enum class OptimizerType {
   kSgd,
   kMomentum,

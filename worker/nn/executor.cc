@@ -5,6 +5,21 @@
 #include "common/philox.h"
 
 namespace lockstep::nn {
+namespace {
+
+// The input's place in the output of a pad.
+device::StridedCopy PadCopy(const spec::Layer& layer, const std::vector<int64_t>& in,
+                            const std::vector<int64_t>& out) {
+  const int64_t in_line = in[1] * in[2], out_line = out[1] * out[2];
+  device::StridedCopy copy;
+  for (int d = 0; d < 3; ++d) copy.size[d] = in[d];
+  copy.from[0] = in_line, copy.from[1] = in[2], copy.from[2] = 1;
+  copy.to[0] = out_line, copy.to[1] = out[2], copy.to[2] = 1;
+  copy.to_begin = layer.padding * (out_line + out[2]) + layer.channels_before;
+  return copy;
+}
+
+}  // namespace
 
 Executor::Executor(std::shared_ptr<const Program> program, device::Device& device,
                    const Operations& operations, uint64_t seed, Lowering lowering,
@@ -28,6 +43,15 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
       c.pool = {input[0], input[1], input[2], layer.kernel, layer.stride, layer.padding};
     }
     c.norm = {c.channels, node.fused_relu >= 0};
+    if (layer.type == spec::LayerType::kPad) c.copies = {PadCopy(layer, input, node.output)};
+    int64_t copied = 0;
+    for (device::StridedCopy& copy : c.copies) {
+      copy.from_row = c.in;
+      copy.to_row = c.out;
+      copied += copy.elements();
+    }
+    c.fills = copied == c.out;
+    c.fills_back = copied == c.in;
     c.synchronized = layer.sync == spec::Sync::kBatch;
     c.epsilon = static_cast<float>(layer.epsilon);
     c.rate = static_cast<float>(layer.rate);
@@ -74,7 +98,13 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kBatchNormInference:
     case CallType::kBatchNormBackwardSums:
     case CallType::kBatchNormBackward:
+    case CallType::kBatchNormAddForward:
+    case CallType::kBatchNormAddInference:
+    case CallType::kBatchNormGradient:
       return RunBatchNorm(call, context, merged, frame);
+    case CallType::kCopyForward:
+    case CallType::kCopyBackward:
+      return RunCopy(call, context, frame);
     case CallType::kReluForward:
       return device_.ReluForward(stream, rows * c.out, a, out);
     case CallType::kReluBackward:
@@ -140,8 +170,14 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   }
   const float* weight = context.state->parameters() + node.weight;
   const float* bias = context.state->parameters() + node.bias;
-  if (call.type == CallType::kBatchNormInference) {
+  const float* residual = Input(call.b, frame);  // of the calls that add
+  if (call.type == CallType::kBatchNormInference || call.type == CallType::kBatchNormAddInference) {
     const float* statistics = context.state->statistics();
+    if (call.type == CallType::kBatchNormAddInference) {
+      return device_.BatchNormAddInference(stream, c.norm, n, x, statistics + slice.running_mean,
+                                           statistics + slice.running_var, c.epsilon, weight, bias,
+                                           residual, out);
+    }
     return device_.BatchNormInference(stream, c.norm, n, x, statistics + slice.running_mean,
                                       statistics + slice.running_var, c.epsilon, weight, bias, out);
   }
@@ -153,13 +189,23 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     return device_.BatchNormForward(stream, c.norm, n, x, mean, m2, moments_n, c.epsilon, weight,
                                     bias, out);
   }
+  if (call.type == CallType::kBatchNormAddForward) {
+    return device_.BatchNormAddForward(stream, c.norm, n, x, mean, m2, moments_n, c.epsilon, weight,
+                                       bias, residual, out);
+  }
   const float* y = Floats(call.b, frame);
   const float* dy = Floats(call.c, frame);
-  if (call.type == CallType::kBatchNormBackwardSums) {
+  const device::BatchNormShape masked = {c.channels, call.b != kNoValue};
+  if (call.type == CallType::kBatchNormBackwardSums || call.type == CallType::kBatchNormGradient) {
     float* sum_dy = frame.sums;
     float* sum_dy_xhat = sum_dy + slice.channels;
-    device_.BatchNormBackwardSums(stream, c.norm, n, x, y, dy, mean, m2, moments_n, c.epsilon,
-                                  sum_dy, sum_dy_xhat);
+    if (call.type == CallType::kBatchNormGradient) {
+      device_.BatchNormGradient(stream, masked, n, x, y, dy, Floats(call.d, frame), mean, m2,
+                                moments_n, c.epsilon, out, sum_dy, sum_dy_xhat);
+    } else {
+      device_.BatchNormBackwardSums(stream, masked, n, x, y, dy, mean, m2, moments_n, c.epsilon,
+                                    sum_dy, sum_dy_xhat);
+    }
     // Leaves only add, so a leaf's share of the gradient is its own sums, also with whole-batch
     // moments.
     const size_t bytes = sizeof(float) * static_cast<size_t>(slice.channels);
@@ -168,8 +214,22 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     return FinishLeaf(call.node, context, frame);
   }
   const float* sums = c.synchronized ? merged.sums : frame.sums;
-  device_.BatchNormBackward(stream, c.norm, n, x, y, dy, mean, m2, moments_n, c.epsilon, weight,
+  device_.BatchNormBackward(stream, masked, n, x, y, dy, mean, m2, moments_n, c.epsilon, weight,
                             sums, sums + slice.channels, out);
+}
+
+void Executor::RunCopy(const Call& call, const StepContext& context, const Frame& frame) const {
+  const NodeConstants& c = constants_[call.node];
+  const int64_t rows = frame.input->rows;
+  const bool forward = call.type == CallType::kCopyForward;
+  float* out = Floats(call.out, frame);
+  if (forward ? !c.fills : !c.fills_back) {
+    const int64_t elements = rows * (forward ? c.out : c.in);
+    device_.Zero(*context.stream, out, sizeof(float) * static_cast<size_t>(elements));
+  }
+  const device::StridedCopy& copy = c.copies[call.part];
+  device_.CopyStrided(*context.stream, forward ? copy : copy.Reversed(), rows, Input(call.a, frame),
+                      out);
 }
 
 void Executor::RunLoss(const Call& call, const StepContext& context, const Frame& frame) const {

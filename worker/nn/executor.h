@@ -59,6 +59,8 @@ class Executor {
     device::PoolShape pool;
     device::BatchNormShape norm;
     int64_t spatial = 1, channels = 0;
+    std::vector<device::StridedCopy> copies;  // by input
+    bool fills = true, fills_back = true;     // the copies write all of the output, of the input
     bool synchronized = false;
     float epsilon = 0, rate = 0;
     PhiloxKey key;
@@ -67,6 +69,7 @@ class Executor {
   void RunLinear(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
                     const Frame& frame) const;
+  void RunCopy(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunLoss(const Call& call, const StepContext& context, const Frame& frame) const;
   void FinishLeaf(int node, const StepContext& context, const Frame& frame) const;
 

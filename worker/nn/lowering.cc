@@ -14,7 +14,8 @@ class Lowerer {
         training_(training),
         outputs_(program.nodes().size(), kNoValue),
         argmax_(program.nodes().size(), kNoValue),
-        gradients_(program.nodes().size(), kNoValue) {}
+        gradients_(program.nodes().size(), kNoValue),
+        more_(program.nodes().size(), kNoValue) {}
 
   Lowering Run() {
     const int nodes = static_cast<int>(program_.nodes().size());
@@ -86,8 +87,13 @@ class Lowerer {
           EmitWithoutValue(CallType::kBatchNormMoments, node, x);
           if (IsSynchronized(node)) EndSegment(Exchange::kMoments, n.moments);
         }
-        y = Emit(training_ ? CallType::kBatchNormForward : CallType::kBatchNormInference, node,
-                 node, x);
+        if (n.fused_add >= 0) {
+          y = Emit(training_ ? CallType::kBatchNormAddForward : CallType::kBatchNormAddInference,
+                   node, node, x, ValueOf(n.inputs[1]));
+        } else {
+          y = Emit(training_ ? CallType::kBatchNormForward : CallType::kBatchNormInference, node,
+                   node, x);
+        }
         break;
       case LayerType::kRelu:
         y = Emit(CallType::kReluForward, node, node, x);
@@ -109,6 +115,9 @@ class Lowerer {
         break;
       case LayerType::kDropout:
         y = Drops(node) ? Emit(CallType::kDropout, node, node, x) : x;
+        break;
+      case LayerType::kPad:
+        y = Emit(CallType::kCopyForward, node, node, x);
         break;
     }
   }
@@ -135,11 +144,22 @@ class Lowerer {
     return gradient;
   }
 
+  bool NeedsGradient(int node) const {
+    return node != spec::kData && program_.nodes()[node].needs_output_gradient;
+  }
+
   // Adds a contribution to the gradient of a node's output.
   void Contribute(int node, int value) {
-    if (node == spec::kData || !program_.nodes()[node].needs_output_gradient) return;
-    int& gradient = gradients_[node];
-    gradient = gradient == kNoValue ? value : Emit(CallType::kAdd, node, node, gradient, value);
+    if (!NeedsGradient(node)) return;
+    int &gradient = gradients_[node], &more = more_[node];
+    if (gradient == kNoValue) {
+      gradient = value;
+    } else if (program_.layer(node).type != LayerType::kBatchNorm) {
+      gradient = Emit(CallType::kAdd, node, node, gradient, value);
+    } else {
+      if (more != kNoValue) gradient = Emit(CallType::kAdd, node, node, gradient, more);
+      more = value;
+    }
   }
 
   void Backward(int node) {
@@ -167,10 +187,21 @@ class Lowerer {
         contribute(CallType::kGlobalAveragePoolBackward, dy);
         break;
       case LayerType::kBatchNorm: {
-        const int mask = n.fused_relu >= 0 ? y : kNoValue;
-        EmitWithoutValue(CallType::kBatchNormBackwardSums, node, x, mask, dy);
-        if (n.needs_input_gradient && IsSynchronized(node)) EndSegment(Exchange::kSums, n.moments);
-        contribute(CallType::kBatchNormBackward, x, mask, dy);
+        int mask = n.fused_relu >= 0 ? y : kNoValue;
+        const bool residual = n.fused_add >= 0 && NeedsGradient(n.inputs[1]);
+        if (more_[node] != kNoValue || (residual && mask != kNoValue)) {
+          const int masked = Emit(CallType::kBatchNormGradient, node, node, x, mask, dy);
+          result_.calls.back().d = more_[node];
+          dy = masked;
+          mask = kNoValue;
+        } else {
+          EmitWithoutValue(CallType::kBatchNormBackwardSums, node, x, mask, dy);
+        }
+        if (residual) Contribute(n.inputs[1], dy);
+        if (NeedsGradient(input) && IsSynchronized(node)) EndSegment(Exchange::kSums, n.moments);
+        if (NeedsGradient(input)) {
+          Contribute(input, Emit(CallType::kBatchNormBackward, node, input, x, mask, dy));
+        }
         break;
       }
       case LayerType::kRelu:
@@ -188,6 +219,9 @@ class Lowerer {
       case LayerType::kFlatten:
         Contribute(input, dy);
         break;
+      case LayerType::kPad:
+        contribute(CallType::kCopyBackward, dy);
+        break;
       case LayerType::kDropout:
         if (Drops(node)) {
           contribute(CallType::kDropout, dy);
@@ -202,6 +236,7 @@ class Lowerer {
   const bool training_;
   Lowering result_;
   std::vector<int> outputs_, argmax_, gradients_;  // by node
+  std::vector<int> more_;  // by node: a second gradient, which a batch_norm adds itself
 };
 
 }  // namespace
@@ -216,6 +251,11 @@ bool IsElementwise(CallType type) {
     case CallType::kSigmoidBackward:
     case CallType::kAdd:
     case CallType::kDropout:
+    case CallType::kBatchNormBackward:
+    case CallType::kBatchNormAddForward:
+    case CallType::kBatchNormAddInference:
+    case CallType::kBatchNormInference:
+    case CallType::kBatchNormGradient:
       return true;
     default:
       return false;

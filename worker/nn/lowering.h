@@ -5,7 +5,7 @@
 //  1. A value is written by exactly one call, before every call that reads it.
 //  2. Contributions to a gradient are added in the order in which backward reaches its consumers
 //  (the
-//     last consumer first), whatever the plan.
+//     last consumer first), whatever the plan. A batch_norm adds the last one in its own pass.
 //  3. A view (flatten; dropout at inference) has no call: its value is its input's.
 #pragma once
 
@@ -36,6 +36,14 @@ enum class CallType {
   kBatchNormBackwardSums,  // a = x, b = y with a fused relu, c = dy; into the shard's sums and its
                            // leaf
   kBatchNormBackward,      // a, b, c the same
+  kBatchNormAddForward,    // b = residual
+  kBatchNormAddInference,
+  kBatchNormGradient,  // as kBatchNormBackwardSums, d = more of dy or none; out = the gradient
+                       // behind the relu, of which the sums are
+  // a copied by Executor's table for the node and the part; out is zeroed before where parts do not
+  // fill it
+  kCopyForward,
+  kCopyBackward,
   kReluForward,
   kReluBackward,  // a = y, b = dy; so for tanh and sigmoid
   kTanhForward,
@@ -50,7 +58,7 @@ enum class CallType {
   kCountCorrect,
 };
 
-// True where out may lie where a or b does.
+// True where out may lie where an input does.
 bool IsElementwise(CallType type);
 
 struct Call {
@@ -58,6 +66,8 @@ struct Call {
   int node;  // that it belongs to
   int a = kNoValue, b = kNoValue, c = kNoValue;
   int out = kNoValue, out2 = kNoValue;
+  int d = kNoValue;
+  int part = 0;  // of copies: the number of the input
 };
 
 enum class Exchange { kNone, kMoments, kSums };

@@ -21,7 +21,7 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t rows) {
   std::vector<int> last_use(values, -1);
   for (int i = 0; i < calls; ++i) {
     const Call& call = lowering.calls[i];
-    for (const int value : {call.a, call.b, call.c, call.out, call.out2}) {
+    for (const int value : {call.a, call.b, call.c, call.d, call.out, call.out2}) {
       if (value >= 0) last_use[value] = i;
     }
   }
@@ -32,7 +32,7 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t rows) {
     const Call& call = lowering.calls[i];
     for (const int out : {call.out, call.out2}) {
       if (out < 0) continue;
-      for (const int in : {call.a, call.b}) {
+      for (const int in : {call.a, call.b, call.c, call.d}) {
         if (IsElementwise(call.type) && in >= 0 && last_use[in] == i) {
           block_of[out] = block_of[in];
           break;

@@ -61,6 +61,13 @@ Shape InferOutput(const Layer& layer, const Shape& input) {
     }
     case LayerType::kGlobalAveragePool:
       return input.size() == 3 ? Shape{input[2]} : Shape();
+    case LayerType::kPad:
+      if (input.size() != 3 || layer.padding < 0 || layer.channels_before < 0 ||
+          layer.channels_after < 0) {
+        return {};
+      }
+      return {input[0] + 2 * layer.padding, input[1] + 2 * layer.padding,
+              layer.channels_before + input[2] + layer.channels_after};
     case LayerType::kFlatten:
       return {ElementCount(input)};
     case LayerType::kBatchNorm:
@@ -173,6 +180,21 @@ bool CanFuseRelu(LayerType type) {
   return type == LayerType::kDense || type == LayerType::kConv2d || type == LayerType::kBatchNorm;
 }
 
+// By layer: for a batch_norm that ends in an add's pass, the add's index, otherwise -1. Of two
+// norms the later one.
+std::vector<int> FindResiduals(const std::vector<Layer>& layers, const std::vector<int>& uses) {
+  std::vector<int> add_of(layers.size(), -1);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& add = layers[i];
+    if (add.type != LayerType::kAdd || add.inputs.size() != 2) continue;
+    const int input = std::max(add.inputs[0], add.inputs[1]);
+    if (input != spec::kData && layers[input].type == LayerType::kBatchNorm && uses[input] == 1) {
+      add_of[input] = static_cast<int>(i);
+    }
+  }
+  return add_of;
+}
+
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph graph) {
@@ -187,13 +209,20 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
       if (input != spec::kData) ++uses[input];
     }
   }
+  const std::vector<int> add_of = FindResiduals(layers, uses);
+  std::vector<int> norm_of(layers.size(), -1);  // of an add that ends a norm's pass, the norm
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (add_of[i] >= 0) norm_of[add_of[i]] = static_cast<int>(i);
+  }
   std::vector<int> node_of(layers.size(), -1);
   std::vector<Node>& nodes = program->nodes_;
-  for (size_t i = 0; i < layers.size(); ++i) {
+  for (size_t at = 0; at < layers.size(); ++at) {
+    if (add_of[at] >= 0) continue;  // where the add stands
+    const size_t i = norm_of[at] >= 0 ? static_cast<size_t>(norm_of[at]) : at;
     const Layer& layer = layers[i];
     const int input = layer.inputs[0];
     if (layer.type == LayerType::kRelu && input != spec::kData && uses[input] == 1 &&
-        CanFuseRelu(layers[input].type)) {
+        (CanFuseRelu(layers[input].type) || norm_of[input] >= 0)) {
       node_of[i] = node_of[input];
       nodes[node_of[i]].fused_relu = static_cast<int>(i);
       continue;
@@ -202,7 +231,13 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
     node.layer = static_cast<int>(i);
     node.output = layer.output;
     node.needs_input_gradient = false;
-    for (const int from : layer.inputs) {
+    std::vector<int> inputs = layer.inputs;
+    if (i != at) {
+      node.fused_add = static_cast<int>(at);
+      const std::vector<int>& sum = layers[at].inputs;
+      inputs.push_back(sum[0] == static_cast<int>(i) ? sum[1] : sum[0]);
+    }
+    for (const int from : inputs) {
       node.inputs.push_back(from == spec::kData ? spec::kData : node_of[from]);
       node.needs_input_gradient |=
           from != spec::kData && nodes[node_of[from]].needs_output_gradient;
@@ -222,7 +257,7 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
       program->moments_size_ += 2 * slice.channels;
       program->has_synchronized_norm_ |= layer.sync == spec::Sync::kBatch;
     }
-    node_of[i] = static_cast<int>(nodes.size());
+    node_of[at] = static_cast<int>(nodes.size());
     nodes.push_back(std::move(node));
   }
   // Backward finishes the last node first.
@@ -238,7 +273,7 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
 
 const std::string& Program::node_name(int node) const {
   const Node& n = nodes_[node];
-  return graph_.layers[n.fused_relu >= 0 ? n.fused_relu : n.layer].name;
+  return graph_.layers[std::max({n.layer, n.fused_add, n.fused_relu})].name;
 }
 
 }  // namespace lockstep::nn

@@ -3,7 +3,9 @@
 // slots.
 //
 // Fusions: dense or conv2d followed by a relu that is its only consumer; batch_norm followed by
-// such a relu; the loss with the softmax. A fused layer's output exists under the relu's name.
+// such a relu; batch_norm followed by an add of two inputs that is its only consumer, and the add's
+// relu (a residual block's end, which is then computed where the add stands); the loss with the
+// softmax. A fused layer's output exists under the last one's name.
 //
 // A Plan (plan.h) is made from it per slot and generation. Thread-safe: immutable.
 #pragma once
@@ -33,8 +35,9 @@ struct MomentsSlice {
 class Program {
  public:
   struct Node {
-    int layer = 0;                                     // the layer that computes
-    int fused_relu = -1;                               // the relu layer fused into it, or -1
+    int layer = 0;        // the layer that computes
+    int fused_add = -1;   // the add layer fused into a batch_norm, whose other input is inputs[1]
+    int fused_relu = -1;  // the relu layer fused into it, or -1
     std::vector<int> inputs;                           // nodes, or spec::kData
     std::vector<int64_t> output;                       // shape per sample
     int64_t weight = -1, bias = -1;                    // offsets in the flat parameters, or -1

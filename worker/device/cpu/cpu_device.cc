@@ -120,10 +120,36 @@ class CpuDevice : public Device {
     k_.batch_norm_backward(shape, n, x, y, dy, mean, m2, moments_n, epsilon, weight, sum_dy,
                            sum_dy_xhat, dx);
   }
+  void BatchNormAddForward(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                           const float* mean, const float* m2, int64_t moments_n, float epsilon,
+                           const float* weight, const float* bias, const float* residual,
+                           float* y) override {
+    k_.batch_norm_add_forward(shape, n, x, mean, m2, static_cast<float>(moments_n), epsilon, weight,
+                              bias, residual, y);
+  }
+  void BatchNormAddInference(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                             const float* running_mean, const float* running_var, float epsilon,
+                             const float* weight, const float* bias, const float* residual,
+                             float* y) override {
+    k_.batch_norm_add_forward(shape, n, x, running_mean, running_var, 1.0f, epsilon, weight, bias,
+                              residual, y);
+  }
+  void BatchNormGradient(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
+                         const float* y, const float* dy, const float* more, const float* mean,
+                         const float* m2, int64_t moments_n, float epsilon, float* g, float* sum_dy,
+                         float* sum_dy_xhat) override {
+    k_.batch_norm_gradient(shape, n, x, y, dy, more, mean, m2, moments_n, epsilon, g, sum_dy,
+                           sum_dy_xhat);
+  }
   void UpdateRunningAverages(Stream&, int64_t channels, int64_t n, const float* mean,
                              const float* m2, float momentum, float* running_mean,
                              float* running_var) override {
     k_.update_running_averages(channels, n, mean, m2, momentum, running_mean, running_var);
+  }
+
+  void CopyStrided(Stream&, const StridedCopy& copy, int64_t rows, const float* x,
+                   float* y) override {
+    k_.copy_strided(copy, rows, x, y);
   }
 
   void ReluForward(Stream&, int64_t n, const float* x, float* y) override {

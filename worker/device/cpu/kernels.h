@@ -73,6 +73,16 @@ struct Kernels {
                                   float momentum, float* running_mean, float* running_var);
   // sums[c] = sum over rows of x {rows, columns}.
   void (*column_sums)(int64_t rows, int64_t columns, const float* x, float* sums);
+  // `spread` and `divisor` as in batch_norm_forward.
+  void (*batch_norm_add_forward)(const BatchNormShape& shape, int64_t n, const float* x,
+                                 const float* mean, const float* spread, float divisor,
+                                 float epsilon, const float* weight, const float* bias,
+                                 const float* residual, float* y);
+  void (*batch_norm_gradient)(const BatchNormShape& shape, int64_t n, const float* x,
+                              const float* y, const float* dy, const float* more, const float* mean,
+                              const float* m2, int64_t moments_n, float epsilon, float* g,
+                              float* sum_dy, float* sum_dy_xhat);
+  void (*copy_strided)(const StridedCopy& copy, int64_t rows, const float* x, float* y);
 
   void (*softmax_cross_entropy)(int64_t rows, int64_t classes, const float* logits,
                                 const int32_t* labels, float scale, double* loss_sum,

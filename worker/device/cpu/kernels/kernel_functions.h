@@ -53,6 +53,18 @@ void UpdateRunningAverages(int64_t channels, int64_t n, const float* mean, const
                            float momentum, float* running_mean, float* running_var);
 void ColumnSums(int64_t rows, int64_t columns, const float* x, float* sums);
 
+// norm_residual.cc
+void BatchNormAddForward(const BatchNormShape& shape, int64_t n, const float* x, const float* mean,
+                         const float* spread, float divisor, float epsilon, const float* weight,
+                         const float* bias, const float* residual, float* y);
+void BatchNormGradient(const BatchNormShape& shape, int64_t n, const float* x, const float* y,
+                       const float* dy, const float* more, const float* mean, const float* m2,
+                       int64_t moments_n, float epsilon, float* g, float* sum_dy,
+                       float* sum_dy_xhat);
+
+// copy.cc
+void CopyStrided(const StridedCopy& copy, int64_t rows, const float* x, float* y);
+
 // loss.cc
 void SoftmaxCrossEntropy(int64_t rows, int64_t classes, const float* logits, const int32_t* labels,
                          float scale, double* loss_sum, int64_t* correct, float* dlogits);

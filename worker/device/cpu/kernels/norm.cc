@@ -1,36 +1,12 @@
 // Batch norm and column sums over {n, channels}: lanes are channels, so a channel's bits do not
 // depend on how many channels are walked at once. Rows are summed in float over fixed blocks, and
 // blocks are merged in double.
+#include "worker/device/cpu/kernels/channel_tiles.h"
 #include "worker/device/cpu/kernels/kernel_functions.h"
 #include "worker/device/cpu/simd.h"
 
 namespace lockstep::device::LOCKSTEP_ISA {
 namespace {
-
-constexpr int64_t kBlock = 32;  // rows
-
-template <int kVectors>
-struct Width {
-  static constexpr int value = kVectors;
-};
-
-// Calls body(first channel, Width<vectors>, mask) for tiles that cover the channels.
-template <class Body>
-LOCKSTEP_SIMD void ForEachTile(int64_t channels, Body body) {
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= channels; c += 4 * kLanes) body(c, Width<4>(), All());
-  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) body(c, Width<2>(), All());
-  for (; c + kLanes <= channels; c += kLanes) body(c, Width<1>(), All());
-  if (c < channels) body(c, Width<1>(), FirstLanes(channels - c));
-}
-
-LOCKSTEP_SIMD int64_t BlockRows(int64_t row, int64_t n) {
-  return n - row < kBlock ? n - row : kBlock;
-}
-
-LOCKSTEP_SIMD F16 InverseDeviationOf(const float* m2, int64_t n, float epsilon, auto m) {
-  return InverseDeviation(Load(m2, m) / F16(static_cast<float>(n)), F16(epsilon));
-}
 
 template <bool kRelu, int N, class M>
 LOCKSTEP_SIMD void ForwardTile(int64_t channels, int64_t n, const float* x, const F16 (&mean)[N],
