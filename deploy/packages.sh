@@ -6,7 +6,7 @@ set -euo pipefail
 packages=(g++ cmake ninja-build ccache lld pkg-config
   libgrpc++-dev libgrpc-dev protobuf-compiler-grpc protobuf-compiler libprotobuf-dev libabsl-dev
   libyaml-cpp-dev libcli11-dev libspdlog-dev libfmt-dev nlohmann-json3-dev libsqlite3-dev
-  libdnnl-dev libgloo-dev zlib1g-dev libssl-dev
+  libdnnl-dev libgloo-dev zlib1g-dev liblzma-dev libssl-dev
   dataset-fashion-mnist)
 if [ "${1:-build}" = test ]; then
   packages+=(clang clang-format libclang-rt-14-dev libgtest-dev libgmock-dev libbenchmark-dev iproute2 procps python3)

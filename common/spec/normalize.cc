@@ -1,6 +1,8 @@
 #include "common/spec/normalize.h"
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <limits>
 
 #include "common/spec/graph_builder.h"
@@ -29,21 +31,53 @@ MaybeProblem CompleteNormalize(int channels, v1::NormalizeSpec* normalize) {
   return check("std", normalize->std_size());
 }
 
+MaybeProblem CompleteAugment(const v1::DataSpec& data, v1::AugmentSpec* augment) {
+  if (!augment->has_crop_padding()) augment->set_crop_padding(0);
+  if (!augment->has_flip()) augment->set_flip(false);
+  if (!augment->has_cutout()) augment->set_cutout(0);
+  const int side = std::min(data.shape(0), data.shape(1));
+  const auto check = [&](const std::string& name, int pixels) -> MaybeProblem {
+    if (pixels <= side) return std::nullopt;
+    return Problem{
+        "data.augment." + name,
+        fmt::format("found {}; accepted: 0 to {}, the smaller side of data.shape", pixels, side)};
+  };
+  LOCKSTEP_RETURN_IF_PROBLEM(check("crop_padding", augment->crop_padding()));
+  return check("cutout", augment->cutout());
+}
+
+// CIFAR-10 has one shape and one number of classes.
+MaybeProblem CheckCifar10(const v1::DataSpec& data) {
+  constexpr int kShape[] = {32, 32, 3};
+  if (!std::equal(data.shape().begin(), data.shape().end(), std::begin(kShape), std::end(kShape))) {
+    return Problem{"data.shape",
+                   fmt::format("found [{}, {}, {}]; accepted with format cifar10: [32, 32, 3]",
+                               data.shape(0), data.shape(1), data.shape(2))};
+  }
+  if (data.classes() == 10) return std::nullopt;
+  return Problem{"data.classes",
+                 fmt::format("found {}; accepted with format cifar10: 10", data.classes())};
+}
+
 MaybeProblem CompleteData(v1::DataSpec* data) {
   if (data->format().empty()) data->set_format("idx");
   if (data->path().empty()) {
     return Problem{"data.path",
                    "missing; accepted: the folder of the data, absolute or below LOCKSTEP_DATA"};
   }
+  const bool cifar10 = data->format() == "cifar10";
   if (data->shape().empty()) {
-    for (const int size : {28, 28, 1}) data->add_shape(size);
+    for (const int size : cifar10 ? std::array{32, 32, 3} : std::array{28, 28, 1})
+      data->add_shape(size);
   }
   if (data->classes() == 0) data->set_classes(10);
+  if (cifar10) LOCKSTEP_RETURN_IF_PROBLEM(CheckCifar10(*data));
   if (data->prefetch() == 0) data->set_prefetch(2);
   int64_t elements = int64_t{data->shape(0)} * data->shape(1);  // at most 65536 each
   constexpr int64_t kMost = int64_t{1} << 31;
   if (elements > kMost || elements * data->shape(2) > kMost)
     return Problem{"data.shape", "a sample has more than 2^31 elements; accepted: at most that"};
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteAugment(*data, data->mutable_augment()));
   return CompleteNormalize(data->shape(2), data->mutable_normalize());
 }
 

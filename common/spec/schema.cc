@@ -49,13 +49,16 @@ constexpr int kLongestName = 64;
 const std::map<std::string, Rule>& Rules() {
   static const auto& rules = *new std::map<std::string, Rule>{
       {"JobSpec.name", {Rule::Kind::kJobName}},
-      {"DataSpec.format", Choice({"idx"})},
+      {"DataSpec.format", Choice({"idx", "cifar10"})},
       {"DataSpec.path", {Rule::Kind::kPath}},
       {"DataSpec.shape", Integer(1, 65536)},
       {"DataSpec.classes", Integer(2, 256)},  // a label is one byte of the file
       {"DataSpec.train_samples", Integer(1, kManySteps)},
       {"DataSpec.validation_samples", Integer(1, kManySteps)},
       {"DataSpec.prefetch", Integer(1, 1024)},
+      {"AugmentSpec.crop_padding", Integer(0, 65536)},
+      {"AugmentSpec.flip", {Rule::Kind::kBool}},
+      {"AugmentSpec.cutout", Integer(0, 65536)},
       {"NormalizeSpec.mean", Number(-1e6, 1e6)},
       {"NormalizeSpec.std", Number(1e-6, 1e6)},
       {"ModelSpec.preset", Choice({"mlp", "fashion-cnn", "lenet", "resnet-20", "resnet-32",

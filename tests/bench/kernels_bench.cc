@@ -230,20 +230,26 @@ BENCHMARK(Softmax)->ArgName("classes")->Arg(10)->Arg(1000);
 
 void Gather(benchmark::State& state) {
   Bench b;
-  const int64_t channels = state.range(0), features = 784 * channels;
+  const SampleShape shape = {28, 28, state.range(0)};
+  const int64_t channels = shape.channels, features = shape.features();
+  Augmentation augmentation;
+  if (state.range(1) != 0) {
+    augmentation = {
+        4, true, 8, MakePhiloxKey(1, "crop"), MakePhiloxKey(1, "flip"), MakePhiloxKey(1, "cutout")};
+  }
   const std::vector<uint8_t> data(1000 * features, 7);
-  std::vector<int64_t> indices(kRows);
-  for (int64_t i = 0; i < kRows; ++i) indices[i] = i * 37 % 1000;
+  std::vector<int64_t> offsets(kRows);
+  for (int64_t i = 0; i < kRows; ++i) offsets[i] = i * 37 % 1000 * features;
   float *mean = b.Floats(channels), *inv_std = b.Floats(channels),
         *out = b.Floats(kRows * features);
   for (auto _ : state) {
-    b.device().GatherNormalize(b.stream(), kRows, features, channels, data.data(), indices.data(),
-                               mean, inv_std, out);
+    b.device().GatherSamples(b.stream(), shape, kRows, SampleType::kUint8, data.data(),
+                             offsets.data(), mean, inv_std, augmentation, 1, 0, out);
     benchmark::ClobberMemory();
   }
   ReportBytes(state, static_cast<double>(kRows * features), 5);
 }
-BENCHMARK(Gather)->ArgName("channels")->Arg(1)->Arg(3);
+BENCHMARK(Gather)->ArgNames({"channels", "augment"})->ArgsProduct({{1, 3}, {0, 1}});
 
 }  // namespace
 }  // namespace lockstep::device

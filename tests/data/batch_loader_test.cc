@@ -12,6 +12,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/data/allocation_count.h"
+#include "worker/device/augment.h"
 #include "worker/device/cpu/cpu_device.h"
 
 namespace lockstep::data {
@@ -109,7 +110,9 @@ TEST_F(BatchLoaderTest, HoldsTheRightSamples) {
           for (int64_t k = 0; k < 12; ++k) {
             const auto c = static_cast<size_t>(k % 3);
             const double expected =
-                (set.images()[sample * 12 + k] / 255.0 - options_.mean[c]) / options_.std[c];
+                (static_cast<const uint8_t*>(set.data())[sample * 12 + k] / 255.0 -
+                 options_.mean[c]) /
+                options_.std[c];
             ASSERT_NEAR(shard.data[row * 12 + k], expected, 1e-6 * (1 + std::abs(expected)));
           }
         }
@@ -120,7 +123,47 @@ TEST_F(BatchLoaderTest, HoldsTheRightSamples) {
   }
 }
 
+// The changes are those of the step and the position in the global batch.
+TEST_F(BatchLoaderTest, AugmentsByStepAndPosition) {
+  options_.augmentation = MakeAugmentation(9, 1, true, 1);
+  options_.shuffle = false;
+  const auto loader = Make();
+  const Dataset& set = *options_.dataset;
+  const auto* bytes = static_cast<const uint8_t*>(set.data());
+  int changed = 0;
+  for (int64_t step = 1; step <= 18; ++step) {
+    const auto batch = loader->Acquire(step);
+    ASSERT_EQ(batch.status(), absl::OkStatus());
+    for (const ShardBatch& shard : (*batch)->shards) {
+      for (int64_t row = 0; row < shard.rows; ++row) {
+        const int64_t position = shard.first_position + row;
+        const int64_t sample = (step - 1) % 6 * 10 + position;
+        const device::SampleChange change =
+            device::DrawChange(options_.augmentation, set.shape(), static_cast<uint64_t>(step),
+                               static_cast<uint64_t>(position));
+        for (int64_t y = 0; y < 2; ++y) {
+          for (int64_t x = 0; x < 2; ++x) {
+            const int64_t from_y = y + change.shift_y;
+            const int64_t from_x = (change.flip ? 1 - x : x) + change.shift_x;
+            const bool empty = from_y < 0 || from_y > 1 || from_x < 0 || from_x > 1 ||
+                               (y == change.cut_top && x == change.cut_left);
+            const uint8_t byte = empty ? 0 : bytes[sample * 4 + from_y * 2 + from_x];
+            ASSERT_EQ(shard.data[row * 4 + y * 2 + x], static_cast<float>(byte) / 255.0f);
+            changed += byte != bytes[sample * 4 + y * 2 + x];
+          }
+        }
+      }
+    }
+    loader->Release(step);
+  }
+  EXPECT_GT(changed, 300);
+  // Another epoch of the same samples in the same places is changed otherwise.
+  const std::vector<std::string> batches = Take(*Make(), 1, 12);
+  for (size_t i = 0; i < 6; ++i) EXPECT_NE(batches[i].substr(5), batches[i + 6].substr(5));
+}
+
 TEST_F(BatchLoaderTest, ContentDoesNotDependOnDepthOrStart) {
+  options_.augmentation = MakeAugmentation(9, 1, true, 1);
   const std::vector<std::string> whole = Take(*Make(), 1, 20);
   for (const int depth : {1, 5}) {
     options_.depth = depth;
@@ -133,6 +176,7 @@ TEST_F(BatchLoaderTest, ContentDoesNotDependOnDepthOrStart) {
 }
 
 TEST_F(BatchLoaderTest, ContentDoesNotDependOnTheShardsOwned) {
+  options_.augmentation = MakeAugmentation(9, 1, true, 1);
   const auto whole = Make();
   options_.first_shard = 1;
   options_.last_shard = 3;

@@ -50,7 +50,8 @@ void ExpectGood(const Dataset& set, int64_t samples) {
   ASSERT_EQ(set.samples(), samples);
   EXPECT_EQ(set.features(), 6);
   EXPECT_EQ(set.classes(), 4);
-  for (int64_t i = 0; i < samples * 6; ++i) EXPECT_EQ(set.images()[i], (i * 7 + 3) % 256);
+  for (int64_t i = 0; i < samples * 6; ++i)
+    EXPECT_EQ(static_cast<const uint8_t*>(set.data())[i], (i * 7 + 3) % 256);
   for (int64_t i = 0; i < samples; ++i) EXPECT_EQ(set.labels()[i], i % 4);
 }
 
@@ -317,7 +318,7 @@ TEST(FashionMnist, IsReadWhole) {
     double sum = 0, squares = 0;
     const int64_t pixels = e.samples * 784;
     for (int64_t i = 0; i < pixels; ++i) {
-      const double x = (*set)->images()[i] / 255.0;
+      const double x = static_cast<const uint8_t*>((*set)->data())[i] / 255.0;
       sum += x;
       squares += x * x;
     }

@@ -242,33 +242,6 @@ TEST_P(FlatTest, DigestIsTheSameForAnyCut) {
   }
 }
 
-TEST_P(FlatTest, GatherNormalizesTheChosenSamples) {
-  for (int64_t channels : {1, 2, 3, 4, 7, 16, 17, 40}) {
-    for (int64_t pixels : {1, 5, 16, 28}) {
-      const int64_t features = channels * pixels;
-      constexpr int64_t kSamples = 6;
-      std::vector<uint8_t> data(kSamples * features);
-      for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<uint8_t>(i * 31 + i / 256);
-      const std::vector<int64_t> indices = {5, 0, 3, 3};
-      const std::vector<float> mean = RandomFloats(channels, 66, 0, 1);
-      const std::vector<float> inv_std = RandomFloats(channels, 67, 1, 5);
-      const auto in = In(data);
-      const auto in_indices = In(indices);
-      const auto in_mean = In(mean), in_inv_std = In(inv_std), out = Out(indices.size() * features);
-      device().GatherNormalize(stream(), indices.size(), features, channels, in, in_indices,
-                               in_mean, in_inv_std, out);
-      std::vector<float> expected(indices.size() * features);
-      for (size_t i = 0; i < expected.size(); ++i) {
-        const int64_t c = i % channels;
-        const uint8_t byte = data[indices[i / features] * features + i % features];
-        expected[i] = (static_cast<float>(byte) / 255.0f - mean[c]) * inv_std[c];
-      }
-      EXPECT_TRUE(SameBits(out.Read(), expected))
-          << channels << " channels, " << pixels << " pixels";
-    }
-  }
-}
-
 LOCKSTEP_DEVICE_TESTS(FlatTest);
 
 }  // namespace

@@ -80,16 +80,17 @@ class GoldenTest : public testing::TestWithParam<Case> {
   // Samples [first, first + count) in file order, normalized as the spec says.
   nn::SampleBatch Samples(int64_t first, int64_t count) {
     nn::SampleBatch batch;
-    std::vector<int64_t> indices;
+    std::vector<int64_t> offsets;
     for (int64_t i = first; i < first + count; ++i) {
-      indices.push_back(i);
+      offsets.push_back(dataset_->OffsetOf(i));
       batch.labels.push_back(dataset_->labels()[i]);
     }
     batch.data.resize(count * 784);
     const auto mean = static_cast<float>(spec_.data().normalize().mean(0));
     const auto inv_std = static_cast<float>(1 / spec_.data().normalize().std(0));
-    nn::TestDevice().GatherNormalize(runner_->stream(), count, 784, 1, dataset_->images(),
-                                     indices.data(), &mean, &inv_std, batch.data.data());
+    nn::TestDevice().GatherSamples(runner_->stream(), dataset_->shape(), count, dataset_->type(),
+                                   dataset_->data(), offsets.data(), &mean, &inv_std, {}, 1, 0,
+                                   batch.data.data());
     return batch;
   }
 

@@ -318,7 +318,7 @@ TEST(Load, RefusesWhatIsNotOneYamlMapping) {
        "job.yaml: found bytes that are not UTF-8 text; accepted: YAML in UTF-8"},
       {"data:\n",
        "job.yaml:1: data: found nothing; accepted: a mapping of fields: format, path, "
-       "shape, classes, normalize, train_samples, validation_samples, prefetch"},
+       "shape, classes, normalize, train_samples, validation_samples, prefetch, augment"},
   });
 }
 
@@ -463,7 +463,8 @@ TEST(Normalize, FillsEveryDefault) {
   ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(R"(
     name: "a"
     data { format: "idx" path: "d" shape: [28, 28, 1] classes: 10
-           normalize { mean: 0 std: 1 } prefetch: 2 }
+           normalize { mean: 0 std: 1 } prefetch: 2
+           augment { crop_padding: 0 flip: false cutout: 0 } }
     model { preset: "mlp" hidden: [500, 500] sync: "shard" dropout: 0 batch_norm: true }
     loss { type: "softmax_cross_entropy" }
     optimizer { type: "sgd" learning_rate: 0.1 l2: 0 weight_decay: 0 }
@@ -496,6 +497,22 @@ TEST(Normalize, FillsTheDefaultsOfEveryOptimizer) {
         LoadOrDie(Compact("{preset: mlp}", fmt::format("{{type: {}, learning_rate: 1}}", type)));
     EXPECT_EQ(spec.optimizer().DebugString(), expected.DebugString());
   }
+}
+
+TEST(Normalize, KnowsTheShapeOfCifar10) {
+  const std::string head = "name: a\ndata: {path: d, format: cifar10";
+  const std::string rest =
+      "}\nmodel: {preset: mlp}\noptimizer: {learning_rate: 1}\ntrain: {batch: 8, epochs: 1}\n";
+  const auto spec = LoadOrDie(head + rest);
+  EXPECT_THAT(spec.data().shape(), testing::ElementsAre(32, 32, 3));
+  EXPECT_EQ(spec.data().classes(), 10);
+  EXPECT_EQ(LoadMessage(head + ", shape: [28, 28, 3]" + rest),
+            "job.yaml:2: data.shape: found [28, 28, 3]; accepted with format cifar10: [32, 32, 3]");
+  EXPECT_EQ(LoadMessage(head + ", classes: 100" + rest),
+            "job.yaml:2: data.classes: found 100; accepted with format cifar10: 10");
+  EXPECT_EQ(LoadMessage(head + ", normalize: {mean: [0, 0]}" + rest),
+            "job.yaml:2: data.normalize.mean: found a list of 2 elements; accepted: 1, or 3, the "
+            "channels of data.shape");
 }
 
 TEST(Normalize, FillsDefaultsOfTheChosenTypes) {

@@ -52,13 +52,14 @@ std::string RandomSpec(std::mt19937_64& random) {
   const std::string path =
       pick({"/data", "\"a \\\"b\\\" \\\\ c: #d\"", "'~'", "\"null\"", "'- x'", "é/ü", "\"1e3\""});
   return fmt::format(
-      "name: {}\ndata: {{path: {}, normalize: {{mean: [{}], std: [{}]}}, train_samples: {}}}\n"
+      "name: {}\ndata: {{path: {}, normalize: {{mean: [{}], std: [{}]}}, train_samples: {}, "
+      "augment: {{crop_padding: {}, flip: true, cutout: 3}}}}\n"
       "model: {}\noptimizer: {{type: {}, l2: {}}}\nschedule: {}\n"
       "train: {{batch: {}, epochs: {}, seed: {}, shards: {}, evaluate: {{every_steps: {}}}}}\n"
       "resources: {{slots: 1}}\n",
       pick({"a", "\"null\"", "true", "1", "1.5", "yes"}), path, real(), real(), number(1, 60000),
-      model, optimizer, real(), schedule, number(8, 1000), number(1, 9), random(), number(1, 8),
-      number(0, 9));
+      number(0, 28), model, optimizer, real(), schedule, number(8, 1000), number(1, 9), random(),
+      number(1, 8), number(0, 9));
 }
 
 TEST(ToYaml, ReadsBackToTheSameSpec) {
@@ -127,6 +128,10 @@ data:
     mean: [0]
     std: [1]
   prefetch: 2
+  augment:
+    crop_padding: 0
+    flip: false
+    cutout: 0
 model:
   layers:
     - {name: flatten_1, type: flatten}

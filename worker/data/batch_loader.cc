@@ -101,7 +101,7 @@ absl::Status BatchLoader::Allocate() {
     floats += RoundUp(range.count * dataset.features());
     rows += range.count;
   }
-  status = host_visible(rows * static_cast<int64_t>(sizeof(int64_t)), &indices_);
+  status = host_visible(rows * static_cast<int64_t>(sizeof(int64_t)), &offsets_);
   if (!status.ok()) return status;
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
@@ -205,7 +205,7 @@ absl::Status BatchLoader::Decode(int64_t step, Buffer& buffer) {
   buffer.batch.step = step;
   buffer.batch.epoch = range.epoch;
   buffer.batch.samples = range.count;
-  auto* indices = static_cast<int64_t*>(indices_->data());
+  auto* offsets = static_cast<int64_t*>(offsets_->data());
   for (ShardBatch& shard : buffer.batch.shards) {
     const ShardRange rows = RangeOfShard(options_.batch, options_.shards, range.count, shard.shard);
     shard.rows = rows.count;
@@ -213,15 +213,17 @@ absl::Status BatchLoader::Decode(int64_t step, Buffer& buffer) {
     auto* labels = const_cast<int32_t*>(shard.labels);  // of our own memory
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t position = range.first + rows.first + row;
-      indices[row] = options_.shuffle ? order_[static_cast<size_t>(position)] : position;
-      labels[row] = dataset.labels()[indices[row]];
+      const int64_t sample = options_.shuffle ? order_[static_cast<size_t>(position)] : position;
+      offsets[row] = dataset.OffsetOf(sample);
+      labels[row] = dataset.labels()[sample];
     }
     if (rows.count > 0) {
-      device_.GatherNormalize(*stream_, rows.count, dataset.features(), dataset.shape().channels,
-                              dataset.images(), indices, mean_->floats(), inv_std_->floats(),
-                              const_cast<float*>(shard.data));
+      device_.GatherSamples(*stream_, dataset.shape(), rows.count, dataset.type(), dataset.data(),
+                            offsets, mean_->floats(), inv_std_->floats(), options_.augmentation,
+                            static_cast<uint64_t>(step), static_cast<uint64_t>(rows.first),
+                            const_cast<float*>(shard.data));
     }
-    indices += rows.count;
+    offsets += rows.count;
   }
   return stream_->Synchronize();
 }

@@ -7,7 +7,7 @@
 // of it, and its buffer is refilled when all of them have released it. No thread may acquire more
 // than `depth` batches beyond one that it still holds.
 //
-// On CUDA the loader's stream is the copy stream of one GPU: GatherNormalize writes device memory,
+// On CUDA the loader's stream is the copy stream of one GPU: GatherSamples writes device memory,
 // and a batch is ready when the stream has been synchronized, so the step needs no event to wait
 // for.
 //
@@ -48,11 +48,13 @@ struct BatchLoaderOptions {
   int slots = 1;  // threads that acquire every batch
   int depth = 2;  // batches decoded ahead, at least 1
   bool shuffle = true;
-  uint64_t seed = 0;               // of the job
-  int64_t first_step = 1;          // anywhere: in mid-epoch too
-  std::vector<double> mean = {0};  // x = (pixel / 255 - mean) / std; one value serves every channel
-  std::vector<double> std = {1};
-  Clock* clock = &RealClock();  // for WaitTime
+  uint64_t seed = 0;       // of the job
+  int64_t first_step = 1;  // anywhere: in mid-epoch too
+  std::vector<double> mean = {
+      0};                         // x = (value - mean) / std, the value of a byte being byte / 255;
+  std::vector<double> std = {1};  // one number serves every channel
+  device::Augmentation augmentation;  // of training (MakeAugmentation); none where it is validation
+  Clock* clock = &RealClock();        // for WaitTime
 };
 
 // One shard's samples, in memory that the device reads.
@@ -116,8 +118,8 @@ class BatchLoader {
   std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
 
   // Of the decoding thread alone.
-  std::unique_ptr<device::Memory> indices_;
-  std::vector<int64_t> order_;  // the permutation of order_epoch_
+  std::unique_ptr<device::Memory> offsets_;  // of one batch's samples
+  std::vector<int64_t> order_;               // the permutation of order_epoch_
   int64_t order_epoch_ = 0;
 
   mutable absl::Mutex mutex_;

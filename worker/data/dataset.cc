@@ -9,26 +9,45 @@
 namespace lockstep::data {
 namespace {
 
-std::string ComputeDigest(const SampleShape& shape, const std::vector<uint8_t>& images,
-                          const std::vector<int32_t>& labels) {
-  static_assert(std::endian::native == std::endian::little, "labels are hashed as they lie");
+static_assert(std::endian::native == std::endian::little, "numbers are hashed as they lie");
+
+DatasetParts BytesInMemory(const SampleShape& shape, int64_t classes, std::vector<uint8_t> images,
+                           std::vector<int32_t> labels, std::string source) {
+  DatasetParts parts;
+  parts.shape = shape;
+  parts.classes = classes;
+  const auto owner = std::make_shared<const std::vector<uint8_t>>(std::move(images));
+  parts.data = std::shared_ptr<const void>(owner, owner->data());
+  parts.labels = std::move(labels);
+  parts.source = std::move(source);
+  return parts;
+}
+
+std::string ComputeDigest(const Dataset& set) {
+  const SampleShape& shape = set.shape();
+  const bool floats = set.type() == SampleType::kFloat32;
+  const int64_t element = floats ? sizeof(float) : 1;
   Sha256 hash;
-  hash.Update(
-      absl::StrCat(labels.size(), " ", shape.height, " ", shape.width, " ", shape.channels, "\n"));
-  hash.Update(images.data(), images.size());
-  hash.Update(labels.data(), labels.size() * sizeof(int32_t));
+  hash.Update(absl::StrCat(set.samples(), " ", shape.height, " ", shape.width, " ", shape.channels,
+                           floats ? " float32\n" : "\n"));
+  for (int64_t sample = 0; sample < set.samples(); ++sample) {
+    hash.Update(static_cast<const uint8_t*>(set.data()) + set.OffsetOf(sample) * element,
+                static_cast<size_t>(set.features() * element));
+  }
+  hash.Update(set.labels(), static_cast<size_t>(set.samples()) * sizeof(int32_t));
   return hash.FinishHex();
 }
 
 }  // namespace
 
+Dataset::Dataset(DatasetParts parts) : parts_(std::move(parts)) {
+  if (parts_.digest.empty()) parts_.digest = ComputeDigest(*this);
+}
+
 Dataset::Dataset(const SampleShape& shape, int64_t classes, std::vector<uint8_t> images,
-                 std::vector<int32_t> labels)
-    : shape_(shape),
-      classes_(classes),
-      images_(std::move(images)),
-      labels_(std::move(labels)),
-      digest_(ComputeDigest(shape_, images_, labels_)) {}
+                 std::vector<int32_t> labels, std::string source)
+    : Dataset(
+          BytesInMemory(shape, classes, std::move(images), std::move(labels), std::move(source))) {}
 
 std::string CombinedDigest(const Dataset& train, const Dataset& validation) {
   return Sha256Hex(absl::StrCat(train.digest(), "\n", validation.digest(), "\n"));

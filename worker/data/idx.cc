@@ -11,7 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "worker/data/gzip.h"
+#include "worker/data/content_reader.h"
 
 namespace lockstep::data {
 namespace {
@@ -19,63 +19,9 @@ namespace {
 constexpr int64_t kLargestContent = int64_t{64} << 30;
 constexpr size_t kReadBlock = size_t{16} << 20;
 
-absl::Status Damaged(const std::string& path, const std::string& what) {
-  return absl::DataLossError(absl::StrCat(path, ": ", what, "; fetch the file again"));
-}
-
-// The content of a file, decompressed where it is gzip, from front to back.
-class ByteSource {
- public:
-  static absl::StatusOr<std::unique_ptr<ByteSource>> Open(FileSystem& fs, const std::string& path) {
-    auto source = std::unique_ptr<ByteSource>(new ByteSource(path));
-    absl::StatusOr<std::unique_ptr<ReadableFile>> file = fs.Open(path);
-    if (!file.ok()) return file.status();
-    source->file_ = *std::move(file);
-    char magic[2];
-    if (source->file_->size() < 2 || !source->file_->ReadAt(0, magic, 2).ok() ||
-        !IsGzip({magic, 2})) {
-      return source;
-    }
-    absl::StatusOr<std::string> compressed = ReadFile(fs, path, kLargestContent);
-    if (!compressed.ok()) return compressed.status();
-    source->compressed_ = *std::move(compressed);
-    source->gzip_ = std::make_unique<GzipReader>(source->compressed_, path);
-    return source;
-  }
-
-  const std::string& path() const { return path_; }
-
-  // Fewer than `bytes` only at the end.
-  absl::StatusOr<size_t> Read(void* to, size_t bytes) {
-    if (gzip_ != nullptr) return gzip_->Read(to, bytes);
-    const auto left = static_cast<size_t>(file_->size() - offset_);
-    const size_t count = std::min(bytes, left);
-    const absl::Status status = file_->ReadAt(offset_, to, count);
-    if (!status.ok()) return status;
-    offset_ += static_cast<int64_t>(count);
-    return count;
-  }
-
-  // Whether that much content can be there, without reading it.
-  bool CanHold(int64_t bytes) const {
-    return bytes <= (gzip_ == nullptr
-                         ? file_->size()
-                         : GzipReader::LargestContent(static_cast<int64_t>(compressed_.size())));
-  }
-
- private:
-  explicit ByteSource(std::string path) : path_(std::move(path)) {}
-
-  const std::string path_;
-  std::unique_ptr<ReadableFile> file_;
-  int64_t offset_ = 0;
-  std::string compressed_;
-  std::unique_ptr<GzipReader> gzip_;
-};
-
 // "images" or "labels" of a split: every name under which people keep the file.
-absl::StatusOr<std::string> FindFile(FileSystem& fs, const IdxOptions& options, const char* what,
-                                     int dimensions) {
+absl::StatusOr<std::string> FindIdx(FileSystem& fs, const IdxOptions& options, const char* what,
+                                    int dimensions) {
   const char* split = options.split == Split::kTrain ? "train" : "t10k";
   std::vector<std::string> names;
   for (const char* separator : {"-", "."}) {
@@ -84,19 +30,11 @@ absl::StatusOr<std::string> FindFile(FileSystem& fs, const IdxOptions& options, 
           absl::StrCat(split, "-", what, separator, "idx", dimensions, "-ubyte", suffix));
     }
   }
-  for (const std::string& name : names) {
-    const std::string path = JoinPath(options.folder, name);
-    const absl::Status opened = fs.Open(path).status();
-    if (!absl::IsNotFound(opened))
-      return path;  // one that cannot be read is reported by its reader
-  }
-  return absl::NotFoundError(
-      absl::StrCat(options.folder, ": no ", names[0],
-                   " in this folder; accepted: ", absl::StrJoin(names, ", ")));
+  return FindFile(fs, options.folder, names);
 }
 
 // Reads magic number and sizes; the first size is the number of samples.
-absl::StatusOr<std::vector<int64_t>> ReadHeader(ByteSource& source, int dimensions) {
+absl::StatusOr<std::vector<int64_t>> ReadHeader(ContentReader& source, int dimensions) {
   std::array<uint8_t, 4 * 5> bytes;
   const auto word = [&](int i) {
     return static_cast<uint32_t>(bytes[4 * i]) << 24 |
@@ -139,7 +77,7 @@ absl::StatusOr<std::vector<int64_t>> ReadHeader(ByteSource& source, int dimensio
 }
 
 // The `size` bytes after the header, which must be all there are.
-absl::StatusOr<std::vector<uint8_t>> ReadContent(ByteSource& source, int64_t size) {
+absl::StatusOr<std::vector<uint8_t>> ReadContent(ContentReader& source, int64_t size) {
   std::vector<uint8_t> content;
   try {
     content.reserve(static_cast<size_t>(size));
@@ -168,11 +106,7 @@ absl::StatusOr<std::vector<uint8_t>> ReadContent(ByteSource& source, int64_t siz
   return content;
 }
 
-std::string ShapeText(const SampleShape& shape) {
-  return absl::StrFormat("%d x %d x %d", shape.height, shape.width, shape.channels);
-}
-
-absl::StatusOr<std::vector<uint8_t>> ReadImages(ByteSource& source, const IdxOptions& options,
+absl::StatusOr<std::vector<uint8_t>> ReadImages(ContentReader& source, const IdxOptions& options,
                                                 int dimensions, int64_t* samples) {
   absl::StatusOr<std::vector<int64_t>> sizes = ReadHeader(source, dimensions);
   if (!sizes.ok()) return sizes.status();
@@ -186,7 +120,7 @@ absl::StatusOr<std::vector<uint8_t>> ReadImages(ByteSource& source, const IdxOpt
   return ReadContent(source, *samples * found.features());
 }
 
-absl::StatusOr<std::vector<int32_t>> ReadLabels(ByteSource& source, const IdxOptions& options) {
+absl::StatusOr<std::vector<int32_t>> ReadLabels(ContentReader& source, const IdxOptions& options) {
   absl::StatusOr<std::vector<int64_t>> sizes = ReadHeader(source, 1);
   if (!sizes.ok()) return sizes.status();
   absl::StatusOr<std::vector<uint8_t>> bytes = ReadContent(source, (*sizes)[0]);
@@ -211,25 +145,23 @@ absl::StatusOr<std::shared_ptr<const Dataset>> LoadIdx(FileSystem& fs, const Idx
         absl::StrCat("data.shape ", ShapeText(shape), ", data.classes ", options.classes,
                      " and a sample limit of ", options.max_samples, " make no data set"));
   }
-  if (!fs.IsDirectory(options.folder)) {
-    return absl::NotFoundError(
-        absl::StrCat(options.folder,
-                     ": no such folder; data.path names the folder of the IDX files, "
-                     "relative paths start at LOCKSTEP_DATA"));
-  }
+  absl::Status status = CheckFolder(fs, options.folder, "the IDX files");
+  if (!status.ok()) return status;
   const int dimensions = shape.channels == 1 ? 3 : 4;
-  const absl::StatusOr<std::string> image_path = FindFile(fs, options, "images", dimensions);
+  const absl::StatusOr<std::string> image_path = FindIdx(fs, options, "images", dimensions);
   if (!image_path.ok()) return image_path.status();
-  const absl::StatusOr<std::string> label_path = FindFile(fs, options, "labels", 1);
+  const absl::StatusOr<std::string> label_path = FindIdx(fs, options, "labels", 1);
   if (!label_path.ok()) return label_path.status();
 
-  absl::StatusOr<std::unique_ptr<ByteSource>> image_source = ByteSource::Open(fs, *image_path);
+  absl::StatusOr<std::unique_ptr<ContentReader>> image_source =
+      ContentReader::Open(fs, *image_path);
   if (!image_source.ok()) return image_source.status();
   int64_t samples = 0;
   absl::StatusOr<std::vector<uint8_t>> images =
       ReadImages(**image_source, options, dimensions, &samples);
   if (!images.ok()) return images.status();
-  absl::StatusOr<std::unique_ptr<ByteSource>> label_source = ByteSource::Open(fs, *label_path);
+  absl::StatusOr<std::unique_ptr<ContentReader>> label_source =
+      ContentReader::Open(fs, *label_path);
   if (!label_source.ok()) return label_source.status();
   absl::StatusOr<std::vector<int32_t>> labels = ReadLabels(**label_source, options);
   if (!labels.ok()) return labels.status();
@@ -237,19 +169,15 @@ absl::StatusOr<std::shared_ptr<const Dataset>> LoadIdx(FileSystem& fs, const Idx
     return absl::DataLossError(absl::StrCat(*image_path, " has ", samples, " images, but ",
                                             *label_path, " has ", labels->size(), " labels"));
   }
-  if (options.max_samples > samples) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        *image_path, " has ", samples, " samples, but ",
-        options.split == Split::kTrain ? "data.train_samples" : "data.validation_samples",
-        " asks for ", options.max_samples));
-  }
+  status = CheckLimit(*image_path, samples, options.split, options.max_samples);
+  if (!status.ok()) return status;
   if (options.max_samples > 0) {
     images->resize(static_cast<size_t>(options.max_samples * shape.features()));
     images->shrink_to_fit();
     labels->resize(static_cast<size_t>(options.max_samples));
   }
   return std::make_shared<const Dataset>(shape, options.classes, *std::move(images),
-                                         *std::move(labels));
+                                         *std::move(labels), *image_path);
 }
 
 }  // namespace lockstep::data

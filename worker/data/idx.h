@@ -15,8 +15,6 @@
 
 namespace lockstep::data {
 
-enum class Split { kTrain, kValidation };
-
 struct IdxOptions {
   std::string folder;
   SampleShape shape;  // of one sample; one channel is read from idx3 files, more from idx4

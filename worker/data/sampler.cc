@@ -33,6 +33,18 @@ std::vector<int64_t> Permutation(uint64_t seed, int64_t epoch, int64_t size) {
   return order;
 }
 
+device::Augmentation MakeAugmentation(uint64_t seed, int64_t crop_padding, bool flip,
+                                      int64_t cutout) {
+  device::Augmentation augmentation;
+  augmentation.crop_padding = crop_padding;
+  augmentation.flip = flip;
+  augmentation.cutout = cutout;
+  augmentation.crop_key = MakePhiloxKey(seed, "augment/crop");
+  augmentation.flip_key = MakePhiloxKey(seed, "augment/flip");
+  augmentation.cutout_key = MakePhiloxKey(seed, "augment/cutout");
+  return augmentation;
+}
+
 int64_t StepsPerEpoch(int64_t samples, int64_t batch) { return (samples + batch - 1) / batch; }
 
 BatchRange RangeOfStep(int64_t step, int64_t samples, int64_t batch) {

@@ -8,6 +8,7 @@
 
 #include "absl/types/span.h"
 #include "common/philox.h"
+#include "worker/device/kernel_types.h"
 
 namespace lockstep::data {
 
@@ -22,6 +23,10 @@ uint64_t UniformBelow(PhiloxKey key, uint64_t index, uint64_t step, uint64_t bou
 
 // Batches of an epoch: ceil(samples / batch); the last may be short.
 int64_t StepsPerEpoch(int64_t samples, int64_t batch);
+
+// The keys of a job's augmentation.
+device::Augmentation MakeAugmentation(uint64_t seed, int64_t crop_padding, bool flip,
+                                      int64_t cutout);
 
 struct BatchRange {
   int64_t epoch = 0;  // from 1

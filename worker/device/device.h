@@ -239,11 +239,19 @@ class Device {
   // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
   virtual void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
                                 uint64_t first_index, Digest* digest) = 0;
-  // out {count, features} = (u8 / 255 - mean[c]) / std[c] of samples data[indices[i]], c = i %
-  // channels. `mean` and `inv_std` have one value per channel.
-  virtual void GatherNormalize(Stream& stream, int64_t count, int64_t features, int64_t channels,
-                               const uint8_t* data, const int64_t* indices, const float* mean,
-                               const float* inv_std, float* out) = 0;
+
+  // ---- samples.
+  // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])
+  // * inv_std[c], x = u8 / 255 or the float itself, of the samples that begin at elements
+  // offsets[i] of `data`, each changed by what `augmentation` draws for `step` and position
+  // first_position + i (worker/device/augment.h). On CUDA `data` is a set that is resident on the
+  // device or a staging buffer, and the draws are made in the kernel; it runs on the loader's own
+  // stream and is not captured, so step and position are plain arguments.
+  virtual void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count,
+                             SampleType type, const void* data, const int64_t* offsets,
+                             const float* mean, const float* inv_std,
+                             const Augmentation& augmentation, uint64_t step,
+                             uint64_t first_position, float* out) = 0;
 };
 
 }  // namespace lockstep::device

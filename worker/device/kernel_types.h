@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/philox.h"
+
 namespace lockstep::device {
 
 // Written by the host before each step, read by kernels when they run.
@@ -19,6 +21,35 @@ struct PoolShape {
   int64_t kernel = 0, stride = 0, padding = 0;  // square; padding < kernel
   int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
   int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
+};
+
+// ---- samples of a data set.
+
+enum class SampleType { kUint8, kFloat32 };
+
+struct SampleShape {
+  int64_t height = 0, width = 0, channels = 0;
+  int64_t features() const { return height * width * channels; }
+  friend bool operator==(const SampleShape&, const SampleShape&) = default;
+};
+
+// Random changes of a training sample, in this order, each a Philox function of (its key, step,
+// position in the global batch). What they leave empty is 0 after normalization: the mean.
+struct Augmentation {
+  // The sample, padded by so many pixels on every side, is cropped to its size at a random place.
+  int64_t crop_padding = 0;
+  bool flip = false;  // half of the samples are mirrored left to right
+  int64_t cutout =
+      0;  // a square of this side round a random pixel is emptied (DeVries & Taylor 2017)
+  PhiloxKey crop_key, flip_key, cutout_key;
+};
+
+// What was drawn for one sample (worker/device/augment.h). Pixel (y, x) of the crop is the sample's
+// (y + shift_y, x + shift_x); the flip mirrors the crop; the cut is [top, bottom) x [left, right).
+struct SampleChange {
+  int64_t shift_y = 0, shift_x = 0;
+  bool flip = false;
+  int64_t cut_top = 0, cut_bottom = 0, cut_left = 0, cut_right = 0;
 };
 
 // A batch norm over n = rows * spatial elements per channel (Ioffe & Szegedy 2015).

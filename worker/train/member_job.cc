@@ -18,7 +18,7 @@
 #include "spdlog/spdlog.h"
 #include "worker/collective/rendezvous.h"
 #include "worker/data/batch_loader.h"
-#include "worker/data/idx.h"
+#include "worker/data/load.h"
 #include "worker/data/sampler.h"
 #include "worker/device/cpu/cpu_device.h"
 #include "worker/train/checkpoint.h"
@@ -54,7 +54,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     ASSIGN_OR_RETURN(spec::Graph graph, spec::BuildGraph(spec_));
     has_accuracy_ =
         graph.loss == spec::LossType::kSoftmaxCrossEntropy || graph.target == spec::Target::kLabel;
-    RETURN_IF_ERROR(LoadData(graph));
+    RETURN_IF_ERROR(LoadData());
     ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
     ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
     ASSIGN_OR_RETURN(stream_, device_->MakeStream());
@@ -162,21 +162,15 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
  private:
-  absl::Status LoadData(const spec::Graph& graph) {
+  absl::Status LoadData() {
     std::string folder = options_.data_path;
     if (folder.empty()) {
       ASSIGN_OR_RETURN(folder, spec::ResolveDataPath(spec_.data().path()));
     }
-    data::IdxOptions idx;
-    idx.folder = folder;
-    idx.shape = {graph.data_shape[0], graph.data_shape[1], graph.data_shape[2]};
-    idx.classes = spec_.data().classes();
-    idx.split = data::Split::kTrain;
-    idx.max_samples = spec_.data().train_samples();
-    ASSIGN_OR_RETURN(train_set_, data::LoadIdx(RealFileSystem(), idx));
-    idx.split = data::Split::kValidation;
-    idx.max_samples = spec_.data().validation_samples();
-    ASSIGN_OR_RETURN(validation_set_, data::LoadIdx(RealFileSystem(), idx));
+    const data::DataOptions options = MakeDataOptions(spec_, folder);
+    ASSIGN_OR_RETURN(train_set_, data::LoadDataset(RealFileSystem(), options, data::Split::kTrain));
+    ASSIGN_OR_RETURN(validation_set_,
+                     data::LoadDataset(RealFileSystem(), options, data::Split::kValidation));
     length_ = MakeRunLength(spec_, train_set_->samples());
     evaluation_.samples = validation_set_->samples();
     evaluation_.batch = spec_.train().evaluate().batch();
@@ -248,6 +242,19 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     RETURN_IF_ERROR(differs("train.batch", then.batch(), now.batch()));
     RETURN_IF_ERROR(differs("train.shards", then.shards(), now.shards()));
     RETURN_IF_ERROR(differs("train.seed", then.seed(), now.seed()));
+    // Compared as they are written: both are complete.
+    const auto same = [&](const char* field, const std::string& a,
+                          const std::string& b) -> absl::Status {
+      if (a == b) return absl::OkStatus();
+      return absl::FailedPreconditionError(absl::StrCat("cannot go on from ", loaded_->path,
+                                                        ": it was made with ", field, " {", a,
+                                                        "}, the spec says {", b, "}"));
+    };
+    const v1::DataSpec &data_then = manifest.spec().data(), &data_now = spec_.data();
+    RETURN_IF_ERROR(same("data.normalize", data_then.normalize().ShortDebugString(),
+                         data_now.normalize().ShortDebugString()));
+    RETURN_IF_ERROR(same("data.augment", data_then.augment().ShortDebugString(),
+                         data_now.augment().ShortDebugString()));
     const std::string data = data::CombinedDigest(*train_set_, *validation_set_);
     if (manifest.data_digest() != data) {
       return absl::FailedPreconditionError(absl::StrCat(
@@ -446,11 +453,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.batch = length_.batch;
     o.shuffle = true;
     o.seed = spec_.train().seed();
+    o.augmentation = MakeAugmentation(spec_);
     o.first_step = first_step;
     ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
     o.dataset = validation_set_;
     o.batch = evaluation_.batch;
     o.shuffle = false;
+    o.augmentation = {};
     o.first_step = 1;
     ASSIGN_OR_RETURN(validation_loader_, data::BatchLoader::Make(*device_, o));
     return absl::OkStatus();

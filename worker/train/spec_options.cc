@@ -5,6 +5,8 @@
 #include <limits>
 #include <string>
 
+#include "worker/data/sampler.h"
+
 namespace lockstep::train {
 
 RunLength MakeRunLength(const v1::JobSpec& spec, int64_t samples) {
@@ -43,6 +45,25 @@ device::OptimizerType TypeOf(const v1::OptimizerSpec& spec) {
 }
 
 }  // namespace
+
+data::DataOptions MakeDataOptions(const v1::JobSpec& spec, const std::string& folder) {
+  const v1::DataSpec& data = spec.data();
+  data::DataOptions options;
+  options.format = data.format() == "cifar10" ? data::Format::kCifar10 : data::Format::kIdx;
+  options.folder = folder;
+  options.shape = {data.shape(0), data.shape(1), data.shape(2)};
+  options.classes = data.classes();
+  options.train_samples = data.train_samples();
+  options.validation_samples = data.validation_samples();
+  options.batch = spec.train().batch();
+  return options;
+}
+
+device::Augmentation MakeAugmentation(const v1::JobSpec& spec) {
+  const v1::AugmentSpec& augment = spec.data().augment();
+  return data::MakeAugmentation(spec.train().seed(), augment.crop_padding(), augment.flip(),
+                                augment.cutout());
+}
 
 device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec) {
   device::OptimizerCoefficients c;

@@ -1,9 +1,12 @@
-// From the wire's JobSpec to the options of optim, and the arithmetic of a run's length. Pure.
+// From the wire's JobSpec to the options of data and optim, and the arithmetic of a run's length.
+// Pure.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "lockstep/v1/spec.pb.h"
+#include "worker/data/load.h"
 #include "worker/device/device.h"
 #include "worker/optim/optimizer.h"
 
@@ -30,6 +33,10 @@ struct RunLength {
 };
 
 RunLength MakeRunLength(const v1::JobSpec& spec, int64_t samples);
+
+// `folder`: data.path, resolved on this host.
+data::DataOptions MakeDataOptions(const v1::JobSpec& spec, const std::string& folder);
+device::Augmentation MakeAugmentation(const v1::JobSpec& spec);
 
 device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec);
 optim::ScheduleOptions MakeSchedule(const v1::JobSpec& spec, const RunLength& length);

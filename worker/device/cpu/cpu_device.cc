@@ -1,4 +1,5 @@
 #include "worker/device/cpu/cpu_device.h"
+#include "worker/device/augment.h"
 
 #include <dnnl.hpp>
 
@@ -209,10 +210,17 @@ class CpuDevice : public Device {
                         uint64_t first_index, Digest* digest) override {
     k_.accumulate_digest(n, x, tensor_key, first_index, &digest->lo, &digest->hi);
   }
-  void GatherNormalize(Stream&, int64_t count, int64_t features, int64_t channels,
-                       const uint8_t* data, const int64_t* indices, const float* mean,
-                       const float* inv_std, float* out) override {
-    k_.gather_normalize(count, features, channels, data, indices, mean, inv_std, out);
+  void GatherSamples(Stream&, const SampleShape& shape, int64_t count, SampleType type,
+                     const void* data, const int64_t* offsets, const float* mean,
+                     const float* inv_std, const Augmentation& augmentation, uint64_t step,
+                     uint64_t first_position, float* out) override {
+    const int64_t bytes = type == SampleType::kUint8 ? 1 : sizeof(float);
+    for (int64_t i = 0; i < count; ++i) {
+      const SampleChange change =
+          DrawChange(augmentation, shape, step, first_position + static_cast<uint64_t>(i));
+      k_.gather_sample(shape, type, static_cast<const uint8_t*>(data) + offsets[i] * bytes, change,
+                       mean, inv_std, out + i * shape.features());
+    }
   }
 
  private:

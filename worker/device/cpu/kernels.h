@@ -99,9 +99,10 @@ struct Kernels {
   // *lo and *hi are the digest's words; 128-bit addition.
   void (*accumulate_digest)(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
                             uint64_t* lo, uint64_t* hi);
-  void (*gather_normalize)(int64_t count, int64_t features, int64_t channels, const uint8_t* data,
-                           const int64_t* indices, const float* mean, const float* inv_std,
-                           float* out);
+  // One sample of GatherSamples.
+  void (*gather_sample)(const SampleShape& shape, SampleType type, const void* sample,
+                        const SampleChange& change, const float* mean, const float* inv_std,
+                        float* out);
 };
 
 namespace avx2 {

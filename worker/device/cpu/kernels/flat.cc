@@ -1,4 +1,4 @@
-// Passes over flat vectors, and the decoding of samples.
+// Passes over flat vectors.
 #include "worker/device/cpu/kernels/kernel_functions.h"
 #include "worker/device/cpu/simd.h"
 
@@ -120,46 +120,6 @@ void AccumulateDigest(int64_t n, const float* x, uint64_t tensor_key, uint64_t f
   for (int lane = 0; lane < 8; ++lane) {
     AddDigest(words[lane], top[lane], lo, hi);
     AddDigest(high[lane] << 32, high[lane] >> 32, lo, hi);
-  }
-}
-
-void GatherNormalize(int64_t count, int64_t features, int64_t channels, const uint8_t* data,
-                     const int64_t* indices, const float* mean, const float* inv_std, float* out) {
-  // A vector of elements starting at element i has the channels i % channels, ...: walked in tables
-  // that repeat the channels, or, with many channels, pixel by pixel.
-  constexpr int64_t kMostTabled = 16;
-  float means[kMostTabled + kLanes], scales[kMostTabled + kLanes];
-  const bool tabled = channels <= kMostTabled;
-  if (tabled) {
-    for (int64_t i = 0; i < channels + kLanes; ++i) {
-      means[i] = mean[i % channels];
-      scales[i] = inv_std[i % channels];
-    }
-  }
-  const auto normalize = [](I16 bytes, F16 centre, F16 scale) {
-    return (ToFloat(bytes) / F16(255.0f) - centre) * scale;
-  };
-  for (int64_t s = 0; s < count; ++s, out += features) {
-    const uint8_t* sample = data + indices[s] * features;
-    if (tabled) {
-      int64_t channel = 0;
-      ForEachVector(features, [&](int64_t i, auto m) {
-        Store(out + i,
-              normalize(LoadBytes(sample + i, m), Load(means + channel, All()),
-                        Load(scales + channel, All())),
-              m);
-        channel = (channel + kLanes) % channels;
-      });
-    } else {
-      for (int64_t pixel = 0; pixel < features; pixel += channels) {
-        ForEachVector(channels, [&](int64_t c, auto m) {
-          Store(
-              out + pixel + c,
-              normalize(LoadBytes(sample + pixel + c, m), Load(mean + c, m), Load(inv_std + c, m)),
-              m);
-        });
-      }
-    }
   }
 }
 

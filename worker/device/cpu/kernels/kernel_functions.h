@@ -80,7 +80,9 @@ void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
 bool HasNonFinite(int64_t n, const float* x);
 void AccumulateDigest(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
                       uint64_t* lo, uint64_t* hi);
-void GatherNormalize(int64_t count, int64_t features, int64_t channels, const uint8_t* data,
-                     const int64_t* indices, const float* mean, const float* inv_std, float* out);
+
+// gather.cc
+void GatherSample(const SampleShape& shape, SampleType type, const void* sample,
+                  const SampleChange& change, const float* mean, const float* inv_std, float* out);
 
 }  // namespace lockstep::device::LOCKSTEP_ISA

@@ -35,7 +35,7 @@ const Kernels kKernels = {
     .optimizer_update = OptimizerUpdate,
     .has_non_finite = HasNonFinite,
     .accumulate_digest = AccumulateDigest,
-    .gather_normalize = GatherNormalize,
+    .gather_sample = GatherSample,
 };
 
 }  // namespace lockstep::device::LOCKSTEP_ISA

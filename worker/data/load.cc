@@ -1,0 +1,40 @@
+#include "worker/data/load.h"
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "worker/data/cifar10.h"
+#include "worker/data/idx.h"
+
+namespace lockstep::data {
+namespace {
+
+absl::StatusOr<std::shared_ptr<const Dataset>> Load(FileSystem& fs, const DataOptions& options,
+                                                    Split split) {
+  const int64_t limit = split == Split::kTrain ? options.train_samples : options.validation_samples;
+  switch (options.format) {
+    case Format::kIdx:
+      return LoadIdx(fs, {.folder = options.folder,
+                          .shape = options.shape,
+                          .classes = options.classes,
+                          .split = split,
+                          .max_samples = limit});
+    case Format::kCifar10:
+      return LoadCifar10(fs, {.folder = options.folder, .split = split, .max_samples = limit});
+  }
+  return absl::InternalError("a data set of an unknown format was asked for");
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const Dataset>> LoadDataset(FileSystem& fs,
+                                                           const DataOptions& options,
+                                                           Split split) {
+  absl::StatusOr<std::shared_ptr<const Dataset>> set = Load(fs, options, split);
+  if (!set.ok() || split != Split::kTrain || (*set)->samples() >= options.batch) return set;
+  return absl::InvalidArgumentError(
+      absl::StrCat((*set)->source(), ": the training set ends after row ", (*set)->samples() - 1,
+                   ", smaller than one batch of ", options.batch, "; accepted: train.batch up to ",
+                   (*set)->samples()));
+}
+
+}  // namespace lockstep::data
