@@ -1,9 +1,11 @@
 // Latency and bus bandwidth of the canonical all-reduce between members of one slot and one leaf
-// each: threads of this process, and processes over shared memory. One JSON object per line:
+// each: threads of this process, processes over shared memory, and processes over Gloo's TCP on the
+// loopback interface. One JSON object per line:
 //   {"link":"processes","members":2,"bytes":4194304,"us":612.3,"busbw_gbps":6.85,"iterations":200}
-// us: the median over iterations of the time from the last Done to the end of Finish, on member 0.
+// us: the median over iterations of the time from the call of the member that comes last (it has
+// written its leaf, as all have) until the last member has the sum.
 // busbw: 2 (W-1)/W * bytes / time, in 10^9 bytes per second (as nccl-tests define it).
-// usage: allreduce_bench [largest bytes, default 64 MiB]
+// usage: allreduce_bench [all | processes | threads | gloo [members, default 2 and 4]]
 #include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -26,7 +28,7 @@
 namespace lockstep::collective {
 namespace {
 
-constexpr int64_t kSmallest = 1 << 10;
+constexpr int64_t kSizes[] = {1 << 10, 64 << 10, 1 << 20, 4 << 20, 64 << 20};
 
 Placement OneLeafEach(int members) {
   Placement placement{members, {}};
@@ -39,21 +41,29 @@ Placement OneLeafEach(int members) {
   std::_Exit(1);
 }
 
-size_t SharedBytes(int members, int64_t largest) {
+size_t SharedBytes(int members) {
   size_t bytes = 0;
-  for (int64_t size = kSmallest; size <= largest; size *= 4) {
+  for (const int64_t size : kSizes) {
     bytes += CanonicalAllReduce::SharedBytes(OneLeafEach(members), size / 4);
   }
   return bytes;
 }
 
-void Measure(const char* link, Communicator& communicator, int64_t largest) {
+// Nanoseconds of the clock that all processes of the machine share.
+struct Span {
+  int64_t begin = 0, end = 0;
+};
+int64_t Now() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+void Measure(const char* link, Communicator& communicator) {
   const int members = communicator.size();
   auto device = device::MakeCpuDevice();
   if (!device.ok()) Die(device.status());
   auto stream = (*device)->MakeStream();
   const Placement placement = OneLeafEach(members);
-  for (int64_t bytes = kSmallest; bytes <= largest; bytes *= 4) {
+  for (const int64_t bytes : kSizes) {
     Team team(1);
     const int64_t size = bytes / 4;
     auto reduce =
@@ -63,23 +73,33 @@ void Measure(const char* link, Communicator& communicator, int64_t largest) {
     const int iterations =
         static_cast<int>(std::clamp<int64_t>((int64_t{256} << 20) / bytes, 10, 2000));
     std::vector<double> times;
+    std::vector<Span> spans(members);
     for (int i = -3; i < iterations; ++i) {
       const absl::Time deadline = absl::Now() + absl::Minutes(1);
       absl::Status status = (*reduce)->Begin(0, present, deadline);
       if (!status.ok()) Die(status);
       float* leaf = (*reduce)->Leaf(0, communicator.rank());
       std::fill(leaf, leaf + size, 1.0f + i);
-      char byte = 0;
-      std::vector<char> all(members);
-      auto ready = communicator.EnqueueAllGather(nullptr, Lane::kMoments, &byte, 1, all.data());
-      status = communicator.Wait(*ready, deadline);
-      if (!status.ok()) Die(status);
-      const auto start = std::chrono::steady_clock::now();
+      const auto gather = [&](Span mine) {
+        auto ticket = communicator.EnqueueAllGather(nullptr, Lane::kMoments, &mine, sizeof(mine),
+                                                    spans.data());
+        if (!ticket.ok()) Die(ticket.status());
+        const absl::Status gathered = communicator.Wait(*ticket, deadline);
+        if (!gathered.ok()) Die(gathered);
+      };
+      gather({});  // nobody begins before all are ready
+      Span mine;
+      mine.begin = Now();
       (*reduce)->Done(0, **stream, communicator.rank(), 0, size);
       status = (*reduce)->Finish(0, **stream, deadline);
       if (!status.ok()) Die(status);
-      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-      if (i >= 0) times.push_back(took.count());
+      mine.end = Now();
+      gather(mine);
+      Span all = spans[0];
+      for (const Span& span : spans) {
+        all = {std::max(all.begin, span.begin), std::max(all.end, span.end)};
+      }
+      if (i >= 0) times.push_back(static_cast<double>(all.end - all.begin) * 1e-9);
     }
     std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
     const double median = times[times.size() / 2];
@@ -93,17 +113,17 @@ void Measure(const char* link, Communicator& communicator, int64_t largest) {
   }
 }
 
-void MeasureThreads(int members, int64_t largest) {
-  auto communicators = MakeLocalCommunicators(members, SharedBytes(members, largest));
+void MeasureThreads(int members) {
+  auto communicators = MakeLocalCommunicators(members, SharedBytes(members));
   std::vector<std::thread> threads;
   for (auto& communicator : communicators) {
-    threads.emplace_back([&] { Measure("threads", *communicator, largest); });
+    threads.emplace_back([&] { Measure("threads", *communicator); });
   }
   for (std::thread& thread : threads) thread.join();
 }
 
 // One pipe per member carries its rendezvous bytes to all: each writes a copy for every reader.
-void MeasureProcesses(int members, bool gloo, int64_t largest) {
+void MeasureProcesses(int members, bool gloo) {
   std::vector<std::vector<int>> to(members), from(members);
   for (int writer = 0; writer < members; ++writer) {
     for (int reader = 0; reader < members; ++reader) {
@@ -127,7 +147,7 @@ void MeasureProcesses(int members, bool gloo, int64_t largest) {
           {"process " + std::to_string(member), gloo ? "host" + std::to_string(member) : "here"});
     }
     options.address = "127.0.0." + std::to_string(rank + 1);
-    options.shared_bytes = SharedBytes(members, largest);
+    options.shared_bytes = SharedBytes(members);
     auto end = OpenRendezvous(options);
     if (!end.ok()) Die(end.status());
     const std::string own = (*end)->bytes();
@@ -142,11 +162,16 @@ void MeasureProcesses(int members, bool gloo, int64_t largest) {
     }
     auto communicator = (*end)->Connect(all, absl::Now() + absl::Minutes(1));
     if (!communicator.ok()) Die(communicator.status());
-    Measure(gloo ? "gloo" : "processes", **communicator, largest);
+    Measure(gloo ? "gloo" : "processes", **communicator);
     communicator->reset();  // members part together
     std::_Exit(0);
   }
-  for (const pid_t child : children) waitpid(child, nullptr, 0);
+  bool failed = false;
+  for (const pid_t child : children) {
+    int how = 0;
+    failed |= waitpid(child, &how, 0) != child || how != 0;
+  }
+  if (failed) std::exit(1);
   for (int member = 0; member < members; ++member) {
     for (const int fd : from[member]) close(fd);
     for (const int fd : to[member]) close(fd);
@@ -157,12 +182,19 @@ void MeasureProcesses(int members, bool gloo, int64_t largest) {
 }  // namespace lockstep::collective
 
 int main(int argc, char** argv) {
-  const int64_t largest = argc > 1 ? std::atoll(argv[1]) : int64_t{64} << 20;
-  for (const bool gloo : {false, true}) {
-    for (const int members : {2, 4}) {
-      lockstep::collective::MeasureProcesses(members, gloo, largest);
-    }
+  const std::string link = argc > 1 ? argv[1] : "all";
+  const int only = argc > 2 ? std::atoi(argv[2]) : 0;
+  const bool known = link == "all" || link == "processes" || link == "threads" || link == "gloo";
+  if (!known || (argc > 2 && only < 2)) {
+    std::fprintf(stderr, "usage: allreduce_bench [all | processes | threads | gloo [members]]\n");
+    return 2;
   }
-  for (const int members : {2, 4}) lockstep::collective::MeasureThreads(members, largest);
+  const std::vector<int> counts = only > 0 ? std::vector<int>{only} : std::vector<int>{2, 4};
+  const auto wanted = [&](const char* name) { return link == "all" || link == name; };
+  for (const int members : counts) {
+    if (wanted("processes")) lockstep::collective::MeasureProcesses(members, /*gloo=*/false);
+    if (wanted("gloo")) lockstep::collective::MeasureProcesses(members, /*gloo=*/true);
+    if (wanted("threads")) lockstep::collective::MeasureThreads(members);
+  }
   return 0;
 }
