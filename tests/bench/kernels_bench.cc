@@ -50,6 +50,15 @@ void ReportBytes(benchmark::State& state, double elements, double bytes_per_elem
 
 enum Pass { kForward, kInput, kWeight, kPack };
 
+void BackwardWeight(Conv2d& op, Stream& stream, const float* x, const float* dy, float* dw,
+                    float* db, void* scratch) {
+  op.BackwardWeight(stream, kRows, x, dy, dw, db, scratch);
+}
+void BackwardWeight(Dense& op, Stream& stream, const float* x, const float* dy, float* dw,
+                    float* db, void* scratch) {
+  op.BackwardWeight(stream, kOneLeaf, &kRows, &x, &dy, &dw, &db, scratch);
+}
+
 template <class Op>
 void RunPass(benchmark::State& state, Bench& b, Op& op, Pass pass, double products, const float* w,
              float* x, float* y, float* dw, float* vector) {
@@ -58,7 +67,7 @@ void RunPass(benchmark::State& state, Bench& b, Op& op, Pass pass, double produc
   for (auto _ : state) {
     if (pass == kForward) op.Forward(b.stream(), kRows, x, vector, y, scratch);
     if (pass == kInput) op.BackwardInput(b.stream(), kRows, y, x, scratch);
-    if (pass == kWeight) op.BackwardWeight(b.stream(), kRows, x, y, dw, vector, scratch);
+    if (pass == kWeight) BackwardWeight(op, b.stream(), x, y, dw, vector, scratch);
     if (pass == kPack) op.Pack(b.stream(), w);
     benchmark::ClobberMemory();
   }

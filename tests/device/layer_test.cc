@@ -1,4 +1,5 @@
 // Dense and Conv2d against double references.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <thread>
@@ -66,6 +67,10 @@ struct DenseKind {
   static auto Make(Device& device, const Shape& s, absl::Span<const int64_t> rows) {
     return device.MakeDense(s, rows);
   }
+  static void BackwardWeight(Op& op, Stream& stream, int64_t rows, const float* x, const float* dy,
+                             float* dw, float* db, void* scratch) {
+    op.BackwardWeight(stream, kOneLeaf, &rows, &x, &dy, &dw, &db, scratch);
+  }
   static auto Reference(const Shape& s, const std::vector<double>& x, const std::vector<double>& w,
                         const std::vector<double>& b) {
     return DenseForward(s, x, w, b);
@@ -102,6 +107,10 @@ struct ConvKind {
   static int64_t Weights(const Shape& s) { return s.out * s.kernel * s.kernel * s.in; }
   static auto Make(Device& device, const Shape& s, absl::Span<const int64_t> rows) {
     return device.MakeConv2d(s, rows);
+  }
+  static void BackwardWeight(Op& op, Stream& stream, int64_t rows, const float* x, const float* dy,
+                             float* dw, float* db, void* scratch) {
+    op.BackwardWeight(stream, rows, x, dy, dw, db, scratch);
   }
   static auto Reference(const Shape& s, const std::vector<double>& x, const std::vector<double>& w,
                         const std::vector<double>& b) {
@@ -172,7 +181,8 @@ class LayerTest : public DeviceTest {
         (*op)->Pack(stream(), w);
         (*op)->Forward(stream(), rows, x, bias, y, scratch);
         (*op)->BackwardInput(stream(), rows, dy, dx, scratch);
-        (*op)->BackwardWeight(stream(), rows, x, dy, dw, s.bias ? db.data() : nullptr, scratch);
+        Kind::BackwardWeight(**op, stream(), rows, x, dy, dw, s.bias ? db.data() : nullptr,
+                             scratch);
         ASSERT_TRUE(stream().Synchronize().ok());
         const int64_t terms = Kind::Weights(s) / s.out;
         EXPECT_TRUE(Near(y.Read(),
@@ -213,7 +223,7 @@ class LayerTest : public DeviceTest {
       (*op)->Forward(stream(), kRows, x, bias, y, scratch);
       if (s.activation == Activation::kRelu) device().ReluBackward(stream(), dy.size(), y, dy, dy);
       (*op)->BackwardInput(stream(), kRows, dy, dx, scratch);
-      (*op)->BackwardWeight(stream(), kRows, x, dy, dw, s.bias ? db.data() : nullptr, scratch);
+      Kind::BackwardWeight(**op, stream(), kRows, x, dy, dw, s.bias ? db.data() : nullptr, scratch);
       const auto at_x = ToDoubles(d.x), at_w = ToDoubles(d.w), at_b = ToDoubles(d.b);
       EXPECT_TRUE(MatchesFiniteDifferences(
           [&](const auto& at) { return Dot(Kind::Reference(s, at, at_w, at_b), d.dy); }, at_x,
@@ -286,8 +296,8 @@ class LayerTest : public DeviceTest {
                std::vector<float>(d.w.size()), std::vector<float>(s.out)};
           (*op)->Forward(**mine, kRows, x, bias, r.y.data(), scratch.data());
           (*op)->BackwardInput(**mine, kRows, dy, r.dx.data(), scratch.data());
-          (*op)->BackwardWeight(**mine, kRows, x, dy, r.dw.data(), s.bias ? r.db.data() : nullptr,
-                                scratch.data());
+          Kind::BackwardWeight(**op, **mine, kRows, x, dy, r.dw.data(),
+                               s.bias ? r.db.data() : nullptr, scratch.data());
         }
         statuses[t] = (*mine)->Synchronize();
       });
@@ -319,6 +329,82 @@ TEST_P(LayerTest, ConvRowsDoNotDependOnTheirNumber) {
   RowsAreIndependent<ConvKind>({28, 28, 1, 32, 3, 1, 1, false}, 20);
   RowsAreIndependent<ConvKind>({14, 14, 32, 64, 3, 1, 1, false}, 20);
   RowsAreIndependent<ConvKind>({7, 7, 17, 15, 3, 2, 1, true}, 20);
+}
+
+// Each leaf's gradient by itself, folded by Add in the order that the fold says, has the bits of
+// the kernel that folds in its tiles: a power of two, leaves that make several subtrees, uneven
+// rows.
+TEST_P(LayerTest, DenseFoldsTheGradientsOfLeaves) {
+  struct Case {
+    std::vector<int64_t> rows;
+    std::vector<int> buffer, combine_count;
+    std::vector<FoldPair> combines;
+    std::vector<int> part_buffer;
+  };
+  const std::vector<Case> cases = {
+      {{16, 16, 16, 16}, {0, 1, 1, 2}, {0, 1, 0, 2}, {{0, 1}, {1, 2}, {0, 1}}, {0}},
+      {{3, 1, 7}, {0, 1, 2}, {0, 0, 1}, {{1, 2}}, {0, 1}},
+      {{2, 5}, {0, 1}, {0, 0}, {}, {0, 1}},
+      {{100}, {0}, {0}, {}, {0}},
+  };
+  for (const DenseShape& s : {DenseShape{784, 50, true}, DenseShape{70, 500, false},
+                              DenseShape{17, 10, true}, DenseShape{50, 1, true}}) {
+    for (const Case& c : cases) {
+      SCOPED_TRACE(DenseKind::Describe(s) + ", " + std::to_string(c.rows.size()) + " leaves");
+      const LeafFold fold = {static_cast<int>(c.rows.size()),
+                             c.buffer.data(),
+                             c.combine_count.data(),
+                             c.combines.data(),
+                             static_cast<int>(c.part_buffer.size()),
+                             c.part_buffer.data()};
+      auto op = device().MakeDense(s, c.rows);
+      ASSERT_TRUE(op.ok()) << op.status();
+      const auto scratch = Scratch((*op)->scratch_bytes());
+      std::vector<Buffer<float>> x, dy, dw, db, leaf_dw, leaf_db;
+      std::vector<const float*> xs, dys;
+      std::vector<float*> dws, dbs;
+      for (int i = 0; i < fold.leaves; ++i) {
+        const LayerData<DenseKind> d(s, c.rows[i] + 1000 * i);  // other values in each
+        const auto cut = [&](const std::vector<float>& v, int64_t n) {
+          return std::vector<float>(v.end() - n, v.end());
+        };
+        x.push_back(In(cut(d.x, c.rows[i] * s.in)));
+        dy.push_back(In(cut(d.dy, c.rows[i] * s.out)));
+        xs.push_back(x.back());
+        dys.push_back(dy.back());
+      }
+      // One by one: each leaf into its buffer, and the adds.
+      const int buffers = 1 + *std::max_element(c.buffer.begin(), c.buffer.end());
+      for (int i = 0; i < buffers; ++i) {
+        leaf_dw.push_back(Out(s.in * s.out));
+        leaf_db.push_back(Out(s.out));
+      }
+      const FoldPair* combine = fold.combines;
+      for (int i = 0; i < fold.leaves; ++i) {
+        float *w = leaf_dw[c.buffer[i]], *b = s.bias ? leaf_db[c.buffer[i]].data() : nullptr;
+        (*op)->BackwardWeight(stream(), kOneLeaf, &c.rows[i], &xs[i], &dys[i], &w, &b, scratch);
+        for (int k = 0; k < c.combine_count[i]; ++k, ++combine) {
+          float *left = leaf_dw[combine->left], *left_db = leaf_db[combine->left];
+          device().Add(stream(), s.in * s.out, left, leaf_dw[combine->right], left);
+          device().Add(stream(), s.out, left_db, leaf_db[combine->right], left_db);
+        }
+      }
+      for (int p = 0; p < fold.parts; ++p) {
+        dw.push_back(Out(s.in * s.out));
+        db.push_back(Out(s.out));
+        dws.push_back(dw.back());
+        dbs.push_back(s.bias ? db.back().data() : nullptr);
+      }
+      (*op)->BackwardWeight(stream(), fold, c.rows.data(), xs.data(), dys.data(), dws.data(),
+                            dbs.data(), scratch);
+      ASSERT_TRUE(stream().Synchronize().ok());
+      for (int p = 0; p < fold.parts; ++p) {
+        EXPECT_TRUE(SameBits(dw[p].Read(), leaf_dw[c.part_buffer[p]].Read())) << p;
+        if (!s.bias) continue;
+        EXPECT_TRUE(SameBits(db[p].Read(), leaf_db[c.part_buffer[p]].Read())) << p;
+      }
+    }
+  }
 }
 
 TEST_P(LayerTest, ThreadsAndRepetitionsAgree) {

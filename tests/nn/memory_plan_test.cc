@@ -1,6 +1,7 @@
 #include "worker/nn/memory_plan.h"
 
-#include <map>
+#include <utility>
+#include <vector>
 
 #include "gtest/gtest.h"
 #include "tests/nn/cases.h"
@@ -10,37 +11,68 @@ namespace lockstep::nn {
 namespace {
 
 constexpr int64_t kRows = 3;
+constexpr int64_t kShardRows[] = {3, 2};  // of the slot's two shards
+constexpr int64_t kSlotRows = 5;
 
-// Runs the calls on an arena whose bytes know which value they hold: every read must find its own
-// value whole. Independent of how the plan was made.
-void ExpectEveryReadFindsItsValue(const Lowering& lowering, const MemoryPlan& plan) {
-  std::vector<int> owner(plan.bytes, -1);
-  auto expect_held = [&](int value, int call) {
-    if (value < 0) return;
-    for (int64_t i = 0; i < lowering.value_bytes[value] * kRows; ++i) {
-      ASSERT_EQ(owner.at(plan.offsets[value] + i), value) << "call " << call << " byte " << i;
-    }
-  };
-  for (size_t i = 0; i < lowering.calls.size(); ++i) {
-    const Call& call = lowering.calls[i];
+// Runs the calls, shards in the order in which a plan walks, on an arena whose bytes know which
+// value of which shard they hold: every read must find its own value whole. Independent of how the
+// plan was made.
+class Arena {
+ public:
+  Arena(const Lowering& lowering, const MemoryPlan& plan)
+      : lowering_(lowering), plan_(plan), owner_(plan.bytes, {-1, -1}) {}
+
+  void Run(int index, int shard) {
+    const Call& call = lowering_.calls[index];
     for (const int value : {call.a, call.b, call.c, call.d}) {
-      expect_held(value, static_cast<int>(i));
+      if (value < 0) continue;
+      ExpectHeld(value, shard, index);
       for (const int out : {call.out, call.out2}) {
-        if (out < 0 || value < 0 || IsElementwise(call.type)) continue;
+        if (out < 0 || IsElementwise(call.type)) continue;
         const bool apart =
-            plan.offsets[out] >= plan.offsets[value] + lowering.value_bytes[value] * kRows ||
-            plan.offsets[value] >= plan.offsets[out] + lowering.value_bytes[out] * kRows;
-        ASSERT_TRUE(apart) << "call " << i << " writes over what it reads";
+            Begin(out, shard) >= End(value, shard) || Begin(value, shard) >= End(out, shard);
+        ASSERT_TRUE(apart) << "call " << index << " writes over what it reads";
       }
     }
     for (const int out : {call.out, call.out2}) {
       if (out < 0) continue;
-      ASSERT_EQ(plan.offsets[out] % kArenaAlignment, 0);
-      for (int64_t b = 0; b < lowering.value_bytes[out] * kRows; ++b) {
-        owner.at(plan.offsets[out] + b) = out;
+      ASSERT_EQ(plan_.offsets[out] % kArenaAlignment, 0);
+      for (int64_t i = Begin(out, shard); i < End(out, shard); ++i) owner_.at(i) = {out, shard};
+    }
+    if (call.out2 >= 0) ExpectHeld(call.out, shard, index);
+  }
+
+ private:
+  int64_t Begin(int value, int shard) const {
+    const int64_t first_row = plan_.of_slot[value] != 0 && shard == 1 ? kShardRows[0] : 0;
+    return plan_.offsets[value] + first_row * lowering_.value_bytes[value];
+  }
+  int64_t End(int value, int shard) const {
+    return Begin(value, shard) + kShardRows[shard] * lowering_.value_bytes[value];
+  }
+  void ExpectHeld(int value, int shard, int call) {
+    for (int64_t i = Begin(value, shard); i < End(value, shard); ++i) {
+      ASSERT_EQ(owner_.at(i), std::pair(value, shard)) << "call " << call << " byte " << i;
+    }
+  }
+
+  const Lowering& lowering_;
+  const MemoryPlan& plan_;
+  std::vector<std::pair<int, int>> owner_;
+};
+
+void ExpectEveryReadFindsItsValue(const Lowering& lowering, const MemoryPlan& plan) {
+  Arena arena(lowering, plan);
+  for (const Segment& segment : lowering.segments) {
+    if (segment.layerwise) {
+      for (int call = segment.begin; call < segment.end; ++call) {
+        for (const int shard : {0, 1}) arena.Run(call, shard);
+      }
+    } else {
+      for (const int shard : {0, 1}) {
+        for (int call = segment.begin; call < segment.end; ++call) arena.Run(call, shard);
       }
     }
-    if (call.out2 >= 0) expect_held(call.out, static_cast<int>(i));
   }
 }
 
@@ -48,7 +80,7 @@ void ExpectSound(const spec::Graph& graph) {
   const auto program = Program::Compile(graph).value();
   for (const bool training : {true, false}) {
     const Lowering lowering = Lower(*program, training);
-    ExpectEveryReadFindsItsValue(lowering, PlanMemory(lowering, kRows));
+    ExpectEveryReadFindsItsValue(lowering, PlanMemory(lowering, kRows, kSlotRows));
     int at = 0;
     for (const Segment& segment : lowering.segments) {
       EXPECT_EQ(segment.begin, at);
@@ -62,6 +94,29 @@ TEST(MemoryPlanTest, EveryReadFindsItsValue) {
   for (const GraphCase& graph_case : GraphCases()) {
     SCOPED_TRACE(graph_case.name);
     ExpectSound(graph_case.graph);
+  }
+}
+
+// Convolutions shard by shard, then dense layers with many weights layer by layer, and back.
+TEST(MemoryPlanTest, EveryReadFindsItsValueWhereTheWayToWalkChanges) {
+  for (const spec::Sync sync : {spec::Sync::kShard, spec::Sync::kBatch}) {
+    GraphMaker m({6, 6, 2}, 7);
+    m.Conv2d(4, 3, 1, 1);
+    m.BatchNorm(sync);
+    m.Relu();
+    m.Flatten();
+    m.Dense(260);
+    m.BatchNorm(sync);
+    m.Relu();
+    m.Dropout(0.5);
+    m.Dense(7);
+    const Lowering lowering = Lower(*Program::Compile(m.graph()).value(), true);
+    int layerwise = 0;
+    for (const Segment& segment : lowering.segments) layerwise += segment.layerwise;
+    EXPECT_EQ(layerwise, sync == spec::Sync::kShard ? 1 : 3);
+    EXPECT_FALSE(lowering.segments.front().layerwise);
+    EXPECT_FALSE(lowering.segments.back().layerwise);
+    ExpectSound(m.graph());
   }
 }
 
@@ -90,10 +145,10 @@ TEST(MemoryPlanTest, ReusesMemory) {
   const Lowering train = Lower(*program, true), inference = Lower(*program, false);
   // Inference needs two buffers at a time, whatever the depth.
   constexpr int64_t kBuffer = 64 * 4 * kRows;
-  EXPECT_EQ(PlanMemory(inference, kRows).bytes, 2 * kBuffer);
+  EXPECT_EQ(PlanMemory(inference, kRows, kRows).bytes, 2 * kBuffer);
   // Training keeps each tanh's output (it is written over the dense's own) and, at the end of
   // forward, the logits and their gradient; backward finds its buffers among those.
-  EXPECT_LE(PlanMemory(train, kRows).bytes, (kDepth + 2) * kBuffer);
+  EXPECT_LE(PlanMemory(train, kRows, kRows).bytes, (kDepth + 2) * kBuffer);
   EXPECT_GT(Sum(train), 3 * kDepth * kBuffer);
 }
 
@@ -104,7 +159,7 @@ TEST(MemoryPlanTest, AnElementwiseCallWritesOverAnInputThatDies) {
   m.AddLayers({a, b});           // in place
   m.Dropout(0.5);                // in place
   const Lowering lowering = Lower(*Program::Compile(m.graph()).value(), true);
-  const MemoryPlan plan = PlanMemory(lowering, kRows);
+  const MemoryPlan plan = PlanMemory(lowering, kRows, kRows);
   ASSERT_EQ(lowering.calls[1].type, CallType::kDropout);
   ASSERT_EQ(lowering.calls[2].type, CallType::kAdd);
   ASSERT_EQ(lowering.calls[3].type, CallType::kDropout);

@@ -129,6 +129,9 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
   absl::Status Begin(int slot, absl::Span<const uint8_t> present, absl::Time deadline) override;
   float* Leaf(int slot, int leaf) override;
   void Done(int slot, device::Stream& stream, int leaf, int64_t begin, int64_t end) override;
+  const device::LeafFold* LeafFold(int slot) override;
+  float* Part(int slot, int part) override;
+  void DoneFolded(int slot, device::Stream& stream, int64_t begin, int64_t end) override;
   absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) override;
   const float* result() const override { return result_.load(std::memory_order_relaxed); }
   absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
@@ -138,10 +141,19 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
                                         absl::Time deadline) override;
 
  private:
+  // A slot's StackSchedule without what is absent, as kernels take it.
+  struct SlotFold {
+    explicit SlotFold(const StackSchedule& stack);
+    SlotFold(const SlotFold&) = delete;
+    std::vector<int> buffer, combine_count, part_buffer;
+    std::vector<device::FoldPair> combines;
+    device::LeafFold fold;
+  };
   // What follows from the set of leaves that exist in a step.
   struct Pattern {
     std::vector<uint8_t> present;
     std::vector<StackSchedule> stacks;               // of our slots
+    std::vector<std::unique_ptr<SlotFold>> folds;    // of our slots
     std::vector<int> last_leaf;                      // of each slot, -1: none
     FoldProgram member_fold;                         // our slots' subtrees -> our member's
     std::vector<int> member_inputs, member_outputs;  // buffers
@@ -168,6 +180,8 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
     return reinterpret_cast<float*>(memory_ + index * VectorBytes(size_));
   }
   const Pattern& FindPattern(absl::Span<const uint8_t> present);
+  // Our slot's parts are there for [begin, end).
+  void Complete(int slot, device::Stream& stream, int64_t begin, int64_t end);
   void Arrive(int slot, device::Stream* stream, size_t bucket);
   void FoldMember(Slot& s, device::Stream* stream, int64_t begin, int64_t end);
   void PostReady(uint64_t step, const Pattern& pattern);
@@ -288,6 +302,24 @@ absl::Status CanonicalOnCommunicator::BarrierAfterMembers(int slot, absl::Time d
 
 // ---- the step
 
+CanonicalOnCommunicator::SlotFold::SlotFold(const StackSchedule& stack) {
+  for (const StackSchedule::Leaf& leaf : stack.leaves) {
+    if (leaf.buffer < 0) continue;
+    buffer.push_back(leaf.buffer);
+    combine_count.push_back(static_cast<int>(leaf.combines.size()));
+    for (const Combine& combine : leaf.combines) combines.push_back({combine.dst, combine.src});
+  }
+  for (const int at : stack.part_buffer) {
+    if (at >= 0) part_buffer.push_back(at);
+  }
+  fold = {static_cast<int>(buffer.size()),
+          buffer.data(),
+          combine_count.data(),
+          combines.data(),
+          static_cast<int>(part_buffer.size()),
+          part_buffer.data()};
+}
+
 const CanonicalOnCommunicator::Pattern& CanonicalOnCommunicator::FindPattern(
     absl::Span<const uint8_t> present) {
   absl::MutexLock lock(&mutex_);
@@ -312,6 +344,7 @@ const CanonicalOnCommunicator::Pattern& CanonicalOnCommunicator::FindPattern(
       inputs.push_back(slot_parts_[slot][part]);
       pattern->member_inputs.push_back(first_buffer_[slot] + stack.part_buffer[part]);
     }
+    pattern->folds.push_back(std::make_unique<SlotFold>(stack));
     pattern->stacks.push_back(std::move(stack));
   }
   const FoldSchedule member = MakeFoldSchedule(placement_.leaves, inputs, member_parts_[rank_]);
@@ -396,7 +429,27 @@ void CanonicalOnCommunicator::Done(int slot, device::Stream& stream, int leaf, i
       }
     }
   }
-  if (leaf != s.pattern->last_leaf[slot] || begin == end) return;
+  if (leaf == s.pattern->last_leaf[slot]) Complete(slot, stream, begin, end);
+}
+
+const device::LeafFold* CanonicalOnCommunicator::LeafFold(int slot) {
+  const device::LeafFold& fold = slots_[slot].pattern->folds[slot]->fold;
+  return fold.leaves == 0 ? nullptr : &fold;
+}
+
+float* CanonicalOnCommunicator::Part(int slot, int part) {
+  return Buffer(first_buffer_[slot] + slots_[slot].pattern->folds[slot]->part_buffer[part]);
+}
+
+void CanonicalOnCommunicator::DoneFolded(int slot, device::Stream& stream, int64_t begin,
+                                         int64_t end) {
+  Complete(slot, stream, begin, end);
+}
+
+void CanonicalOnCommunicator::Complete(int slot, device::Stream& stream, int64_t begin,
+                                       int64_t end) {
+  if (begin == end) return;
+  Slot& s = slots_[slot];
   s.elements_left -= end - begin;
   size_t bucket = std::upper_bound(buckets_.begin(), buckets_.end(), begin,
                                    [](int64_t at, const Bucket& b) { return at < b.end; }) -

@@ -58,6 +58,13 @@ class CanonicalAllReduce {
   // Leaves of a slot in ascending order for every range; ranges partition [0, size).
   virtual float* Leaf(int slot, int leaf) = 0;
   virtual void Done(int slot, device::Stream& stream, int leaf, int64_t begin, int64_t end) = 0;
+  // The other way, for a kernel that folds a range itself, over all of a slot's present leaves at
+  // once: how, where each of the parts lies (a whole flat vector), and that [begin, end) of all
+  // parts is complete. A range goes one way or the other. The fold is null for a slot without
+  // leaves, and valid until the next Begin.
+  virtual const device::LeafFold* LeafFold(int slot) = 0;
+  virtual float* Part(int slot, int part) = 0;
+  virtual void DoneFolded(int slot, device::Stream& stream, int64_t begin, int64_t end) = 0;
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot
   // may read all of it.
   virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) = 0;

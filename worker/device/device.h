@@ -68,16 +68,20 @@ class Dense {
  public:
   virtual ~Dense() = default;
   virtual size_t scratch_bytes() const = 0;  // that each of the calls below may use
-  // Refreshes the packed copies from `weight` (logical layout). Call after every change of weights.
+  // Refreshes what is derived from `weight` (logical layout). Call after every change of weights;
+  // `weight` must stay, unchanged, until the next: it may be read where it is.
   virtual void Pack(Stream& stream, const float* weight) = 0;
   virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
                        void* scratch) = 0;
   // dx = dy W. `dy` is the gradient after the activation's own backward (ReluBackward).
   virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
                              void* scratch) = 0;
-  // dW = dy^T x in logical layout, db = column sums of dy (null without bias). Overwrites.
-  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy,
-                              float* dw, float* db, void* scratch) = 0;
+  // Each leaf's dW = dy^T x in logical layout and db = column sums of dy, folded to dw[part] and
+  // db[part] (null without bias). Overwrites. Leaf i has rows[i] samples x[i], dy[i]; memory of the
+  // host, read when the call is made.
+  virtual void BackwardWeight(Stream& stream, const LeafFold& fold, const int64_t* rows,
+                              const float* const* x, const float* const* dy, float* const* dw,
+                              float* const* db, void* scratch) = 0;
 };
 
 struct Conv2dShape {

@@ -16,6 +16,26 @@ struct StepScalars {
   float adam_correction2 = 1;  // 1 - beta2^t
 };
 
+// How a slot's leaves become its subtrees (worker/collective/tree.h), for kernels that fold what
+// they compute before it is written: leaves in order, each taking a buffer; then combines, in which
+// the leaf's value, or what it has become, is the right operand and takes its left's buffer.
+constexpr int kMostFoldBuffers = 26;  // of 4096 leaves, wherever they are cut
+struct FoldPair {
+  int left = 0, right = 0;  // buffers
+};
+struct LeafFold {
+  int leaves = 0;
+  const int* buffer = nullptr;         // by leaf
+  const int* combine_count = nullptr;  // by leaf: how many of `combines` follow it
+  const FoldPair* combines = nullptr;
+  int parts = 0;                     // subtrees
+  const int* part_buffer = nullptr;  // by part: where it is in the end
+};
+
+// A leaf by itself.
+inline constexpr int kFirstBuffer = 0, kNoCombines = 0;
+inline constexpr LeafFold kOneLeaf = {1, &kFirstBuffer, &kNoCombines, nullptr, 1, &kFirstBuffer};
+
 struct PoolShape {
   int64_t height = 0, width = 0, channels = 0;  // of the input
   int64_t kernel = 0, stride = 0, padding = 0;  // square; padding < kernel

@@ -1,5 +1,6 @@
 #include "worker/nn/executor.h"
 
+#include <type_traits>
 #include <utility>
 
 #include "common/philox.h"
@@ -23,13 +24,18 @@ device::StridedCopy PadCopy(const spec::Layer& layer, const std::vector<int64_t>
 
 Executor::Executor(std::shared_ptr<const Program> program, device::Device& device,
                    const Operations& operations, uint64_t seed, Lowering lowering,
-                   MemoryPlan memory, void* scratch)
+                   MemoryPlan memory, void* scratch, int most_shards)
     : program_(std::move(program)),
       device_(device),
       operations_(operations),
       lowering_(std::move(lowering)),
       memory_(std::move(memory)),
-      scratch_(scratch) {
+      scratch_(scratch),
+      leaf_rows_(most_shards),
+      leaf_x_(most_shards),
+      leaf_dy_(most_shards),
+      part_dw_(device::kMostFoldBuffers),
+      part_db_(device::kMostFoldBuffers) {
   for (int i = 0; i < static_cast<int>(program_->nodes().size()); ++i) {
     const Program::Node& node = program_->nodes()[i];
     const spec::Layer& layer = program_->layer(i);
@@ -130,6 +136,59 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
   }
 }
 
+void Executor::RunAll(int index, const StepContext& context, const Merged& merged,
+                      absl::Span<const Frame> frames) {
+  const Call& call = lowering_.calls[index];
+  if (operations_.dense(call.node) != nullptr) {
+    if (call.type == CallType::kLinearBackwardWeight && context.sink->Fold() != nullptr) {
+      return RunFoldedGradient(call, context, frames);
+    }
+    const bool rows_are_independent =
+        call.type == CallType::kLinearForward || call.type == CallType::kLinearBackwardInput;
+    if (rows_are_independent && IsContiguous(call.a, frames)) {
+      ShardInput input = *frames[0].input;
+      input.rows = 0;
+      for (const Frame& frame : frames) input.rows += frame.input->rows;
+      Frame together = frames[0];
+      together.input = &input;
+      return RunLinear(call, context, together);
+    }
+  }
+  for (const Frame& frame : frames) Run(index, context, merged, frame);
+}
+
+// Values in the arena are; the data loader's shards may have gaps between them.
+bool Executor::IsContiguous(int value, absl::Span<const Frame> frames) const {
+  if (value != kDataValue) return true;
+  const int64_t features = spec::ElementCount(program_->graph().data_shape);
+  for (size_t i = 0; i + 1 < frames.size(); ++i) {
+    const ShardInput& input = *frames[i].input;
+    if (input.data + input.rows * features != frames[i + 1].input->data) return false;
+  }
+  return true;
+}
+
+void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
+                                 absl::Span<const Frame> frames) {
+  const Program::Node& node = program_->nodes()[call.node];
+  const device::LeafFold& fold = *context.sink->Fold();
+  for (size_t i = 0; i < frames.size(); ++i) {
+    leaf_rows_[i] = frames[i].input->rows;
+    leaf_x_[i] = Input(call.a, frames[i]);
+    leaf_dy_[i] = Floats(call.b, frames[i]);
+  }
+  for (int part = 0; part < fold.parts; ++part) {
+    float* const gradient = context.sink->Part(part);
+    part_dw_[part] = gradient + node.weight;
+    part_db_[part] = node.bias < 0 ? nullptr : gradient + node.bias;
+    ZeroPadding(call.node, context, gradient);
+  }
+  operations_.dense(call.node)->BackwardWeight(*context.stream, fold, leaf_rows_.data(),
+                                               leaf_x_.data(), leaf_dy_.data(), part_dw_.data(),
+                                               part_db_.data(), scratch_);
+  context.sink->DoneFolded(node.parameters_begin, node.parameters_end);
+}
+
 void Executor::RunLinear(const Call& call, const StepContext& context, const Frame& frame) const {
   const Program::Node& node = program_->nodes()[call.node];
   const int64_t rows = frame.input->rows;
@@ -142,9 +201,14 @@ void Executor::RunLinear(const Call& call, const StepContext& context, const Fra
     } else if (call.type == CallType::kLinearBackwardInput) {
       operation->BackwardInput(stream, rows, a, Floats(call.out, frame), scratch_);
     } else {
+      const float* dy = Floats(call.b, frame);
+      float* dw = frame.leaf + node.weight;
       float* db = node.bias < 0 ? nullptr : frame.leaf + node.bias;
-      operation->BackwardWeight(stream, rows, a, Floats(call.b, frame), frame.leaf + node.weight,
-                                db, scratch_);
+      if constexpr (std::is_same_v<decltype(operation), device::Dense*>) {
+        operation->BackwardWeight(stream, device::kOneLeaf, &rows, &a, &dy, &dw, &db, scratch_);
+      } else {
+        operation->BackwardWeight(stream, rows, a, dy, dw, db, scratch_);
+      }
       FinishLeaf(call.node, context, frame);
     }
   };
@@ -253,18 +317,23 @@ void Executor::RunLoss(const Call& call, const StepContext& context, const Frame
 }
 
 // A leaf's range is whole with its padding, which stays zero.
-void Executor::FinishLeaf(int index, const StepContext& context, const Frame& frame) const {
+void Executor::ZeroPadding(int index, const StepContext& context, float* gradient) const {
   const Program::Node& node = program_->nodes()[index];
   const std::vector<spec::TensorSpec>& tensors = program_->layer(index).tensors;
   auto zero_padding = [&](int64_t tensor, int which, int64_t end) {
     const int64_t begin = tensor + spec::ElementCount(tensors[which].shape);
     if (begin < end) {
-      device_.Zero(*context.stream, frame.leaf + begin,
+      device_.Zero(*context.stream, gradient + begin,
                    sizeof(float) * static_cast<size_t>(end - begin));
     }
   };
   zero_padding(node.weight, 0, node.bias < 0 ? node.parameters_end : node.bias);
   if (node.bias >= 0) zero_padding(node.bias, 1, node.parameters_end);
+}
+
+void Executor::FinishLeaf(int index, const StepContext& context, const Frame& frame) const {
+  ZeroPadding(index, context, frame.leaf);
+  const Program::Node& node = program_->nodes()[index];
   context.sink->Done(frame.input->shard, node.parameters_begin, node.parameters_end);
 }
 

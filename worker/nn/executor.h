@@ -28,6 +28,7 @@ struct StepContext {
 struct Frame {
   const ShardInput* input = nullptr;
   uint8_t* arena = nullptr;
+  int64_t first_row = 0;     // of the slot's, in values that hold all shards' rows together
   float* moments = nullptr;  // Program::moments() record
   float* sums = nullptr;     // of the batch norm that backward is at
   ShardResult* result = nullptr;
@@ -45,10 +46,13 @@ class Executor {
  public:
   Executor(std::shared_ptr<const Program> program, device::Device& device,
            const Operations& operations, uint64_t seed, Lowering lowering, MemoryPlan memory,
-           void* scratch);
+           void* scratch, int most_shards);
 
   const Lowering& lowering() const { return lowering_; }
   void Run(int call, const StepContext& context, const Merged& merged, const Frame& frame) const;
+  // The call for all shards, in the order of `frames`, which share the arena.
+  void RunAll(int call, const StepContext& context, const Merged& merged,
+              absl::Span<const Frame> frames);
   // The floats that a call of forward made, or null; `elements` of them.
   const float* Output(int call, const Frame& frame, int64_t* elements) const;
 
@@ -67,10 +71,14 @@ class Executor {
   };
 
   void RunLinear(const Call& call, const StepContext& context, const Frame& frame) const;
+  bool IsContiguous(int value, absl::Span<const Frame> frames) const;
+  void RunFoldedGradient(const Call& call, const StepContext& context,
+                         absl::Span<const Frame> frames);
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
                     const Frame& frame) const;
   void RunCopy(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunLoss(const Call& call, const StepContext& context, const Frame& frame) const;
+  void ZeroPadding(int node, const StepContext& context, float* gradient) const;
   void FinishLeaf(int node, const StepContext& context, const Frame& frame) const;
 
   float* Floats(int value, const Frame& frame) const {
@@ -80,7 +88,9 @@ class Executor {
     return value == kDataValue ? frame.input->data : Floats(value, frame);
   }
   uint8_t* Bytes(int value, const Frame& frame) const {
-    return value < 0 ? nullptr : frame.arena + memory_.offsets[value];
+    return value < 0 ? nullptr
+                     : frame.arena + memory_.offsets[value] +
+                           memory_.of_slot[value] * frame.first_row * lowering_.value_bytes[value];
   }
 
   const std::shared_ptr<const Program> program_;
@@ -90,6 +100,10 @@ class Executor {
   const MemoryPlan memory_;
   void* const scratch_;
   std::vector<NodeConstants> constants_;  // by node
+  // Of RunFoldedGradient, by shard and by part.
+  std::vector<int64_t> leaf_rows_;
+  std::vector<const float*> leaf_x_, leaf_dy_;
+  std::vector<float*> part_dw_, part_db_;
 };
 
 }  // namespace lockstep::nn

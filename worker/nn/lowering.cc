@@ -19,14 +19,19 @@ class Lowerer {
 
   Lowering Run() {
     const int nodes = static_cast<int>(program_.nodes().size());
-    for (int node = 0; node < nodes; ++node) Forward(node);
+    for (int node = 0; node < nodes; ++node) {
+      BeginNode(node);
+      Forward(node);
+    }
     result_.forward_calls = static_cast<int>(result_.calls.size());
     const int last = nodes - 1;
     const bool backward = training_ && program_.nodes()[last].needs_output_gradient;
     gradients_[last] = Loss(last, backward);
     if (backward) {
       for (int node = last; node >= 0; --node) {
-        if (program_.nodes()[node].needs_output_gradient) Backward(node);
+        if (!program_.nodes()[node].needs_output_gradient) continue;
+        BeginNode(node);
+        Backward(node);
       }
     }
     EndSegment(Exchange::kNone, -1);
@@ -58,7 +63,16 @@ class Lowerer {
   void EndSegment(Exchange exchange, int moments) {
     const int begin = result_.segments.empty() ? 0 : result_.segments.back().end;
     const int end = static_cast<int>(result_.calls.size());
-    result_.segments.push_back({begin, end, exchange, moments});
+    result_.segments.push_back({begin, end, exchange, moments, layerwise_});
+  }
+
+  // A new segment where the way to walk changes.
+  void BeginNode(int node) {
+    const bool layerwise = training_ && program_.nodes()[node].layerwise;
+    if (layerwise == layerwise_) return;
+    const int begin = result_.segments.empty() ? 0 : result_.segments.back().end;
+    if (begin < static_cast<int>(result_.calls.size())) EndSegment(Exchange::kNone, -1);
+    layerwise_ = layerwise;
   }
 
   bool IsSynchronized(int node) const { return program_.layer(node).sync == spec::Sync::kBatch; }
@@ -235,6 +249,7 @@ class Lowerer {
   const Program& program_;
   const bool training_;
   Lowering result_;
+  bool layerwise_ = false;                         // of the segment being made
   std::vector<int> outputs_, argmax_, gradients_;  // by node
   std::vector<int> more_;  // by node: a second gradient, which a batch_norm adds itself
 };

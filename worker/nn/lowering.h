@@ -77,13 +77,15 @@ struct Segment {
   int begin = 0, end = 0;
   Exchange exchange = Exchange::kNone;
   int moments = -1;
+  bool layerwise =
+      false;  // a call for all shards before the next, instead of a shard after another
 };
 
 struct Lowering {
   std::vector<int64_t> value_bytes;  // per sample
   std::vector<Call> calls;
   int forward_calls = 0;          // the calls of the loss begin here
-  std::vector<Segment> segments;  // partition calls; only the last has no exchange
+  std::vector<Segment> segments;  // partition calls
 };
 
 // Forward, loss and backward of a training step; or forward and loss at inference.

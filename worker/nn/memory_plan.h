@@ -2,6 +2,11 @@
 // an elementwise call writes over an input that dies there. Internal to worker/nn. Pure;
 // thread-safe.
 //
+// Shards walk through a segment one after another (or layer by layer, lowering.h), so what lives
+// within such a segment is needed for one shard at a time and all shards take turns in it; what
+// lives longer has its rows of all the slot's shards together, from the begin of the segment that
+// writes it to the end of the last that reads it.
+//
 // Invariants:
 //  1. Two values overlap only if one is dead before the other is written, or a chain of in-place
 //  calls
@@ -20,11 +25,12 @@ constexpr int64_t kArenaAlignment = 256;  // what CUDA's allocator gives; at lea
 
 struct MemoryPlan {
   std::vector<int64_t> offsets;  // bytes, by value
-  int64_t bytes = 0;             // of one arena
+  std::vector<uint8_t> of_slot;  // by value: 1 where it holds all shards' rows together
+  int64_t bytes = 0;             // of the arena
 };
 
-// For shards of at most `rows` samples. Greedy by size (Pisarchyk & Lee 2020, "Efficient memory
-// management for deep neural net inference", section 5.2).
-MemoryPlan PlanMemory(const Lowering& lowering, int64_t rows);
+// For shards of at most `shard_rows` samples, `slot_rows` together. Greedy by size (Pisarchyk & Lee
+// 2020, "Efficient memory management for deep neural net inference", section 5.2).
+MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot_rows);
 
 }  // namespace lockstep::nn

@@ -16,25 +16,16 @@ namespace {
 
 size_t AtLeastOne(size_t bytes) { return std::max<size_t>(bytes, 1); }
 
-// Shards wait for each other only at a synchronized norm; without one they take turns in one arena.
-int ArenaCount(const Program& program, int shards, bool training) {
-  return training && program.has_synchronized_norm() ? std::max(shards, 1) : 1;
-}
-
-int64_t ArenaBytes(const MemoryPlan& training, const MemoryPlan& inference) {
-  return std::max(training.bytes, inference.bytes);
-}
-
+int64_t SlotRows(int shards, int64_t max_rows) { return std::max(shards, 1) * max_rows; }
 }  // namespace
 
 struct Plan::Impl {
   std::shared_ptr<const Program> program;
   device::Device* device = nullptr;
   Options options;
-  int arena_count = 0;
   int64_t arena_bytes = 0;
   int64_t widest_norm = 0;
-  std::unique_ptr<device::Memory> arenas, scratch, moments, sums, merged_moments, merged_sums,
+  std::unique_ptr<device::Memory> arena, scratch, moments, sums, merged_moments, merged_sums,
       results, flag;
   std::unique_ptr<Executor> train, inference;  // train is null in a plan for evaluation
   Merged merged;
@@ -45,7 +36,7 @@ struct Plan::Impl {
   ShardResult* result(int position) const {
     return static_cast<ShardResult*>(results->data()) + position;
   }
-  absl::Status Bind(absl::Span<const ShardInput> shards, bool training);
+  absl::Status Bind(absl::Span<const ShardInput> shards);
   absl::Status RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
                            MomentExchange& exchange);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
@@ -75,14 +66,17 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
 
   Lowering train = options.training ? Lower(*program, true) : Lowering();
   Lowering inference = Lower(*program, false);
-  MemoryPlan train_memory = PlanMemory(train, options.max_rows);
-  MemoryPlan inference_memory = PlanMemory(inference, options.max_rows);
-  p.arena_bytes = ArenaBytes(train_memory, inference_memory);
-  p.arena_count = ArenaCount(*program, shards, options.training);
+  MemoryPlan train_memory;
+  if (options.training) {
+    train_memory = PlanMemory(train, options.max_rows, SlotRows(shards, options.max_rows));
+  }
+  MemoryPlan inference_memory =
+      PlanMemory(inference, options.max_rows, SlotRows(shards, options.max_rows));
+  p.arena_bytes = std::max(train_memory.bytes, inference_memory.bytes);
 
   const size_t record = sizeof(float) * static_cast<size_t>(program->moments_size());
   const size_t sums = sizeof(float) * 2 * static_cast<size_t>(p.widest_norm);
-  ASSIGN_OR_RETURN(p.arenas, device.Allocate(AtLeastOne(p.arena_bytes * p.arena_count)));
+  ASSIGN_OR_RETURN(p.arena, device.Allocate(AtLeastOne(p.arena_bytes)));
   ASSIGN_OR_RETURN(p.scratch, device.Allocate(AtLeastOne(operations.scratch_bytes())));
   ASSIGN_OR_RETURN(p.moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
   ASSIGN_OR_RETURN(p.sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
@@ -100,20 +94,21 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   if (options.training) {
     p.train =
         std::make_unique<Executor>(program, device, operations, options.seed, std::move(train),
-                                   std::move(train_memory), p.scratch->data());
+                                   std::move(train_memory), p.scratch->data(), shards);
   }
   p.inference =
       std::make_unique<Executor>(program, device, operations, options.seed, std::move(inference),
-                                 std::move(inference_memory), p.scratch->data());
+                                 std::move(inference_memory), p.scratch->data(), shards);
   return absl::WrapUnique(new Plan(std::move(impl)));
 }
 
 // Gives each shard its memory.
-absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training) {
+absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards) {
   if (shards.size() > options.shards.size()) {
     return absl::InternalError(
         fmt::format("{} shards for a plan of {}", shards.size(), options.shards.size()));
   }
+  int64_t first_row = 0;
   for (size_t i = 0; i < shards.size(); ++i) {
     if (shards[i].rows < 1 || shards[i].rows > options.max_rows) {
       return absl::InternalError(fmt::format("shard {} has {} rows in a plan of 1 to {}",
@@ -121,8 +116,9 @@ absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training
     }
     Frame& frame = frames[i];
     frame.input = &shards[i];
-    const int64_t arena = training && arena_count > 1 ? static_cast<int64_t>(i) : 0;
-    frame.arena = static_cast<uint8_t*>(arenas->data()) + arena * arena_bytes;
+    frame.arena = static_cast<uint8_t*>(arena->data());
+    frame.first_row = first_row;
+    first_row += shards[i].rows;
     frame.moments = moments->floats() + static_cast<int64_t>(i) * program->moments_size();
     frame.sums = sums->floats() + static_cast<int64_t>(i) * 2 * widest_norm;
     frame.result = result(static_cast<int>(i));
@@ -160,11 +156,15 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
                              MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  RETURN_IF_ERROR(p.Bind(shards));
   p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
+  const absl::Span<const Frame> frames = absl::MakeConstSpan(p.frames.data(), shards.size());
+  for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
   for (const Segment& segment : p.train->lowering().segments) {
-    for (size_t i = 0; i < shards.size(); ++i) {
-      p.frames[i].leaf = sink.Leaf(shards[i].shard);
+    for (int call = segment.begin; segment.layerwise && call < segment.end; ++call) {
+      if (!frames.empty()) p.train->RunAll(call, p.context, p.merged, frames);
+    }
+    for (size_t i = 0; !segment.layerwise && i < shards.size(); ++i) {
       for (int call = segment.begin; call < segment.end; ++call) {
         p.train->Run(call, p.context, p.merged, p.frames[i]);
       }
@@ -179,7 +179,7 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
 void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,
                     absl::Span<const ShardInput> shards) {
   Impl& p = *impl_;
-  const absl::Status bound = p.Bind(shards, /*training=*/false);
+  const absl::Status bound = p.Bind(shards);
   assert(bound.ok());
   if (!bound.ok()) return;
   p.context = {&stream, &state, nullptr, 0, nullptr};
@@ -211,7 +211,7 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
                                                 MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  RETURN_IF_ERROR(p.Bind(shards));
   p.context = {&stream, &state, scalars, 0, nullptr};
   std::string first_parameter;
   for (const optim::TensorView& tensor : p.program->parameters().tensors) {
@@ -246,7 +246,7 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
   return p.program->node_name(first_node);
 }
 
-int64_t Plan::activation_bytes() const { return impl_->arena_bytes * impl_->arena_count; }
+int64_t Plan::activation_bytes() const { return impl_->arena_bytes; }
 
 int Plan::segments() const {
   const Executor* executor = impl_->train != nullptr ? impl_->train.get() : impl_->inference.get();
@@ -255,9 +255,10 @@ int Plan::segments() const {
 
 int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows,
                                bool training) {
-  const MemoryPlan train = training ? PlanMemory(Lower(program, true), max_rows) : MemoryPlan();
-  const MemoryPlan inference = PlanMemory(Lower(program, false), max_rows);
-  return ArenaBytes(train, inference) * ArenaCount(program, shards, training);
+  const int64_t slot_rows = SlotRows(shards, max_rows);
+  const int64_t inference = PlanMemory(Lower(program, false), max_rows, slot_rows).bytes;
+  if (!training) return inference;
+  return std::max(inference, PlanMemory(Lower(program, true), max_rows, slot_rows).bytes);
 }
 
 }  // namespace lockstep::nn

@@ -4,8 +4,11 @@
 //
 // Forward and backward run in segments over all of the slot's shards; a segment ends at a
 // `sync: batch` norm, where the moments of all shards of all slots are needed before the next
-// layer. Without one, a shard walks through forward and backward while it is in cache, and all
-// shards share one arena; with one, each shard has its own.
+// layer. Inside a segment a shard walks through all layers while it is in cache. A segment of dense
+// layers with many weights is walked the other way, layer by layer over all shards, since there the
+// weights are what is to stay in cache: shards share one call, whose rows have the same bits as in
+// calls of their own, and the weight gradient's kernel folds the shards' gradients before they
+// leave it.
 //
 // Operations (prepared dense and convolutions with their packed weights) belong to the address
 // space and are shared by its plans. On CUDA a plan also owns the graph that replays it: everything
@@ -68,6 +71,13 @@ class GradientSink {
   virtual float* Leaf(int shard) = 0;
   // Elements [begin, end) of the shard's leaf are complete.
   virtual void Done(int shard, int64_t begin, int64_t end) = 0;
+
+  // Where the slot's subtrees are wanted rather than its leaves, kernels that compute all of its
+  // shards at once fold them and announce the range once, instead of calling Done. Null: leaves
+  // are kept apart.
+  virtual const device::LeafFold* Fold() { return nullptr; }
+  virtual float* Part(int /*part*/) { return nullptr; }  // base of the flat vector, like Leaf
+  virtual void DoneFolded(int64_t /*begin*/, int64_t /*end*/) {}
 };
 
 // Exchange of batch-norm records between all shards of the batch, wherever they are; implemented on

@@ -21,6 +21,9 @@ using Shape = std::vector<int64_t>;
 // A max pool keeps the winner's place in its window in one byte.
 constexpr int64_t kLargestMaxPoolWindow = 256;
 
+// From here on dense weights, read once a shard, cost more than activations that leave the cache.
+constexpr int64_t kManyWeights = 1 << 15;
+
 absl::Status Bad(const Layer& layer, const std::string& text) {
   return absl::InvalidArgumentError(fmt::format("layer {}: {}", layer.name, text));
 }
@@ -259,6 +262,16 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
     }
     node_of[at] = static_cast<int>(nodes.size());
     nodes.push_back(std::move(node));
+  }
+  // The longest run of flat nodes at the end, if it has the weights that make it worth while.
+  int64_t weights = 0;
+  size_t first_flat = nodes.size();
+  while (first_flat > 0 && nodes[first_flat - 1].output.size() == 1) {
+    const Layer& layer = layers[nodes[--first_flat].layer];
+    if (layer.type == LayerType::kDense) weights += ElementCount(layer.tensors[0].shape);
+  }
+  for (size_t i = first_flat; weights >= kManyWeights && i < nodes.size(); ++i) {
+    nodes[i].layerwise = true;
   }
   // Backward finishes the last node first.
   for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {

@@ -45,6 +45,7 @@ class Program {
     int64_t parameters_begin = 0, parameters_end = 0;  // its range of the flat vector with padding
     bool needs_input_gradient = true;   // false where nothing before it has parameters
     bool needs_output_gradient = true;  // it, or something before it, has parameters
+    bool layerwise = false;  // trained layer by layer over all shards (Segment::layerwise)
   };
 
   // InvalidArgument for a graph that breaks graph.h's invariants.

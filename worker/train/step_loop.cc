@@ -31,6 +31,12 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     loop->parts_.all_reduce->Done(index, *stream, shard, begin, end);
   }
 
+  const device::LeafFold* Fold() override { return loop->parts_.all_reduce->LeafFold(index); }
+  float* Part(int part) override { return loop->parts_.all_reduce->Part(index, part); }
+  void DoneFolded(int64_t begin, int64_t end) override {
+    loop->parts_.all_reduce->DoneFolded(index, *stream, begin, end);
+  }
+
   // ---- nn::MomentExchange
   absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
                                        absl::Span<const nn::ShardInput> shards,

@@ -1,37 +1,28 @@
 #include "worker/device/cpu/gemm_dense.h"
 
-#include <cstring>
-#include <utility>
+#include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "worker/device/cpu/host_memory.h"
 
 namespace lockstep::device {
 namespace {
 
+// Reads the weights where they are: no copy of them is kept.
 class GemmDense : public Dense {
  public:
-  GemmDense(const Kernels& kernels, const DenseShape& shape, std::unique_ptr<Memory> panels,
-            std::unique_ptr<Memory> plain)
-      : k_(kernels), s_(shape), panels_(std::move(panels)), plain_(std::move(plain)) {}
+  GemmDense(const Kernels& kernels, const DenseShape& shape) : k_(kernels), s_(shape) {}
 
-  size_t scratch_bytes() const override { return 0; }
-
-  void Pack(Stream&, const float* weight) override {
-    k_.pack_transposed(s_.out, s_.in, weight, panels_->floats());
-    std::memcpy(plain_->data(), weight, static_cast<size_t>(s_.in * s_.out) * sizeof(float));
+  size_t scratch_bytes() const override {
+    static_assert(kDenseScratchColumns >= kMostFoldBuffers);
+    return static_cast<size_t>(s_.out * kDenseScratchColumns) * sizeof(float);
   }
 
-  void Forward(Stream&, int64_t rows, const float* x, const float* bias, float* y, void*) override {
-    k_.gemm({.rows = rows,
-             .columns = s_.out,
-             .depth = s_.in,
-             .a_row = s_.in,
-             .b_panel = s_.in * kGemmPanel,
-             .b_depth = kGemmPanel,
-             .c_row = s_.out},
-            x, panels_->floats(), s_.bias ? bias : nullptr, y);
-    if (s_.activation == Activation::kRelu) k_.relu_forward(rows * s_.out, y, y);
+  void Pack(Stream&, const float* weight) override { weight_ = weight; }
+
+  void Forward(Stream&, int64_t rows, const float* x, const float* bias, float* y,
+               void* scratch) override {
+    k_.dense_forward(rows, s_.in, s_.out, x, weight_, s_.bias ? bias : nullptr,
+                     s_.activation == Activation::kRelu, y, static_cast<float*>(scratch));
   }
 
   void BackwardInput(Stream&, int64_t rows, const float* dy, float* dx, void*) override {
@@ -41,26 +32,32 @@ class GemmDense : public Dense {
              .a_row = s_.out,
              .b_depth = s_.in,
              .c_row = s_.in},
-            dy, plain_->floats(), nullptr, dx);
+            dy, weight_, nullptr, dx);
   }
 
-  void BackwardWeight(Stream&, int64_t rows, const float* x, const float* dy, float* dw, float* db,
-                      void*) override {
-    k_.gemm({.rows = s_.out,
-             .columns = s_.in,
-             .depth = rows,
-             .a_row = 1,
-             .a_depth = s_.out,
-             .b_depth = s_.in,
-             .c_row = s_.in},
-            dy, x, nullptr, dw);
-    if (s_.bias) k_.column_sums(rows, s_.out, dy, db);
+  void BackwardWeight(Stream&, const LeafFold& fold, const int64_t* rows, const float* const* x,
+                      const float* const* dy, float* const* dw, float* const* db,
+                      void* scratch) override {
+    k_.dense_weight_gradient(fold, s_.in, s_.out, rows, x, dy, dw);
+    if (!s_.bias) return;
+    const auto buffer = [&](int i) { return static_cast<float*>(scratch) + i * s_.out; };
+    const FoldPair* combine = fold.combines;
+    for (int leaf = 0; leaf < fold.leaves; ++leaf) {
+      k_.column_sums(rows[leaf], s_.out, dy[leaf], buffer(fold.buffer[leaf]));
+      for (int i = 0; i < fold.combine_count[leaf]; ++i, ++combine) {
+        k_.add(s_.out, buffer(combine->left), buffer(combine->right), buffer(combine->left));
+      }
+    }
+    for (int part = 0; part < fold.parts; ++part) {
+      const float* const sums = buffer(fold.part_buffer[part]);
+      std::copy(sums, sums + s_.out, db[part]);
+    }
   }
 
  private:
   const Kernels& k_;
   const DenseShape s_;
-  const std::unique_ptr<Memory> panels_, plain_;  // of the weights: transposed, and as they are
+  const float* weight_ = nullptr;
 };
 
 }  // namespace
@@ -78,14 +75,7 @@ absl::StatusOr<std::unique_ptr<Dense>> MakeGemmDense(const Kernels& kernels,
           absl::StrCat("dense was asked for ", count, " rows; at least 1 is accepted"));
     }
   }
-  const int64_t columns = (shape.out + kGemmPanel - 1) / kGemmPanel * kGemmPanel;
-  const size_t bytes = static_cast<size_t>(shape.in * columns) * sizeof(float);
-  std::unique_ptr<Memory> panels = AllocateHostMemory(bytes), plain = AllocateHostMemory(bytes);
-  if (panels == nullptr || plain == nullptr) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("no memory for ", 2 * bytes, " bytes of packed weights on the CPU"));
-  }
-  return std::make_unique<GemmDense>(kernels, shape, std::move(panels), std::move(plain));
+  return std::make_unique<GemmDense>(kernels, shape);
 }
 
 }  // namespace lockstep::device

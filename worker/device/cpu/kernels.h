@@ -18,6 +18,7 @@ namespace lockstep::device {
 // is b[j / kGemmPanel * b_panel + k * b_depth + j % kGemmPanel]. A plain matrix is b_panel =
 // kGemmPanel.
 constexpr int64_t kGemmPanel = 64;
+constexpr int64_t kDenseScratchColumns = 64;
 struct GemmShape {
   int64_t rows = 0, columns = 0, depth = 0;
   int64_t a_row = 0, a_depth = 1;
@@ -28,6 +29,13 @@ struct GemmShape {
 struct Kernels {
   // An element's bits depend on its row of a and its column of b only.
   void (*gemm)(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
+  // y {rows, out} = x {rows, in} w {out, in}^T + bias (null: none), then relu. An element's bits
+  // depend on its rows of x and w only. `scratch`: out * kDenseScratchColumns floats.
+  void (*dense_forward)(int64_t rows, int64_t in, int64_t out, const float* x, const float* w,
+                        const float* bias, bool relu, float* y, float* scratch);
+  // dw[part] {out, in}: dy[leaf]^T x[leaf] of leaves of rows[leaf] rows, folded.
+  void (*dense_weight_gradient)(const LeafFold& fold, int64_t in, int64_t out, const int64_t* rows,
+                                const float* const* x, const float* const* dy, float* const* dw);
   // w {rows, columns} as the b of a gemm with w's rows for columns: b_panel = columns * kGemmPanel,
   // b_depth = kGemmPanel. `packed` has whole panels; what lies beyond the rows is not written.
   void (*pack_transposed)(int64_t rows, int64_t columns, const float* w, float* packed);

@@ -101,6 +101,33 @@ LOCKSTEP_SIMD F16 ScaleByPowerOfTwo(F16 x, F16 n) {
   return F16(_mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_slli_epi32(e, 23))));
 }
 
+// v[r] lane c becomes v[c] lane r.
+LOCKSTEP_SIMD void Transpose(F16 (&v)[kLanes]) {
+  __m512 t[kLanes], u[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512d a = _mm512_castps_pd(t[i + k]), b = _mm512_castps_pd(t[i + 2 + k]);
+      u[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  // u[4 g + c] holds columns c, c + 4, c + 8, c + 12 (a quarter each) of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 low_odd = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xDD);
+    const __m512 high_odd = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xDD);
+    v[c] = F16(_mm512_shuffle_f32x4(low, high, 0x88));
+    v[c + 8] = F16(_mm512_shuffle_f32x4(low, high, 0xDD));
+    v[c + 4] = F16(_mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    v[c + 12] = F16(_mm512_shuffle_f32x4(low_odd, high_odd, 0xDD));
+  }
+}
+
 LOCKSTEP_SIMD I16 AsBits(F16 x) { return I16(_mm512_castps_si512(x.v)); }
 LOCKSTEP_SIMD F16 ToFloat(I16 x) { return F16(_mm512_cvtepi32_ps(x.v)); }
 LOCKSTEP_SIMD I16 operator&(I16 a, I16 b) { return I16(_mm512_and_si512(a.v, b.v)); }
@@ -303,6 +330,39 @@ LOCKSTEP_SIMD __m256 PowerOfTwo(__m256 n) {
 }
 LOCKSTEP_SIMD F16 ScaleByPowerOfTwo(F16 x, F16 n) {
   return {_mm256_mul_ps(x.lo, PowerOfTwo(n.lo)), _mm256_mul_ps(x.hi, PowerOfTwo(n.hi))};
+}
+
+LOCKSTEP_SIMD void Transpose8(__m256 (&v)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      u[i + 2 * k] = _mm256_shuffle_ps(t[i + k], t[i + 2 + k], 0x44);
+      u[i + 2 * k + 1] = _mm256_shuffle_ps(t[i + k], t[i + 2 + k], 0xEE);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    v[c + 4] = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+  }
+}
+// v[r] lane c becomes v[c] lane r.
+LOCKSTEP_SIMD void Transpose(F16 (&v)[kLanes]) {
+  __m256 quarter[4][8];
+  for (int i = 0; i < 8; ++i) {
+    quarter[0][i] = v[i].lo;
+    quarter[1][i] = v[i].hi;
+    quarter[2][i] = v[i + 8].lo;
+    quarter[3][i] = v[i + 8].hi;
+  }
+  for (auto& q : quarter) Transpose8(q);
+  for (int i = 0; i < 8; ++i) {
+    v[i] = {quarter[0][i], quarter[2][i]};
+    v[i + 8] = {quarter[1][i], quarter[3][i]};
+  }
 }
 
 LOCKSTEP_SIMD I16 AsBits(F16 x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }

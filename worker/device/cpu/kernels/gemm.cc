@@ -1,103 +1,148 @@
 // Matrix products whose every element is one chain of fused multiply-adds in ascending depth, and
-// so has the same bits whatever the sizes of the matrices around it.
+// so has the same bits whatever the sizes of the matrices around it. Where the depth is walked in
+// blocks, a chain is stored at the end of a block and goes on in the next: the same chain.
+#include "worker/device/cpu/kernels/gemm_tile.h"
 #include "worker/device/cpu/kernels/kernel_functions.h"
-#include "worker/device/cpu/simd.h"
 
 namespace lockstep::device::LOCKSTEP_ISA {
 namespace {
 
-// The accumulators of a tile fill the register file.
-constexpr int kTileRows = 6;
-#if defined(__AVX512F__)
-constexpr int kTileVectors = 4;
-#else
-constexpr int kTileVectors = 1;  // of two registers
-#endif
-
-// rows x vectors of c; the last vector under `m`.
-template <int kRows, int kVectors, class M>
-void Tile(const GemmShape& s, const float* a, const float* b, const float* bias, float* c, M m) {
-  F16 sum[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = F16(0.0f);
-  }
-  for (int64_t k = 0; k < s.depth; ++k) {
-    F16 column[kVectors];
-    for (int v = 0; v + 1 < kVectors; ++v) column[v] = Load(b + v * kLanes, All());
-    column[kVectors - 1] = Load(b + (kVectors - 1) * kLanes, m);
-    for (int r = 0; r < kRows; ++r) {
-      const F16 factor(a[r * s.a_row]);
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Fma(factor, column[v], sum[r][v]);
-    }
-    a += s.a_depth;
-    b += s.b_depth;
-  }
-  if (bias != nullptr) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = v * kLanes;
-      const F16 shift = v + 1 < kVectors ? Load(bias + at, All()) : Load(bias + at, m);
-      for (int r = 0; r < kRows; ++r) sum[r][v] = sum[r][v] + shift;
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    float* const row = c + r * s.c_row;
-    for (int v = 0; v + 1 < kVectors; ++v) Store(row + v * kLanes, sum[r][v], All());
-    Store(row + (kVectors - 1) * kLanes, sum[r][kVectors - 1], m);
+// Columns of one tile's width, over all rows.
+template <int kVectors, class M>
+LOCKSTEP_SIMD void Columns(const GemmShape& s, const float* a, const float* b, const float* bias,
+                           float* c, M m) {
+  for (int64_t first = 0; first == 0 || first < s.depth; first += kDepthBlock) {
+    const int64_t depth = s.depth - first < kDepthBlock ? s.depth - first : kDepthBlock;
+    const bool last = first + depth >= s.depth;
+    const float* const from = b + first * s.b_depth;
+    ForEachTileOfRows<RowsOfTile(kVectors)>(s.rows, [&](int64_t r, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      Accumulators<kRows, kVectors> sum;
+      float* const out = c + r * s.c_row;
+      if (first == 0) {
+        sum.Clear();
+      } else {
+        sum.Load(out, s.c_row, m);
+      }
+      sum.Multiply(depth, a + r * s.a_row + first * s.a_depth, s.a_row, s.a_depth, from, s.b_depth,
+                   m);
+      if (last && bias != nullptr) sum.AddRow(bias, m);
+      sum.Store(out, s.c_row, m);
+    });
   }
 }
 
-template <int kRows, class M>
-LOCKSTEP_SIMD void TileOfVectors(int vectors, const GemmShape& s, const float* a, const float* b,
-                                 const float* bias, float* c, M m) {
-  if constexpr (kTileVectors > 1) {
-    if (vectors == 2) return Tile<kRows, 2>(s, a, b, bias, c, m);
-    if (vectors == 3) return Tile<kRows, 3>(s, a, b, bias, c, m);
-    if (vectors == 4) return Tile<kRows, 4>(s, a, b, bias, c, m);
+// The 16 x 16 floats at `from` (rows `stride` apart; rows from `rows` and columns from `columns` on
+// are zero), transposed.
+LOCKSTEP_SIMD void Transpose16(const float* from, int64_t stride, int64_t rows, int64_t columns,
+                               float* to, int64_t to_stride) {
+  F16 v[kLanes];
+  for (int r = 0; r < kLanes; ++r) {
+    v[r] = r < rows ? Load(from + r * stride, FirstLanes(columns)) : F16(0.0f);
   }
-  Tile<kRows, 1>(s, a, b, bias, c, m);
-}
-
-// All rows of `vectors` vectors of columns.
-template <class M>
-LOCKSTEP_SIMD void Columns(int vectors, const GemmShape& s, const float* a, const float* b,
-                           const float* bias, float* c, M m) {
-  int64_t r = 0;
-  for (; r + kTileRows <= s.rows; r += kTileRows) {
-    TileOfVectors<kTileRows>(vectors, s, a + r * s.a_row, b, bias, c + r * s.c_row, m);
-  }
-  a += r * s.a_row;
-  c += r * s.c_row;
-  switch (s.rows - r) {
-    case 5:
-      return TileOfVectors<5>(vectors, s, a, b, bias, c, m);
-    case 4:
-      return TileOfVectors<4>(vectors, s, a, b, bias, c, m);
-    case 3:
-      return TileOfVectors<3>(vectors, s, a, b, bias, c, m);
-    case 2:
-      return TileOfVectors<2>(vectors, s, a, b, bias, c, m);
-    case 1:
-      return TileOfVectors<1>(vectors, s, a, b, bias, c, m);
-    default:
-      return;
-  }
+  Transpose(v);
+  for (int r = 0; r < columns; ++r) Store(to + r * to_stride, v[r], All());
 }
 
 }  // namespace
 
 void Gemm(const GemmShape& s, const float* a, const float* b, const float* bias, float* c) {
-  constexpr int64_t kTileColumns = kTileVectors * kLanes;
-  static_assert(kGemmPanel % kTileColumns == 0);
-  for (int64_t j = 0; j < s.columns; j += kTileColumns) {
+  static_assert(kGemmPanel % (kTileVectors * kLanes) == 0);
+  for (int64_t j = 0; j < s.columns; j += kTileVectors * kLanes) {
     const float* const from = b + j / kGemmPanel * s.b_panel + j % kGemmPanel;
     const float* const shift = bias == nullptr ? nullptr : bias + j;
-    const int64_t left = s.columns - j;
-    if (left >= kTileColumns) {
-      Columns(kTileVectors, s, a, from, shift, c + j, All());
-    } else {
-      const int vectors = static_cast<int>((left + kLanes - 1) / kLanes);
-      Columns(vectors, s, a, from, shift, c + j, FirstLanes(left - (vectors - 1) * kLanes));
+    ForTileOfColumns(s.columns - j, [&](auto vectors, auto m) {
+      Columns<decltype(vectors)::value>(s, a, from, shift, c + j, m);
+    });
+  }
+}
+
+// Lanes are rows of x, whose transposed block is the matrix that a tile walks; the weights, read
+// where they are, are what it broadcasts.
+void DenseForward(int64_t rows, int64_t in, int64_t out, const float* x, const float* w,
+                  const float* bias, bool relu, float* y, float* scratch) {
+  constexpr int64_t kBlockRows = kDenseScratchColumns;
+  alignas(64) float block[kDepthBlock * kBlockRows];
+  for (int64_t row = 0; row < rows; row += kBlockRows) {
+    const int64_t count = rows - row < kBlockRows ? rows - row : kBlockRows;
+    const int64_t vectors = (count + kLanes - 1) / kLanes;
+    for (int64_t first = 0; first < in; first += kDepthBlock) {
+      const int64_t depth = in - first < kDepthBlock ? in - first : kDepthBlock;
+      for (int64_t v = 0; v < vectors; ++v) {
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          Transpose16(x + (row + v * kLanes) * in + first + k, in, count - v * kLanes,
+                      depth - k < kLanes ? depth - k : kLanes, block + k * kBlockRows + v * kLanes,
+                      kBlockRows);
+        }
+      }
+      for (int64_t v = 0; v < vectors; v += kTileVectors) {
+        ForTileOfColumns((vectors - v) * kLanes, [&](auto width, auto m) {
+          constexpr int kVectors = decltype(width)::value;
+          ForEachTileOfRows<RowsOfTile(kVectors)>(out, [&](int64_t r, auto tile_rows) {
+            Accumulators<decltype(tile_rows)::value, kVectors> sum;
+            float* const to = scratch + r * kBlockRows + v * kLanes;
+            if (first == 0) {
+              sum.Clear();
+            } else {
+              sum.Load(to, kBlockRows, m);
+            }
+            sum.Multiply(depth, w + r * in + first, in, 1, block + v * kLanes, kBlockRows, m);
+            sum.Store(to, kBlockRows, m);
+          });
+        });
+      }
     }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lanes = count - v * kLanes < kLanes ? count - v * kLanes : kLanes;
+      for (int64_t o = 0; o < out; o += kLanes) {
+        const int64_t width = out - o < kLanes ? out - o : kLanes;
+        F16 tile[kLanes];
+        for (int k = 0; k < kLanes; ++k) {
+          tile[k] =
+              k < width ? Load(scratch + (o + k) * kBlockRows + v * kLanes, All()) : F16(0.0f);
+        }
+        Transpose(tile);
+        const Mask m = FirstLanes(width);
+        for (int r = 0; r < lanes; ++r) {
+          F16 value = tile[r];
+          if (bias != nullptr) value = value + Load(bias + o, m);
+          if (relu) value = Relu(value);
+          Store(y + (row + v * kLanes + r) * out + o, value, m);
+        }
+      }
+    }
+  }
+}
+
+void DenseWeightGradient(const LeafFold& fold, int64_t in, int64_t out, const int64_t* rows,
+                         const float* const* x, const float* const* dy, float* const* dw) {
+  alignas(64) float waiting[kMostFoldBuffers][kTileAccumulators * kLanes];
+  for (int64_t j = 0; j < in; j += kTileVectors * kLanes) {
+    ForTileOfColumns(in - j, [&](auto vectors, auto m) {
+      constexpr int kVectors = decltype(vectors)::value;
+      constexpr int64_t kStride = kVectors * kLanes;
+      ForEachTileOfRows<RowsOfTile(kVectors)>(out, [&](int64_t r, auto tile_rows) {
+        Accumulators<decltype(tile_rows)::value, kVectors> sum;
+        const FoldPair* combine = fold.combines;
+        for (int leaf = 0; leaf < fold.leaves; ++leaf) {
+          sum.Clear();
+          sum.Multiply(rows[leaf], dy[leaf] + r, 1, out, x[leaf] + j, in, m);
+          int current = fold.buffer[leaf];
+          for (int i = 0; i < fold.combine_count[leaf]; ++i, ++combine) {
+            sum.AddFromLeft(waiting[combine->left], kStride, All());
+            current = combine->left;
+          }
+          if (leaf + 1 < fold.leaves || fold.parts > 1) {
+            sum.Store(waiting[current], kStride, All());
+          }
+        }
+        if (fold.parts == 1) return sum.Store(dw[0] + r * in + j, in, m);
+        for (int part = 0; part < fold.parts; ++part) {
+          sum.Load(waiting[fold.part_buffer[part]], kStride, All());
+          sum.Store(dw[part] + r * in + j, in, m);
+        }
+      });
+    });
   }
 }
 

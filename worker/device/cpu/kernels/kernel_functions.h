@@ -10,6 +10,10 @@ namespace lockstep::device::LOCKSTEP_ISA {
 
 // gemm.cc
 void Gemm(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
+void DenseForward(int64_t rows, int64_t in, int64_t out, const float* x, const float* w,
+                  const float* bias, bool relu, float* y, float* scratch);
+void DenseWeightGradient(const LeafFold& fold, int64_t in, int64_t out, const int64_t* rows,
+                         const float* const* x, const float* const* dy, float* const* dw);
 void PackTransposed(int64_t rows, int64_t columns, const float* w, float* packed);
 
 // elementwise.cc

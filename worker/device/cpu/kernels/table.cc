@@ -4,6 +4,8 @@ namespace lockstep::device::LOCKSTEP_ISA {
 
 const Kernels kKernels = {
     .gemm = Gemm,
+    .dense_forward = DenseForward,
+    .dense_weight_gradient = DenseWeightGradient,
     .pack_transposed = PackTransposed,
     .relu_forward = ReluForward,
     .relu_backward = ReluBackward,
