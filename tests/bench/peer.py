@@ -78,9 +78,10 @@ class Peer:
                     line = key.fileobj.readline()
                     if not line:
                         rank = [p.stdout for p in self.processes].index(key.fileobj)
-                        self.processes[rank].wait()
+                        code = self.processes[rank].wait()
                         self.errors[rank].seek(0)
-                        raise Failed(f"{self.name}: {last_line(self.errors[rank].read())}")
+                        raise Failed(f"{self.name}: rank {rank} ended with {code}: "
+                                     f"{last_line(self.errors[rank].read())}")
                     lines[key.fileobj] = json.loads(line)
                     selector.unregister(key.fileobj)
         return list(lines.values())
