@@ -105,6 +105,7 @@ ordered_json ResultJson(const v1::Job& job, const std::string& out) {
   json["train"] = ScoreJson(train);
   json["validation"] = ScoreJson(validation);
   json["samples_per_second"] = Number(result.samples_per_second());
+  json["data_wait_share"] = Number(result.data_wait_share());
   json["seconds"] = Number(ended ? result.seconds() : job.last_step().seconds());
   json["parameter_digest"] = result.parameter_digest();
   json["state_digest"] = result.state_digest();

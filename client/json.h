@@ -18,7 +18,7 @@ nlohmann::ordered_json ToJson(const google::protobuf::Message& message);
 
 // The object that ends `run -o json`, `submit --follow -o json` and `watch -o json`:
 //   job, name, state, reason, steps, epochs, train{loss, accuracy, samples},
-//   validation{loss, accuracy, samples}, samples_per_second, seconds, parameter_digest,
+//   validation{loss, accuracy, samples}, samples_per_second, data_wait_share, seconds, parameter_digest,
 //   state_digest, checkpoint (path of the newest; "" for none), out
 // Of a job without a result what is known: the last step and evaluation; scores that do not exist
 // are null.

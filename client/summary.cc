@@ -56,6 +56,7 @@ std::string SummaryText(const v1::Job& job, const Terminal& terminal) {
   if (ended) {
     table.AddRow(
         {"speed", FormatCount(static_cast<int64_t>(result.samples_per_second())) + " samples/s"});
+    table.AddRow({"waiting for data", FormatPercent(result.data_wait_share()) + " of training"});
     table.AddRow({"time", FormatDuration(result.seconds())});
     if (!result.parameter_digest().empty()) {
       table.AddRow({"parameter digest", result.parameter_digest()});

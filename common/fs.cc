@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -77,6 +78,15 @@ class PosixReadableFile : public ReadableFile {
       bytes -= static_cast<size_t>(got);
     }
     return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::shared_ptr<const char>> Map() override {
+    const auto bytes = static_cast<size_t>(size_);
+    if (bytes == 0) return std::make_shared<const char>('\0');  // nothing to map
+    void* data = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd_, 0);
+    if (data == MAP_FAILED) return Error(errno, "map", path_);
+    return std::shared_ptr<const char>(static_cast<const char*>(data),
+                                       [data, bytes](const char*) { munmap(data, bytes); });
   }
 
  private:

@@ -36,6 +36,10 @@ class ReadableFile {
   virtual int64_t size() const = 0;  // when it was opened
   // Exactly `bytes` bytes; OutOfRange where the file ends before. Thread-safe.
   virtual absl::Status ReadAt(int64_t offset, void* to, size_t bytes) = 0;
+  // The whole file as memory that is read when it is touched: it may be larger than memory. Valid
+  // as long as the pointer lives, also after this object. A file that is cut short meanwhile ends
+  // the process (SIGBUS).
+  virtual absl::StatusOr<std::shared_ptr<const char>> Map() = 0;
 };
 
 struct DirectoryEntry {

@@ -18,6 +18,13 @@ std::string AcceptedFor(const google::protobuf::Message& message, const std::str
 }
 
 MaybeProblem CompleteNormalize(int channels, v1::NormalizeSpec* normalize) {
+  if (!normalize->has_compute()) normalize->set_compute(false);
+  if (normalize->compute()) {
+    const bool mean = !normalize->mean().empty();
+    if (!mean && normalize->std().empty()) return std::nullopt;
+    return Problem{mean ? "data.normalize.mean" : "data.normalize.std",
+                   "given with compute: true; accepted: only with compute: false"};
+  }
   if (normalize->mean().empty()) normalize->add_mean(0);
   if (normalize->std().empty()) normalize->add_std(1);
   const auto check = [&](const std::string& name, int count) -> MaybeProblem {
@@ -59,19 +66,58 @@ MaybeProblem CheckCifar10(const v1::DataSpec& data) {
                  fmt::format("found {}; accepted with format cifar10: 10", data.classes())};
 }
 
-MaybeProblem CompleteData(v1::DataSpec* data) {
-  if (data->format().empty()) data->set_format("idx");
-  if (data->path().empty()) {
+// Fields of the formats, besides those that all have.
+std::vector<std::string> FormatFields(const std::string& format) {
+  if (format == "synthetic") return {};
+  if (format != "npy") return {"path"};
+  return {"path", "train_features", "train_labels", "validation_features", "validation_labels"};
+}
+
+MaybeProblem CompleteSource(v1::DataSpec* data) {
+  const std::string& format = data->format();
+  const bool npy = format == "npy", synthetic = format == "synthetic";
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*data, "data", "format", format,
+                                             {"shape", "classes", "normalize", "augment",
+                                              "train_samples", "validation_samples", "prefetch"},
+                                             FormatFields(format)));
+  if (!synthetic && data->path().empty()) {
     return Problem{"data.path",
                    "missing; accepted: the folder of the data, absolute or below LOCKSTEP_DATA"};
   }
-  const bool cifar10 = data->format() == "cifar10";
+  for (const char* field : {"train_samples", "validation_samples"}) {
+    const auto* descriptor = data->GetDescriptor()->FindFieldByName(field);
+    if (!synthetic || data->GetReflection()->HasField(*data, descriptor)) continue;
+    return Problem{fmt::format("data.{}", field),
+                   "missing, which format synthetic needs; accepted: " + Accepted(*descriptor)};
+  }
+  if (!npy) return std::nullopt;
+  if (data->train_features().empty()) data->set_train_features("train_features.npy");
+  if (data->train_labels().empty()) data->set_train_labels("train_labels.npy");
+  if (data->validation_features().empty()) data->set_validation_features("validation_features.npy");
+  if (data->validation_labels().empty()) data->set_validation_labels("validation_labels.npy");
+  return std::nullopt;
+}
+
+MaybeProblem CompleteData(v1::DataSpec* data) {
+  if (data->format().empty()) data->set_format("idx");
+  LOCKSTEP_RETURN_IF_PROBLEM(CompleteSource(data));
+  const bool idx = data->format() == "idx", cifar10 = data->format() == "cifar10";
   if (data->shape().empty()) {
+    if (!idx && !cifar10) {
+      return Problem{"data.shape",
+                     fmt::format("missing, which format {} needs; accepted: {}", data->format(),
+                                 AcceptedList(*data->GetDescriptor()->FindFieldByName("shape")))};
+    }
     for (const int size : cifar10 ? std::array{32, 32, 3} : std::array{28, 28, 1})
       data->add_shape(size);
   }
   if (data->classes() == 0) data->set_classes(10);
   if (cifar10) LOCKSTEP_RETURN_IF_PROBLEM(CheckCifar10(*data));
+  if (idx && data->classes() > 256) {  // a label is one byte of the file
+    return Problem{"data.classes",
+                   fmt::format("found {}; accepted with format idx: an integer from 2 to 256",
+                               data->classes())};
+  }
   if (data->prefetch() == 0) data->set_prefetch(2);
   int64_t elements = int64_t{data->shape(0)} * data->shape(1);  // at most 65536 each
   constexpr int64_t kMost = int64_t{1} << 31;

@@ -17,7 +17,7 @@ using google::protobuf::Message;
 using google::protobuf::Reflection;
 
 struct Rule {
-  enum class Kind { kInteger, kNumber, kBool, kChoice, kJobName, kLayerName, kInput, kPath };
+  enum class Kind { kInteger, kNumber, kBool, kChoice, kJobName, kLayerName, kInput, kPath, kFile };
   Kind kind;
   // kInteger: both ends included.
   int64_t low = 0;
@@ -49,10 +49,14 @@ constexpr int kLongestName = 64;
 const std::map<std::string, Rule>& Rules() {
   static const auto& rules = *new std::map<std::string, Rule>{
       {"JobSpec.name", {Rule::Kind::kJobName}},
-      {"DataSpec.format", Choice({"idx", "cifar10"})},
+      {"DataSpec.format", Choice({"idx", "cifar10", "npy", "synthetic"})},
       {"DataSpec.path", {Rule::Kind::kPath}},
       {"DataSpec.shape", Integer(1, 65536)},
-      {"DataSpec.classes", Integer(2, 256)},  // a label is one byte of the file
+      {"DataSpec.classes", Integer(2, 65536)},
+      {"DataSpec.train_features", {Rule::Kind::kFile}},
+      {"DataSpec.train_labels", {Rule::Kind::kFile}},
+      {"DataSpec.validation_features", {Rule::Kind::kFile}},
+      {"DataSpec.validation_labels", {Rule::Kind::kFile}},
       {"DataSpec.train_samples", Integer(1, kManySteps)},
       {"DataSpec.validation_samples", Integer(1, kManySteps)},
       {"DataSpec.prefetch", Integer(1, 1024)},
@@ -61,6 +65,7 @@ const std::map<std::string, Rule>& Rules() {
       {"AugmentSpec.cutout", Integer(0, 65536)},
       {"NormalizeSpec.mean", Number(-1e6, 1e6)},
       {"NormalizeSpec.std", Number(1e-6, 1e6)},
+      {"NormalizeSpec.compute", {Rule::Kind::kBool}},
       {"ModelSpec.preset", Choice({"mlp", "fashion-cnn", "lenet", "resnet-20", "resnet-32",
                                    "resnet-44", "resnet-56", "resnet-110", "plain-20", "plain-32",
                                    "plain-44", "plain-56", "plain-110", "resnet-50"})},
@@ -251,6 +256,8 @@ std::string Accepted(const FieldDescriptor& field) {
       return "the name of a layer, or \"data\"";
     case Rule::Kind::kPath:
       return "a folder's path without control characters";
+    case Rule::Kind::kFile:
+      return "a file's path without control characters";
   }
   return "";
 }
@@ -289,6 +296,7 @@ bool AcceptsString(const FieldDescriptor& field, const std::string& value) {
     case Rule::Kind::kInput:
       return IsLayerName(value);
     case Rule::Kind::kPath:
+    case Rule::Kind::kFile:
       return IsPath(value);
     default:
       return false;

@@ -302,6 +302,8 @@ void Core::End(JobEntry& job, v1::JobState state) {
     for (const Member& member : members) {
       const v1::Ended& ended = member.ended.has_value() ? *member.ended : v1::Ended();
       result.add_gradient_bytes_sent(ended.gradient_bytes_sent());
+      result.set_data_wait_share(
+          std::max(result.data_wait_share(), ended.result().data_wait_share()));
       for (int shard = 0; shard < ended.shard_steps_size(); ++shard) {
         if (shard >= record.spec().train().shards()) break;
         if (shard == result.shard_steps_size()) result.add_shard_steps(0);

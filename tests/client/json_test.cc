@@ -32,6 +32,7 @@ v1::Job EndedJob() {
   result.mutable_validation()->set_accuracy(0.875);
   result.mutable_validation()->set_samples(1000);
   result.set_samples_per_second(12.5);
+  result.set_data_wait_share(0.25);
   result.set_seconds(3.5);
   result.set_parameter_digest("aa");
   result.set_state_digest("bb");
@@ -43,7 +44,7 @@ v1::Job EndedJob() {
 TEST(ResultJson, HasTheAgreedKeys) {
   const ordered_json json = ResultJson(EndedJob(), "/out");
   EXPECT_THAT(Keys(json), ElementsAre("job", "name", "state", "reason", "steps", "epochs", "train",
-                                      "validation", "samples_per_second", "seconds",
+                                      "validation", "samples_per_second", "data_wait_share", "seconds",
                                       "parameter_digest", "state_digest", "checkpoint", "out"));
   EXPECT_EQ(json["job"], "mlp-1");
   EXPECT_EQ(json["state"], "SUCCEEDED");
@@ -53,6 +54,7 @@ TEST(ResultJson, HasTheAgreedKeys) {
   EXPECT_EQ(json["validation"]["loss"], 0.25);
   EXPECT_EQ(json["validation"]["samples"], 1000);
   EXPECT_EQ(json["samples_per_second"], 12.5);
+  EXPECT_EQ(json["data_wait_share"], 0.25);
   EXPECT_EQ(json["seconds"], 3.5);
   EXPECT_EQ(json["parameter_digest"], "aa");
   EXPECT_EQ(json["state_digest"], "bb");

@@ -254,16 +254,18 @@ TEST(Summary, NamesScoresAndDigests) {
   job.mutable_result()->mutable_validation()->set_loss(0.3853);
   job.mutable_result()->mutable_validation()->set_accuracy(0.8615);
   job.mutable_result()->set_samples_per_second(4236.7);
+  job.mutable_result()->set_data_wait_share(0.0123);
   job.mutable_result()->set_seconds(28.9);
   job.mutable_result()->set_state_digest("9871");
   EXPECT_EQ(SummaryText(job, Terminal()),
             "mlp-1 SUCCEEDED\n"
-            "  epochs        2\n"
-            "  steps         938\n"
-            "  validation    loss 0.3853      accuracy 86.15%\n"
-            "  speed         4,236 samples/s\n"
-            "  time          28.9 s\n"
-            "  state digest  9871\n");
+            "  epochs            2\n"
+            "  steps             938\n"
+            "  validation        loss 0.3853        accuracy 86.15%\n"
+            "  speed             4,236 samples/s\n"
+            "  waiting for data  1.23% of training\n"
+            "  time              28.9 s\n"
+            "  state digest      9871\n");
 }
 
 TEST(Description, NamesPlacementAndHostAndPathOfCheckpoints) {

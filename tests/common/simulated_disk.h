@@ -197,6 +197,10 @@ class SimulatedDisk : public FileSystem {
       std::memcpy(to, content_.data() + offset, bytes);
       return absl::OkStatus();
     }
+    absl::StatusOr<std::shared_ptr<const char>> Map() override {
+      const auto owner = std::make_shared<const std::string>(content_);
+      return std::shared_ptr<const char>(owner, owner->data());
+    }
 
    private:
     const std::string content_;

@@ -318,7 +318,8 @@ TEST(Load, RefusesWhatIsNotOneYamlMapping) {
        "job.yaml: found bytes that are not UTF-8 text; accepted: YAML in UTF-8"},
       {"data:\n",
        "job.yaml:1: data: found nothing; accepted: a mapping of fields: format, path, "
-       "shape, classes, normalize, train_samples, validation_samples, prefetch, augment"},
+       "shape, classes, normalize, train_samples, validation_samples, prefetch, augment, "
+       "train_features, train_labels, validation_features, validation_labels"},
   });
 }
 
@@ -383,6 +384,18 @@ TEST(LoadFile, TheReadySpecsAreValid) {
     EXPECT_EQ(spec->train().shards(), 8);
     EXPECT_EQ(spec->data().path(), "/usr/share/datasets/fashion-mnist");
   }
+}
+
+TEST(LoadFile, TheReadySpecOfResNet20IsValidAndItsCommentToo) {
+  const std::string path = LOCKSTEP_SOURCE_DIR "/deploy/jobs/resnet20-cifar10.yaml";
+  const auto spec = LoadFile(path, {});
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->data().format(), "cifar10");
+  EXPECT_TRUE(spec->data().normalize().compute());
+  EXPECT_EQ(spec->data().augment().crop_padding(), 4);
+  const auto published =
+      LoadFile(path, {"train.epochs=164", "schedule={type: step, at_steps: [32000, 48000]}"});
+  EXPECT_TRUE(published.ok()) << published.status();
 }
 
 TEST(Override, SetsScalarsListsElementsAndMappings) {
@@ -463,7 +476,7 @@ TEST(Normalize, FillsEveryDefault) {
   ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(R"(
     name: "a"
     data { format: "idx" path: "d" shape: [28, 28, 1] classes: 10
-           normalize { mean: 0 std: 1 } prefetch: 2
+           normalize { mean: 0 std: 1 compute: false } prefetch: 2
            augment { crop_padding: 0 flip: false cutout: 0 } }
     model { preset: "mlp" hidden: [500, 500] sync: "shard" dropout: 0 batch_norm: true }
     loss { type: "softmax_cross_entropy" }
@@ -513,6 +526,35 @@ TEST(Normalize, KnowsTheShapeOfCifar10) {
   EXPECT_EQ(LoadMessage(head + ", normalize: {mean: [0, 0]}" + rest),
             "job.yaml:2: data.normalize.mean: found a list of 2 elements; accepted: 1, or 3, the "
             "channels of data.shape");
+}
+
+TEST(Normalize, KnowsWhatFormatsNeed) {
+  const auto message = [](const std::string& data) {
+    return LoadMessage("name: a\ndata: {" + data +
+                       "}\nmodel: {preset: mlp}\noptimizer: {learning_rate: 1}\n"
+                       "train: {batch: 8, epochs: 1}\n");
+  };
+  const std::string synthetic =
+      "format: synthetic, shape: [4, 4, 2], train_samples: 9, validation_samples: 9";
+  EXPECT_EQ(message(synthetic), "accepted");
+  EXPECT_EQ(message(synthetic + ", classes: 1000, normalize: {compute: true}"), "accepted");
+  EXPECT_EQ(message(synthetic + ", path: d"),
+            "job.yaml:2: data.path: does not belong to format synthetic; accepted with it: shape, "
+            "classes, normalize, augment, train_samples, validation_samples, prefetch");
+  EXPECT_EQ(message("format: synthetic, shape: [4, 4, 2], train_samples: 9"),
+            "job.yaml:2: data.validation_samples: missing, which format synthetic needs; accepted: "
+            "an integer from 1 to 1000000000000");
+  EXPECT_EQ(message("format: npy, path: d"),
+            "job.yaml:2: data.shape: missing, which format npy needs; accepted: a list of 3 "
+            "elements, each an integer from 1 to 65536");
+  EXPECT_EQ(message("format: npy, shape: [1, 1, 5]"),
+            "job.yaml:2: data.path: missing; accepted: the folder of the data, absolute or below "
+            "LOCKSTEP_DATA");
+  EXPECT_EQ(message("format: npy, path: d, shape: [1, 1, 5], train_labels: y.npy"), "accepted");
+  EXPECT_EQ(
+      message("path: d, normalize: {compute: true, std: [2]}"),
+      "job.yaml:2: data.normalize.std: given with compute: true; accepted: only with compute: "
+      "false");
 }
 
 TEST(Normalize, FillsDefaultsOfTheChosenTypes) {

@@ -13,7 +13,7 @@ namespace lockstep::spec {
 namespace {
 
 constexpr char kLayers[] = R"(name: seed
-data: {path: d, shape: [8, 8, 1], classes: 3, normalize: {mean: [0.5], std: [2]},
+data: {path: d, shape: [8, 8, 1], classes: 3, normalize: {mean: [0.5], std: [2], compute: false},
        augment: {crop_padding: 2, flip: true, cutout: 3}}
 model:
   layers:

@@ -127,6 +127,7 @@ data:
   normalize:
     mean: [0]
     std: [1]
+    compute: false
   prefetch: 2
   augment:
     crop_padding: 0

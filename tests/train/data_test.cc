@@ -11,6 +11,7 @@
 #include "absl/strings/str_replace.h"
 #include "common/fs.h"
 #include "tests/data/cifar10_files.h"
+#include "tests/data/npy_files.h"
 #include "tests/train/members.h"
 
 namespace lockstep::train {
@@ -49,13 +50,63 @@ const std::string& Cifar10Folder() {
   return folder;
 }
 
+// Features as floats and as bytes, int64 labels for training, uint8 ones for validation.
+const std::string& NpyFolder() {
+  static const std::string& folder = *new std::string([] {
+    std::string path = TemporaryFolder();
+    std::vector<float> x;
+    std::vector<uint8_t> bytes;
+    std::vector<int64_t> y;
+    std::vector<uint8_t> byte_labels;
+    for (int i = 0; i < 130; ++i) {
+      y.push_back(i * 7 % 10);
+      byte_labels.push_back(static_cast<uint8_t>(i % 10));
+      for (int k = 0; k < 72; ++k) {
+        x.push_back(static_cast<float>((i * 31 + k * 17) % 101) / 50 + static_cast<float>(i % 10));
+        bytes.push_back(static_cast<uint8_t>(i + k));
+      }
+    }
+    const auto write = [&](const std::string& name, const std::string& content) {
+      EXPECT_TRUE(WriteFileAtomically(path + "/" + name, content).ok());
+    };
+    write("train_features.npy",
+          data::NpyHeader("<f4", "(130, 6, 6, 2)") + data::Raw(x.data(), x.size()));
+    write("train_labels.npy", data::NpyHeader("<i8", "(130,)") + data::Raw(y.data(), y.size()));
+    const std::string all_bytes =
+        data::NpyHeader("|u1", "(130, 6, 6, 2)") + data::Raw(bytes.data(), bytes.size());
+    write("validation_features.npy",
+          data::NpyHeader("<f4", "(130, 6, 6, 2)") + data::Raw(x.data(), x.size()));
+    write("train_bytes.npy", all_bytes);
+    write("validation_bytes.npy", all_bytes);
+    write("validation_labels.npy",
+          data::NpyHeader("|u1", "(130, 1)") + data::Raw(byte_labels.data(), byte_labels.size()));
+    return path;
+  }());
+  return folder;
+}
+
 // The spec of one row of the list.
 std::string YamlOf(const std::string& row) {
+  static const int own_cache = setenv("LOCKSTEP_CACHE", TemporaryFolder().c_str(), 1);
+  EXPECT_EQ(own_cache, 0);
   if (row == "cifar10" || row == "augment") {
     return absl::StrCat("data: {format: cifar10, path: ", Cifar10Folder(),
                         ", train_samples: 130, validation_samples: 61, "
                         "normalize: {mean: [0.49, 0.48, 0.45], std: [0.25, 0.24, 0.26]}",
                         row == "augment" ? absl::StrCat(", ", kAugment) : "", "}", kRest);
+  }
+  if (row == "synthetic") {
+    return absl::StrCat(
+        "data: {format: synthetic, shape: [9, 7, 3], train_samples: 130, validation_samples: 61, ",
+        "normalize: {compute: true}, ", "augment: {crop_padding: 2, flip: true}}", kRest);
+  }
+  if (row == "npy" || row == "npy_compute") {
+    return absl::StrCat("data: {format: npy, shape: [6, 6, 2], path: ", NpyFolder(),
+                        ", validation_samples: 61, augment: {cutout: 3}",
+                        row == "npy" ? ""
+                                     : ", train_features: train_bytes.npy, validation_features: "
+                                       "validation_bytes.npy, normalize: {compute: true}",
+                        "}", kRest);
   }
   ADD_FAILURE() << row;
   return "";
@@ -89,16 +140,15 @@ TEST_P(DataExactness, EveryNumberIsThatOfOneSlot) {
   EXPECT_EQ(Numbers(actual), Numbers(expected));
 }
 
-INSTANTIATE_TEST_SUITE_P(All, DataExactness,
-                         testing::Combine(testing::Values("cifar10", "augment"),
-                                          testing::Values(std::pair(1, 1), std::pair(1, 2),
-                                                          std::pair(2, 1), std::pair(3, 1),
-                                                          std::pair(5, 1))),
-                         [](const auto& info) {
-                           return absl::StrCat(std::get<0>(info.param), "_",
-                                               std::get<1>(info.param).first, "x",
-                                               std::get<1>(info.param).second);
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    All, DataExactness,
+    testing::Combine(testing::Values("cifar10", "augment", "synthetic", "npy", "npy_compute"),
+                     testing::Values(std::pair(1, 1), std::pair(1, 2), std::pair(2, 1),
+                                     std::pair(3, 1), std::pair(5, 1))),
+    [](const auto& info) {
+      return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).first, "x",
+                          std::get<1>(info.param).second);
+    });
 
 // How far the loader runs ahead changes nothing.
 TEST(Prefetch, DoesNotChangeABit) {
@@ -169,6 +219,40 @@ TEST(BadData, IsOneLineThatNamesFileAndRow) {
   ASSERT_TRUE(WriteFileAtomically(folder + "/data_batch_1.bin", batch).ok());
   EXPECT_THAT(PrepareError(absl::StrReplaceAll(yaml, {{Cifar10Folder(), folder}})),
               AllOf(HasSubstr(folder + "/data_batch_1.bin"), HasSubstr("row 77 has label 20")));
+}
+
+TEST(BadData, OfNpyIsOneLine) {
+  const std::string folder = TemporaryFolder();
+  for (const char* name : {"train_features.npy", "train_labels.npy", "validation_features.npy",
+                           "validation_labels.npy"}) {
+    const auto content = ReadFile(NpyFolder() + "/" + name, 1 << 20);
+    ASSERT_TRUE(WriteFileAtomically(folder + "/" + name, *content).ok());
+  }
+  const std::string yaml = absl::StrReplaceAll(YamlOf("npy"), {{NpyFolder(), folder}});
+  const std::string x = folder + "/train_features.npy";
+  const std::string good = ReadFile(x, 1 << 20).value();
+  const auto error = [&](const std::string& content) {
+    EXPECT_TRUE(WriteFileAtomically(x, content).ok());
+    return PrepareError(yaml);
+  };
+  EXPECT_THAT(error(good.substr(0, good.size() - 289)),
+              HasSubstr(x + ": truncated: it ends in row 128 of 130"));
+  EXPECT_THAT(error(absl::StrReplaceAll(good, {{"<f4", "<f2"}})), HasSubstr(x + ": its elements"));
+  EXPECT_THAT(error(absl::StrReplaceAll(good, {{"False", "True "}})),
+              HasSubstr(x + ": its elements are in Fortran order"));
+  EXPECT_THAT(PrepareError(absl::StrReplaceAll(
+                  YamlOf("npy_compute"), {{"validation_bytes.npy", "validation_features.npy"}})),
+              HasSubstr("validation_features.npy: its features are float32"));
+}
+
+// Waiting is a share, and every format reports it.
+TEST(Waiting, IsReported) {
+  for (const char* row : {"augment", "synthetic"}) {
+    const Training run = RunMembers(YamlOf(row), {.workers = 1, .slots = 2});
+    AgreedDigest(run);
+    EXPECT_GE(run.ended[0].result().data_wait_share(), 0);
+    EXPECT_LE(run.ended[0].result().data_wait_share(), 1);
+  }
 }
 
 // The official files, where they are: the same equality on real pixels.

@@ -3,7 +3,10 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "worker/data/cifar10.h"
+#include "worker/data/content_reader.h"
 #include "worker/data/idx.h"
+#include "worker/data/npy.h"
+#include "worker/data/synthetic.h"
 
 namespace lockstep::data {
 namespace {
@@ -20,6 +23,27 @@ absl::StatusOr<std::shared_ptr<const Dataset>> Load(FileSystem& fs, const DataOp
                           .max_samples = limit});
     case Format::kCifar10:
       return LoadCifar10(fs, {.folder = options.folder, .split = split, .max_samples = limit});
+    case Format::kNpy: {
+      const bool train = split == Split::kTrain;
+      const auto path = [&](const std::string& name) {
+        return name[0] == '/' ? name : JoinPath(options.folder, name);
+      };
+      const absl::Status status = CheckFolder(fs, options.folder, "the NPY files");
+      if (!status.ok()) return status;
+      return LoadNpy(
+          fs, {.features = path(train ? options.train_features : options.validation_features),
+               .labels = path(train ? options.train_labels : options.validation_labels),
+               .shape = options.shape,
+               .classes = options.classes,
+               .split = split,
+               .max_samples = limit});
+    }
+    case Format::kSynthetic:
+      return MakeSynthetic({.shape = options.shape,
+                            .classes = options.classes,
+                            .split = split,
+                            .samples = limit,
+                            .seed = options.seed});
   }
   return absl::InternalError("a data set of an unknown format was asked for");
 }

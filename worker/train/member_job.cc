@@ -19,6 +19,7 @@
 #include "worker/collective/rendezvous.h"
 #include "worker/data/batch_loader.h"
 #include "worker/data/load.h"
+#include "worker/data/moments.h"
 #include "worker/data/sampler.h"
 #include "worker/device/cpu/cpu_device.h"
 #include "worker/train/checkpoint.h"
@@ -164,13 +165,31 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
  private:
   absl::Status LoadData() {
     std::string folder = options_.data_path;
-    if (folder.empty()) {
+    if (folder.empty() && !spec_.data().path().empty()) {
       ASSIGN_OR_RETURN(folder, spec::ResolveDataPath(spec_.data().path()));
     }
     const data::DataOptions options = MakeDataOptions(spec_, folder);
     ASSIGN_OR_RETURN(train_set_, data::LoadDataset(RealFileSystem(), options, data::Split::kTrain));
     ASSIGN_OR_RETURN(validation_set_,
                      data::LoadDataset(RealFileSystem(), options, data::Split::kValidation));
+    if (train_set_->type() != validation_set_->type()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          validation_set_->source(), ": its features are ",
+          validation_set_->type() == data::SampleType::kUint8 ? "uint8" : "float32",
+          ", those of training are not; accepted: one type, which one normalization fits"));
+    }
+    const v1::NormalizeSpec& normalize = spec_.data().normalize();
+    mean_.assign(normalize.mean().begin(), normalize.mean().end());
+    std_.assign(normalize.std().begin(), normalize.std().end());
+    if (normalize.compute()) {
+      ASSIGN_OR_RETURN(data::ChannelMoments moments,
+                       data::ComputeMoments(RealFileSystem(), data::CacheFolder(), *train_set_));
+      Log("INFO", absl::StrCat("normalize: mean [", absl::StrJoin(moments.mean, ", "), "], std [",
+                               absl::StrJoin(moments.std, ", "), "] of the training set",
+                               moments.cached ? ", from the cache" : ""));
+      mean_ = std::move(moments.mean);
+      std_ = std::move(moments.std);
+    }
     length_ = MakeRunLength(spec_, train_set_->samples());
     evaluation_.samples = validation_set_->samples();
     evaluation_.batch = spec_.train().evaluate().batch();
@@ -447,8 +466,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.last_shard = bounds_.back();
     o.slots = static_cast<int>(plans_.size());
     o.depth = spec_.data().prefetch();
-    o.mean.assign(spec_.data().normalize().mean().begin(), spec_.data().normalize().mean().end());
-    o.std.assign(spec_.data().normalize().std().begin(), spec_.data().normalize().std().end());
+    o.mean = mean_;
+    o.std = std_;
     o.dataset = train_set_;
     o.batch = length_.batch;
     o.shuffle = true;
@@ -500,6 +519,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   std::string output_dir_;
   RunLength length_, evaluation_;
   std::shared_ptr<const data::Dataset> train_set_, validation_set_;
+  std::vector<double> mean_, std_;  // of normalization
   std::shared_ptr<const nn::Program> program_;
   // In an order that destroys users before what they use.
   std::unique_ptr<device::Device> device_;

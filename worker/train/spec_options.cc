@@ -49,13 +49,21 @@ device::OptimizerType TypeOf(const v1::OptimizerSpec& spec) {
 data::DataOptions MakeDataOptions(const v1::JobSpec& spec, const std::string& folder) {
   const v1::DataSpec& data = spec.data();
   data::DataOptions options;
-  options.format = data.format() == "cifar10" ? data::Format::kCifar10 : data::Format::kIdx;
+  options.format = data.format() == "cifar10"     ? data::Format::kCifar10
+                   : data.format() == "npy"       ? data::Format::kNpy
+                   : data.format() == "synthetic" ? data::Format::kSynthetic
+                                                  : data::Format::kIdx;
   options.folder = folder;
   options.shape = {data.shape(0), data.shape(1), data.shape(2)};
   options.classes = data.classes();
   options.train_samples = data.train_samples();
   options.validation_samples = data.validation_samples();
   options.batch = spec.train().batch();
+  options.seed = spec.train().seed();
+  options.train_features = data.train_features();
+  options.train_labels = data.train_labels();
+  options.validation_features = data.validation_features();
+  options.validation_labels = data.validation_labels();
   return options;
 }
 

@@ -180,6 +180,11 @@ absl::Status StepLoop::Run(int index) {
   if (index == 0) {
     stopped_ = slot.step < options_.length.total_steps;
     result_.set_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
+    const absl::Duration of_slots = training_time_ * parts_.team->slots();
+    if (of_slots > absl::ZeroDuration()) {
+      result_.set_data_wait_share(
+          std::min(1.0, absl::FDivDuration(parts_.train->WaitTime(), of_slots)));
+    }
   }
   return Barrier(slot);
 }
