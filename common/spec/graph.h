@@ -4,7 +4,8 @@
 //
 // Invariants:
 //  1. layers[i].inputs refer only to layers before i, or to kData.
-//  2. Shapes are per sample, NHWC without N: {h, w, c} or {features}.
+//  2. Shapes are per sample, NHWC without N: {h, w, c}, {features}, or of a sequence {time,
+//     features}.
 //  3. The last layer is the model's one output; every other layer is consumed.
 #pragma once
 
@@ -28,8 +29,9 @@ enum class LayerType {
   kFlatten,
   kDropout,
   kPad,
+  kLstm,
 };
-constexpr int kLayerTypes = static_cast<int>(LayerType::kPad) + 1;
+constexpr int kLayerTypes = static_cast<int>(LayerType::kLstm) + 1;
 
 enum class Sync { kBatch, kShard };
 
@@ -42,13 +44,16 @@ struct Initializer {
 };
 
 // A trainable tensor, or a batch norm's running average (trainable = false).
-// Layouts: dense weight {out, in}; conv2d weight {out, kh, kw, in}; the rest {channels}.
+// Layouts: dense weight {out, in}; conv2d weight {out, kh, kw, in}; lstm weight_ih {4 hidden, in},
+// weight_hh {4 hidden, hidden}, biases {4 hidden}, gates in the order i f g o; the rest {channels}.
 struct TensorSpec {
-  std::string name;  // "<layer>.weight", ".bias", ".running_mean", ".running_var"
+  // "<layer>.weight", ".bias", ".running_mean", ".running_var"; of an lstm torch.nn.LSTM's names,
+  // ".weight_ih_l0", ".weight_hh_l0", ".bias_ih_l0", ".bias_hh_l0", "..._l0_reverse", "..._l1".
+  std::string name;
   std::vector<int64_t> shape;
   Initializer init;
   bool trainable = true;
-  bool decays = false;  // l2 and weight_decay apply: weights of dense and conv2d
+  bool decays = false;  // l2 and weight_decay apply: weights of dense, conv2d and lstm
 };
 
 constexpr int kData = -1;
@@ -58,14 +63,17 @@ struct Layer {
   LayerType type;
   std::vector<int> inputs;          // index of a layer, or kData
   std::vector<int64_t> output;      // shape per sample
-  std::vector<TensorSpec> tensors;  // in the order weight, bias, running_mean, running_var
+  // In the order weight, bias, running_mean, running_var; of an lstm by layer, by direction.
+  std::vector<TensorSpec> tensors;
   // Attributes of the types that have them.
   int64_t kernel = 0, stride = 1, padding = 0;
-  bool bias = false;         // dense, conv2d
-  double rate = 0;           // dropout
+  bool bias = false;         // dense, conv2d, lstm
+  double rate = 0;           // dropout; lstm: between its layers
   Sync sync = Sync::kBatch;  // batch_norm
   double momentum = 0.1, epsilon = 1e-5;
   int64_t channels_before = 0, channels_after = 0;  // pad, besides padding
+  int64_t hidden = 0, layers = 1;  // lstm
+  bool bidirectional = false, sequence = false;
   int64_t flops = 0;  // of one sample's forward pass; a multiply-add is two
 };
 
@@ -92,7 +100,7 @@ inline const char* LayerTypeName(LayerType type) {
   constexpr const char* kNames[] = {
       "dense",      "conv2d",  "max_pool", "average_pool", "global_average_pool",
       "batch_norm", "relu",    "tanh",     "sigmoid",      "add",
-      "flatten",    "dropout", "pad"};
+      "flatten",    "dropout", "pad",            "lstm"};
   return kNames[static_cast<int>(type)];
 }
 

@@ -183,7 +183,10 @@ class GraphBuilder {
     for (const TensorSpec& tensor : layer.tensors) {
       if (!TooLarge(tensor.shape)) continue;
       return At(
-          index, layer.type == LayerType::kConv2d ? "filters" : "units",
+          index,
+          layer.type == LayerType::kConv2d ? "filters"
+          : layer.type == LayerType::kLstm ? "hidden"
+                                           : "units",
           fmt::format("the weight {} would have more than 2^31 elements", Text(tensor.shape)));
     }
     LOCKSTEP_RETURN_IF_PROBLEM(CountFlops(index, &layer));
@@ -231,6 +234,8 @@ class GraphBuilder {
       case LayerType::kFlatten:
         layer->output = {ElementCount(input)};
         return std::nullopt;
+      case LayerType::kLstm:
+        return InferLstm(index, spec, layer);
       case LayerType::kDropout:
         layer->rate = spec.rate();
         layer->output = input;
@@ -277,6 +282,59 @@ class GraphBuilder {
     layer->output = {spec.units()};
     AddWeights(spec, {spec.units(), input[0]}, input[0], spec.units(), layer);
     return std::nullopt;
+  }
+
+  // Tensors by layer, then by direction, under torch.nn.LSTM's names.
+  MaybeProblem InferLstm(int index, const v1::LayerSpec& spec, Layer* layer) const {
+    const Shape& input = InputShape(index);
+    if (input.size() < 2) {
+      return At(index, "",
+                fmt::format("lstm needs an input {{time, features}} or an image {{height, width, "
+                            "channels}}, whose rows are the steps, but {} is {}",
+                            spec.inputs(0), Text(input)));
+    }
+    layer->hidden = spec.hidden();
+    layer->layers = spec.layers();
+    layer->bidirectional = spec.bidirectional();
+    layer->sequence = spec.output() == "sequence";
+    layer->bias = spec.bias();
+    layer->rate = spec.dropout();
+    const int64_t hidden = layer->hidden, gates = 4 * hidden;
+    const int64_t out = (layer->bidirectional ? 2 : 1) * hidden;
+    layer->output = layer->sequence ? Shape{input[0], out} : Shape{out};
+    int64_t in = ElementCount(input) / input[0];
+    for (int64_t k = 0; k < layer->layers; ++k, in = out) {
+      for (const char* direction : {"", "_reverse"}) {
+        if (*direction != 0 && !layer->bidirectional) continue;
+        const auto name = [&](const char* tensor) {
+          return fmt::format("{}.{}_l{}{}", layer->name, tensor, k, direction);
+        };
+        for (const auto& [tensor, fan_in] : {std::pair("weight_ih", in), std::pair("weight_hh", hidden)}) {
+          layer->tensors.push_back({name(tensor), {gates, fan_in},
+                                    Resolve(spec.weight_init(), fan_in, hidden),
+                                    /*trainable=*/true, /*decays=*/true});
+        }
+        if (!layer->bias) continue;
+        for (const char* tensor : {"bias_ih", "bias_hh"}) {
+          layer->tensors.push_back({name(tensor), {gates}, Resolve(spec.bias_init(), 1, hidden)});
+        }
+      }
+    }
+    return std::nullopt;
+  }
+
+  // Both products, the sum of the biases, five activations and four products and sums a unit and
+  // step; -1 beyond the limit.
+  static int64_t LstmFlops(const Layer& layer, const Shape& input, int64_t limit) {
+    const int64_t directions = layer.bidirectional ? 2 : 1;
+    const int64_t out = directions * layer.hidden;
+    int64_t flops = 0, in = ElementCount(input) / input[0];
+    for (int64_t k = 0; k < layer.layers; ++k, in = out) {
+      const int64_t unit = 8 * (in + layer.hidden) + 9 + (layer.bias ? 4 : 0);
+      const int64_t part = Product({input[0], out, unit}, limit);
+      if (part < 0 || __builtin_add_overflow(flops, part, &flops)) return -1;
+    }
+    return flops;
   }
 
   // conv2d and the two pools with a window.
@@ -359,11 +417,14 @@ class GraphBuilder {
       case LayerType::kDropout:
         flops = n;
         break;
+      case LayerType::kLstm:
+        flops = LstmFlops(*layer, InputShape(index), kLimit);
+        break;
       case LayerType::kFlatten:
       case LayerType::kPad:
         break;
     }
-    if (flops >= 0 && layer->bias) flops += flops <= kLimit - n ? n : -1 - flops;
+    if (flops >= 0 && layer->bias && layer->type != LayerType::kLstm) flops += flops <= kLimit - n ? n : -1 - flops;
     if (flops < 0) return At(index, "", "needs more than 2^63 operations per sample");
     layer->flops = flops;
     return std::nullopt;

@@ -1,5 +1,6 @@
 #include "common/spec/layers.h"
 
+#include <cmath>
 #include <map>
 #include <set>
 
@@ -13,7 +14,7 @@ namespace {
 constexpr int kMostLinks = 1 << 20;  // of a whole model: inputs of all layers together
 
 bool HasWeights(const v1::LayerSpec& layer) {
-  return layer.type() == "dense" || layer.type() == "conv2d";
+  return layer.type() == "dense" || layer.type() == "conv2d" || layer.type() == "lstm";
 }
 
 std::string AcceptedTypes() {
@@ -86,6 +87,19 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
                        "above 0");
     }
   }
+  if (layer.type() == "lstm") {
+    if (layer.hidden() == 0) return missing("hidden");
+    if (layer.layers() == 0) layer.set_layers(1);
+    if (!layer.has_bidirectional()) layer.set_bidirectional(false);
+    if (layer.output().empty()) layer.set_output("last");
+    if (!layer.has_dropout()) layer.set_dropout(0);
+    if (layer.dropout() > 0 && layer.layers() == 1) {
+      return source.At(*layers, index, "dropout",
+                       fmt::format("found {}, but it acts between layers and there is one; "
+                                   "accepted: 0, or layers of 2 or more",
+                                   layer.dropout()));
+    }
+  }
   if (layer.type() == "batch_norm") {
     if (layer.sync().empty()) layer.set_sync("batch");
     if (!layer.has_momentum()) layer.set_momentum(0.1);
@@ -130,6 +144,17 @@ MaybeProblem CompleteInputs(const LayerSource& source, const std::map<std::strin
     }
   }
   return std::nullopt;
+}
+
+// PyTorch's default for every tensor of an LSTM.
+void CompleteLstmInitializers(v1::LayerSpec* layer) {
+  const double limit = 1 / std::sqrt(static_cast<double>(layer->hidden()));
+  const auto complete = [limit](v1::InitializerSpec* init) {
+    init->set_type("uniform");
+    init->set_limit(limit);
+  };
+  if (!layer->has_weight_init()) complete(layer->mutable_weight_init());
+  if (layer->bias() && !layer->has_bias_init()) complete(layer->mutable_bias_init());
 }
 
 // Whether a layer's output reaches a relu directly or through batch_norm and add.
@@ -214,6 +239,7 @@ MaybeProblem CompleteLayers(const LayerSource& source, LayerList* layers) {
   for (int i = 0; i < layers->size(); ++i) {
     v1::LayerSpec& layer = *layers->Mutable(i);
     if (!HasWeights(layer)) continue;
+    if (layer.type() == "lstm") CompleteLstmInitializers(&layer);
     if (!layer.has_weight_init()) {
       const bool he = ReachesRelu(*layers, consumers, i);
       layer.mutable_weight_init()->set_type(he ? "he" : "xavier");

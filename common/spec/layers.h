@@ -30,8 +30,8 @@ class LayerSource {
 
 // Makes names, inputs and the attributes of each type explicit, initializers included: weights
 // whose consumer is a relu (directly or through batch_norm and add) default to He, others to
-// Xavier. Idempotent. Checks types, required attributes, unique names, known inputs and their
-// number.
+// Xavier, those of an lstm to PyTorch's uniform. Idempotent. Checks types, required attributes,
+// unique names, known inputs and their number.
 MaybeProblem CompleteLayers(const LayerSource& source, LayerList* layers);
 
 }  // namespace lockstep::spec

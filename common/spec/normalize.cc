@@ -152,6 +152,12 @@ MaybeProblem CompleteModel(v1::ModelSpec* model) {
                    "given with batch_norm: false; accepted: only with batch_norm: true"};
   }
   CompletePreset(model);
+  if (model->preset() == "lstm-classifier" && model->dropout() > 0 && model->lstm_layers() == 1) {
+    return Problem{"model.dropout",
+                   fmt::format("found {}, but it acts between lstm layers and there is one; "
+                               "accepted: 0, or lstm_layers of 2 or more",
+                               model->dropout())};
+  }
   return std::nullopt;
 }
 

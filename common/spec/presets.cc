@@ -63,6 +63,14 @@ class Chain {
     if (model_.dropout() > 0) Add("dropout", "")->set_rate(model_.dropout());
     return *this;
   }
+  Chain& Lstm() {
+    v1::LayerSpec* layer = Add("lstm", "");
+    layer->set_hidden(model_.lstm_hidden());
+    layer->set_layers(model_.lstm_layers());
+    layer->set_bidirectional(model_.bidirectional());
+    layer->set_dropout(model_.dropout());
+    return *this;
+  }
   Chain& Relu(const std::string& name = "") { return Plain("relu", name); }
   Chain& Flatten() { return Plain("flatten", ""); }
   Chain& GlobalAveragePool(const std::string& name) { return Plain("global_average_pool", name); }
@@ -184,16 +192,30 @@ LayerList ResNet50(const v1::ModelSpec& model, int classes) {
   return chain.GlobalAveragePool("pool").Dense(classes, /*bias=*/true, "dense").Take();
 }
 
+LayerList LstmClassifier(const v1::ModelSpec& model, int classes) {
+  return Chain(model).Lstm().Dense(classes).Take();
+}
+
 }  // namespace
 
 const std::vector<std::string>& PresetFields(const std::string& preset) {
   static const auto& mlp = *new std::vector<std::string>{"hidden", "sync", "dropout", "batch_norm"};
   static const auto& fashion_cnn = *new std::vector<std::string>{"sync", "dropout"};
   static const auto& others = *new std::vector<std::string>{"sync"};
+  static const auto& lstm =
+      *new std::vector<std::string>{"lstm_hidden", "lstm_layers", "bidirectional", "dropout"};
+  if (preset == "lstm-classifier") return lstm;
   return preset == "mlp" ? mlp : preset == "fashion-cnn" ? fashion_cnn : others;
 }
 
 void CompletePreset(v1::ModelSpec* model) {
+  if (model->preset() == "lstm-classifier") {
+    if (model->lstm_hidden() == 0) model->set_lstm_hidden(128);
+    if (model->lstm_layers() == 0) model->set_lstm_layers(1);
+    if (!model->has_bidirectional()) model->set_bidirectional(false);
+    if (!model->has_dropout()) model->set_dropout(0);
+    return;
+  }
   const bool mlp = model->preset() == "mlp";
   if (mlp && !model->has_dropout()) model->set_dropout(0);
   if (model->preset() == "fashion-cnn" && !model->has_dropout()) model->set_dropout(0.3);
@@ -211,6 +233,7 @@ LayerList ExpandPreset(const v1::ModelSpec& model, int classes) {
   if (preset == "mlp") return Mlp(model, classes);
   if (preset == "fashion-cnn") return FashionCnn(model, classes);
   if (preset == "lenet") return LeNet(model, classes);
+  if (preset == "lstm-classifier") return LstmClassifier(model, classes);
   if (preset == "resnet-50") return ResNet50(model, classes);
   const int depth = std::stoi(preset.substr(preset.find('-') + 1));
   return CifarNet(model, depth, /*shortcuts=*/preset.starts_with("resnet"), classes);

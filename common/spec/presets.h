@@ -26,6 +26,7 @@ void CompletePreset(v1::ModelSpec* model);
 //   resnet-50: conv 7x7, max_pool 3; 3, 4, 6, 3 bottlenecks of 1x1, 3x3, 1x1 convolutions with 64,
 //     128, 256, 512 filters and four times as many at their end; projections as shortcuts where the
 //     shape changes. Strides are in the 3x3 convolutions, as in PyTorch's.
+//   lstm-classifier: lstm (its last output), dense(classes); dropout is that between lstm layers.
 // Dropout layers are there only if the rate is above 0.
 LayerList ExpandPreset(const v1::ModelSpec& model, int classes);
 

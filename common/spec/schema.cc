@@ -44,6 +44,7 @@ constexpr uint64_t kInt32Max = std::numeric_limits<int32_t>::max();
 constexpr uint64_t kManySteps = 1'000'000'000'000;  // leaves room for sums in int64
 constexpr uint64_t kManyEpochs = 1'000'000;
 constexpr uint64_t kLargestBatch = 1 << 20;
+constexpr uint64_t kMostLstmLayers = 64;
 constexpr int kLongestName = 64;
 
 const std::map<std::string, Rule>& Rules() {
@@ -68,15 +69,18 @@ const std::map<std::string, Rule>& Rules() {
       {"NormalizeSpec.compute", {Rule::Kind::kBool}},
       {"ModelSpec.preset", Choice({"mlp", "fashion-cnn", "lenet", "resnet-20", "resnet-32",
                                    "resnet-44", "resnet-56", "resnet-110", "plain-20", "plain-32",
-                                   "plain-44", "plain-56", "plain-110", "resnet-50"})},
+                                   "plain-44", "plain-56", "plain-110", "resnet-50", "lstm-classifier"})},
       {"ModelSpec.hidden", Integer(1, kInt32Max)},
       {"ModelSpec.sync", Choice({"batch", "shard"})},
       {"ModelSpec.dropout", Number(0, 1, false, true)},
       {"ModelSpec.batch_norm", {Rule::Kind::kBool}},
+      {"ModelSpec.lstm_hidden", Integer(1, kInt32Max)},
+      {"ModelSpec.lstm_layers", Integer(1, kMostLstmLayers)},
+      {"ModelSpec.bidirectional", {Rule::Kind::kBool}},
       {"LayerSpec.name", {Rule::Kind::kLayerName}},
       {"LayerSpec.type",
        Choice({"dense", "conv2d", "max_pool", "average_pool", "global_average_pool", "batch_norm",
-               "relu", "tanh", "sigmoid", "add", "flatten", "dropout", "pad"})},
+               "relu", "tanh", "sigmoid", "add", "flatten", "dropout", "pad", "lstm"})},
       {"LayerSpec.inputs", {Rule::Kind::kInput}},
       {"LayerSpec.units", Integer(1, kInt32Max)},
       {"LayerSpec.filters", Integer(1, kInt32Max)},
@@ -90,6 +94,11 @@ const std::map<std::string, Rule>& Rules() {
       {"LayerSpec.epsilon", Number(1e-12, 1)},
       {"LayerSpec.channels_before", Integer(0, kInt32Max)},
       {"LayerSpec.channels_after", Integer(0, kInt32Max)},
+      {"LayerSpec.hidden", Integer(1, kInt32Max)},
+      {"LayerSpec.layers", Integer(1, kMostLstmLayers)},
+      {"LayerSpec.bidirectional", {Rule::Kind::kBool}},
+      {"LayerSpec.output", Choice({"last", "sequence"})},
+      {"LayerSpec.dropout", Number(0, 1, false, true)},
       {"InitializerSpec.type", Choice({"zeros", "normal", "uniform", "xavier", "he"})},
       {"InitializerSpec.std", Number(0, 1e6, true)},
       {"InitializerSpec.limit", Number(0, 1e6, true)},
@@ -377,6 +386,9 @@ const std::vector<std::string>& LayerFields(const std::string& type) {
       {"batch_norm", {"sync", "momentum", "epsilon"}},
       {"dropout", {"rate"}},
       {"pad", {"padding", "channels_before", "channels_after"}},
+      {"lstm",
+       {"hidden", "layers", "bidirectional", "output", "dropout", "bias", "weight_init",
+        "bias_init"}},
   };
   static const auto& none = *new std::vector<std::string>;
   const auto it = fields.find(type);

@@ -249,6 +249,45 @@ std::vector<GraphCase> MakeCases() {
     m.Relu();
     m.Dense(3);
   });
+  add("lstm_last", {5, 3, 1}, 3, [](GraphMaker& m) {
+    m.Lstm(4, {});
+    m.Dense(3);
+  });
+  add("lstm_is_the_output", {4, 2, 2}, 3, [](GraphMaker& m) { m.Lstm(3, {.bias = false}); });
+  add("lstm_of_one_step", {1, 3, 1}, 3, [](GraphMaker& m) {
+    m.Lstm(4, {.bidirectional = true});
+    m.Dense(3);
+  });
+  add("lstm_sequence", {4, 3}, 3, [](GraphMaker& m) {
+    m.Lstm(5, {.sequence = true});
+    m.Tanh();
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("lstm_bidirectional", {4, 3, 2}, 3, [](GraphMaker& m) {
+    m.Conv2d(2, 2);
+    m.Relu();
+    m.Lstm(3, {.bidirectional = true, .sequence = true});
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("lstm_stacked", {4, 3, 1}, 3, [](GraphMaker& m) {
+    m.Lstm(3, {.layers = 3, .bidirectional = true, .dropout = 0.4});
+    m.Dense(3);
+  });
+  add("lstm_stacked_without_dropout", {3, 3, 1}, 3, [](GraphMaker& m) {
+    m.Lstm(4, {.layers = 2, .sequence = true, .bias = false});
+    const int first = m.Lstm(2, {.layers = 2, .dropout = 0.5});
+    m.Dense(3, true, first);
+  });
+  add("lstms_of_one_sequence", {4, 3, 1}, 3, [](GraphMaker& m) {
+    const int trunk = m.Lstm(4, {.sequence = true}, kData);
+    const int a = m.Lstm(4, {}, trunk);
+    const int b = m.Lstm(2, {.bidirectional = true}, trunk);
+    const int c = m.Dense(4, true, m.Flatten(trunk));
+    m.AddLayers({a, b, c});
+    m.Dense(3);
+  });
   return cases;
 }
 

@@ -88,6 +88,44 @@ class GraphMaker {
     return Last();
   }
 
+  struct LstmOptions {
+    int64_t layers = 1;
+    bool bidirectional = false, sequence = false, bias = true;
+    double dropout = 0;
+  };
+  int Lstm(int64_t hidden, const LstmOptions& options, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kLstm, {input});
+    layer.hidden = hidden;
+    layer.layers = options.layers;
+    layer.bidirectional = options.bidirectional;
+    layer.sequence = options.sequence;
+    layer.bias = options.bias;
+    layer.rate = options.dropout;
+    const Shape from = layer.output;
+    const int64_t out = (options.bidirectional ? 2 : 1) * hidden;
+    layer.output = options.sequence ? Shape{from[0], out} : Shape{out};
+    int64_t in = spec::ElementCount(from) / from[0];
+    for (int64_t k = 0; k < options.layers; ++k, in = out) {
+      for (const std::string end : {"", "_reverse"}) {
+        if (!end.empty() && !options.bidirectional) continue;
+        const std::string tail = "_l" + std::to_string(k) + end;
+        const auto add = [&](const std::string& name, Shape shape, double limit, bool decays) {
+          layer.tensors.push_back({layer.name + name + tail,
+                                   std::move(shape),
+                                   {spec::Initializer::Type::kUniform, limit},
+                                   /*trainable=*/true,
+                                   decays});
+        };
+        add(".weight_ih", {4 * hidden, in}, std::sqrt(3.0 / static_cast<double>(in)), true);
+        add(".weight_hh", {4 * hidden, hidden}, std::sqrt(3.0 / static_cast<double>(hidden)), true);
+        if (!options.bias) continue;
+        add(".bias_ih", {4 * hidden}, 0.5, false);
+        add(".bias_hh", {4 * hidden}, 0.5, false);
+      }
+    }
+    return Last();
+  }
+
   GraphMaker& MeanSquaredError(spec::Target target) {
     graph_.loss = spec::LossType::kMeanSquaredError;
     graph_.target = target;

@@ -99,8 +99,61 @@ class Interpreter {
         }
         break;
       }
+      case LayerType::kLstm:
+        y = Lstm(layer, in, x);
+        break;
     }
     return y;
+  }
+
+  // Unit by unit, as PyTorch's documentation of torch.nn.LSTM writes it down.
+  Values Lstm(const Layer& layer, const std::vector<int64_t>& in, Values x) const {
+    const int64_t steps = in[0], hidden = layer.hidden, directions = layer.bidirectional ? 2 : 1;
+    const int64_t out = directions * hidden;
+    int64_t features = ElementCount(in) / steps;
+    auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
+    for (int64_t k = 0; k < layer.layers; ++k) {
+      Values y(samples_ * steps * out), last(samples_ * out);
+      for (int64_t d = 0; d < directions; ++d) {
+        const std::string tail = "_l" + std::to_string(k) + (d == 0 ? "" : "_reverse");
+        const Values &wi = Tensor(layer, ".weight_ih" + tail),
+                     &wh = Tensor(layer, ".weight_hh" + tail);
+        for (int64_t r = 0; r < samples_; ++r) {
+          Values h(hidden), c(hidden);
+          for (int64_t step = 0; step < steps; ++step) {
+            const int64_t t = d == 0 ? step : steps - 1 - step;
+            Values gates(4 * hidden);
+            for (int64_t g = 0; g < 4 * hidden; ++g) {
+              if (layer.bias) {
+                gates[g] =
+                    Tensor(layer, ".bias_ih" + tail)[g] + Tensor(layer, ".bias_hh" + tail)[g];
+              }
+              for (int64_t i = 0; i < features; ++i) {
+                gates[g] += wi[g * features + i] * x[(r * steps + t) * features + i];
+              }
+              for (int64_t i = 0; i < hidden; ++i) gates[g] += wh[g * hidden + i] * h[i];
+            }
+            for (int64_t u = 0; u < hidden; ++u) {
+              c[u] = sigmoid(gates[hidden + u]) * c[u] +
+                     sigmoid(gates[u]) * std::tanh(gates[2 * hidden + u]);
+              h[u] = sigmoid(gates[3 * hidden + u]) * std::tanh(c[u]);
+              y[(r * steps + t) * out + d * hidden + u] = h[u];
+            }
+          }
+          std::copy(h.begin(), h.end(), last.begin() + r * out + d * hidden);
+        }
+      }
+      if (k + 1 == layer.layers) return layer.sequence ? y : last;
+      const PhiloxKey key =
+          MakePhiloxKey(batch_.seed, "dropout/" + layer.name + ".l" + std::to_string(k));
+      for (size_t i = 0; i < y.size() && batch_.training && layer.rate > 0; ++i) {
+        const bool kept = ToUniform(PhiloxAt(key, i, batch_.step)) >= static_cast<float>(layer.rate);
+        y[i] = kept ? y[i] / (1 - layer.rate) : 0;
+      }
+      x = y;
+      features = out;
+    }
+    return x;
   }
 
   void Dense(const Layer& layer, int64_t in, const Values& x, Values* y) const {

@@ -182,6 +182,57 @@ TEST(Graph, Elementwise) {
   }
 }
 
+TEST(Graph, Lstm) {
+  const auto one = Build({"type: lstm, hidden: 6", "type: dense, units: 10"}, "shape: [11, 9, 3]");
+  ASSERT_TRUE(one.ok()) << one.status();
+  const Layer& last = one->layers[0];
+  EXPECT_EQ(last.type, LayerType::kLstm);
+  EXPECT_EQ(last.output, Shape{6});
+  EXPECT_EQ(last.layers, 1);
+  EXPECT_FALSE(last.bidirectional);
+  EXPECT_FALSE(last.sequence);
+  EXPECT_TRUE(last.bias);
+  // 11 rows of 9 * 3 features. A unit: 4 gates of 27 + 6 multiply-adds, their bias, and 9 more.
+  EXPECT_EQ(last.flops, 11 * 6 * (4 * 2 * (27 + 6) + 4 + 9));
+  const std::vector<std::pair<std::string, Shape>> expected = {
+      {"lstm_1.weight_ih_l0", {24, 27}},
+      {"lstm_1.weight_hh_l0", {24, 6}},
+      {"lstm_1.bias_ih_l0", {24}},
+      {"lstm_1.bias_hh_l0", {24}}};
+  ASSERT_EQ(last.tensors.size(), expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_EQ(last.tensors[i].name, expected[i].first);
+    EXPECT_EQ(last.tensors[i].shape, expected[i].second);
+    EXPECT_EQ(last.tensors[i].decays, i < 2);
+    EXPECT_EQ(last.tensors[i].init.type, Initializer::Type::kUniform);
+    EXPECT_DOUBLE_EQ(last.tensors[i].init.scale, 1 / std::sqrt(6.0));
+  }
+
+  const Layer deep = One(
+      "type: lstm, name: a, hidden: 5, layers: 2, bidirectional: true, output: sequence, dropout: "
+      "0.25, bias: false, weight_init: {type: xavier}");
+  EXPECT_EQ(deep.output, (Shape{11, 10}));
+  EXPECT_TRUE(deep.sequence);
+  EXPECT_EQ(deep.rate, 0.25);
+  EXPECT_EQ(deep.flops, 11 * 10 * (8 * (27 + 5) + 9) + 11 * 10 * (8 * (10 + 5) + 9));
+  std::vector<std::string> names;
+  for (const TensorSpec& tensor : deep.tensors) names.push_back(tensor.name);
+  EXPECT_THAT(names, ElementsAre("a.weight_ih_l0", "a.weight_hh_l0", "a.weight_ih_l0_reverse",
+                                 "a.weight_hh_l0_reverse", "a.weight_ih_l1", "a.weight_hh_l1",
+                                 "a.weight_ih_l1_reverse", "a.weight_hh_l1_reverse"));
+  EXPECT_EQ(deep.tensors[0].shape, (Shape{20, 27}));
+  EXPECT_EQ(deep.tensors[4].shape, (Shape{20, 10}));
+  EXPECT_EQ(deep.tensors[5].shape, (Shape{20, 5}));
+  EXPECT_DOUBLE_EQ(deep.tensors[0].init.scale, std::sqrt(6.0 / (27 + 5)));
+  EXPECT_DOUBLE_EQ(deep.tensors[1].init.scale, std::sqrt(6.0 / (5 + 5)));
+
+  // A sequence feeds the next.
+  const auto chain = Build({"type: lstm, hidden: 4, output: sequence", "type: lstm, hidden: 10"});
+  ASSERT_TRUE(chain.ok()) << chain.status();
+  EXPECT_EQ(chain->layers[0].output, (Shape{28, 4}));
+  EXPECT_EQ(chain->layers[1].tensors[0].shape, (Shape{40, 4}));
+}
+
 TEST(Graph, AddAndAnyOrder) {
   // Written backwards, with the branch in the middle.
   const auto graph =
@@ -282,6 +333,14 @@ TEST(Graph, RefusesShapesThatDoNotFit) {
        "model.layers.1: global_average_pool needs an input {height, width, channels}, but "
        "flatten_1 "
        "is {784}"},
+      {{"type: flatten", "type: lstm, hidden: 10"},
+       "model.layers.1: lstm needs an input {time, features} or an image {height, width, "
+       "channels}, whose rows are the steps, but flatten_1 is {784}"},
+      {{"type: lstm, hidden: 10, output: sequence", "type: dense, units: 10"},
+       "model.layers.1: dense needs an input {features}, but lstm_1 is {28, 10}; put a flatten "
+       "before it"},
+      {{"type: lstm, hidden: 10, output: sequence", "type: conv2d, filters: 3, kernel: 3"},
+       "model.layers.1: conv2d needs an input {height, width, channels}, but lstm_1 is {28, 10}"},
       {{"type: average_pool, kernel: 29"},
        "model.layers.0.kernel: found 29, larger than the padded input (28 by 28); accepted: 1 to "
        "28"},
@@ -307,6 +366,11 @@ TEST(Graph, RefusesTensorsBeyondTheCap) {
   EXPECT_EQ(
       Refused({"type: flatten", "type: dense, units: 2147483647"}),
       "model.layers.1.units: the weight {2147483647, 784} would have more than 2^31 elements");
+  EXPECT_EQ(Refused({"type: lstm, hidden: 2147483647"}),
+            "model.layers.0.hidden: the weight {8589934588, 28} would have more than 2^31 elements");
+  EXPECT_EQ(Refused({"type: lstm, hidden: 1000000"}),
+            "model.layers.0.hidden: the weight {4000000, 1000000} would have more than 2^31 "
+            "elements");
   EXPECT_EQ(Refused({"type: conv2d, filters: 2147483647, kernel: 28"}),
             "model.layers.0.filters: the weight {2147483647, 28, 28, 1} would have more than 2^31 "
             "elements");
@@ -483,6 +547,19 @@ TEST(Preset, ResNet50) {
   EXPECT_EQ(by_name.at("stage4_block3_relu3")->output, (Shape{7, 7, 2048}));
   EXPECT_EQ(by_name.at("stage3_block1_conv2")->stride, 2);
   EXPECT_EQ(flops / 2, 4087136256);
+}
+
+TEST(Preset, LstmClassifier) {
+  const Graph graph = Preset("preset: lstm-classifier");
+  EXPECT_THAT(Names(graph), ElementsAre("lstm_1", "dense_1"));
+  EXPECT_EQ(graph.layers[0].output, Shape{128});
+  // torch.nn.LSTM(28, 128) and torch.nn.Linear(128, 10).
+  EXPECT_EQ(Parameters(graph), 4 * 128 * (28 + 128 + 2) + 1290);
+  const Graph deep = Preset(
+      "preset: lstm-classifier, lstm_hidden: 20, lstm_layers: 2, bidirectional: true, dropout: 0.1");
+  EXPECT_EQ(deep.layers[0].output, Shape{40});
+  EXPECT_EQ(deep.layers[0].layers, 2);
+  EXPECT_EQ(deep.layers[0].rate, 0.1);
 }
 
 TEST(Preset, AProblemOfItsLayersNamesThePreset) {

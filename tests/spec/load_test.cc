@@ -91,7 +91,7 @@ TEST(Load, RefusesDuplicateFields) {
 TEST(Load, NamesTheParentsLineOfAMissingField) {
   const std::string presets =
       "preset (mlp, fashion-cnn, lenet, resnet-20, resnet-32, resnet-44, resnet-56, resnet-110, "
-      "plain-20, plain-32, plain-44, plain-56, plain-110, resnet-50) or layers";
+      "plain-20, plain-32, plain-44, plain-56, plain-110, resnet-50, lstm-classifier) or layers";
   Check({
       {"\n# comment\nname: a\n",
        "job.yaml:3: data.path: missing; accepted: the folder of the data, absolute or below "
@@ -145,6 +145,17 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
       {layer("type: flatten, stride: 2"), message("stride", "flatten", "")},
       {layer("type: dropout, weight_init: {type: he}"),
        message("weight_init", "dropout", ", rate")},
+      {layer("type: lstm, units: 3"),
+       message("units", "lstm",
+               ", hidden, layers, bidirectional, output, dropout, bias, weight_init, bias_init")},
+      {layer("type: dense, units: 3, hidden: 3"),
+       message("hidden", "dense", ", units, bias, weight_init, bias_init")},
+      {layer("type: lstm, hidden: 3, dropout: 0.5"),
+       "job.yaml:3: model.layers.1.dropout: found 0.5, but it acts between layers and there is one; "
+       "accepted: 0, or layers of 2 or more"},
+      {layer("type: lstm, hidden: 3, bias: false, bias_init: {type: zeros}"),
+       "job.yaml:3: model.layers.1.bias_init: given for a layer with bias: false; accepted: only "
+       "with bias: true"},
       {layer("type: dense, units: 3, bias: false, bias_init: {type: zeros}"),
        "job.yaml:3: model.layers.1.bias_init: given for a layer with bias: false; accepted: only "
        "with bias: true"},
@@ -170,6 +181,15 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
       {Compact("{preset: fashion-cnn, batch_norm: true}"),
        "job.yaml:3: model.batch_norm: does not belong to preset fashion-cnn; accepted with it: "
        "sync, dropout"},
+      {Compact("{preset: lstm-classifier, hidden: [3]}"),
+       "job.yaml:3: model.hidden: does not belong to preset lstm-classifier; accepted with it: "
+       "lstm_hidden, lstm_layers, bidirectional, dropout"},
+      {Compact("{preset: mlp, lstm_layers: 2}"),
+       "job.yaml:3: model.lstm_layers: does not belong to preset mlp; accepted with it: hidden, "
+       "sync, dropout, batch_norm"},
+      {Compact("{preset: lstm-classifier, dropout: 0.2}"),
+       "job.yaml:3: model.dropout: found 0.2, but it acts between lstm layers and there is one; "
+       "accepted: 0, or lstm_layers of 2 or more"},
       {Compact("{preset: mlp, batch_norm: false, sync: shard}"),
        "job.yaml:3: model.sync: given with batch_norm: false; accepted: only with batch_norm: "
        "true"},
@@ -222,13 +242,14 @@ TEST(Load, RefusesMissingAttributesOfLayers) {
   Check({
       {layer("name: x"),
        at + ".type: missing; accepted: dense, conv2d, max_pool, average_pool, global_average_pool, "
-            "batch_norm, relu, tanh, sigmoid, add, flatten, dropout, pad"},
+            "batch_norm, relu, tanh, sigmoid, add, flatten, dropout, pad, lstm"},
       {layer("type: dense"), at + ".units: missing; dense needs " + integer},
       {layer("type: conv2d, kernel: 3"), at + ".filters: missing; conv2d needs " + integer},
       {layer("type: conv2d, filters: 3"), at + ".kernel: missing; conv2d needs " + integer},
       {layer("type: max_pool"), at + ".kernel: missing; max_pool needs " + integer},
       {layer("type: average_pool, stride: 2"),
        at + ".kernel: missing; average_pool needs " + integer},
+      {layer("type: lstm"), at + ".hidden: missing; lstm needs " + integer},
       {layer("type: dropout"), at + ".rate: missing; dropout needs a number from 0 to below 1"},
       {layer("type: add"), at + ".inputs: missing; add needs the names of 2 or more layers"},
   });

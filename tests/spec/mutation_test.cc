@@ -24,6 +24,7 @@ model:
     - {name: s, type: add, inputs: [relu_1, c2]}
     - {type: average_pool, kernel: 3, stride: 2}
     - {type: dropout, rate: 0.25}
+    - {type: lstm, hidden: 5, layers: 2, bidirectional: true, dropout: 0.1, output: sequence}
     - {type: flatten}
     - {type: dense, units: 3, bias_init: {type: uniform, limit: 0.1}}
 loss: {type: mean_squared_error, target: label}
@@ -42,7 +43,7 @@ train: {batch: 16, steps: 100}
 
 std::vector<std::string> Seeds() {
   std::vector<std::string> seeds = {kLayers, kSmall};
-  for (const char* name : {"mlp", "fashion-cnn"}) {
+  for (const char* name : {"mlp", "fashion-cnn", "lstm-mnist"}) {
     std::ifstream file(fmt::format("{}/deploy/jobs/{}.yaml", LOCKSTEP_SOURCE_DIR, name));
     seeds.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
     EXPECT_FALSE(seeds.back().empty());

@@ -31,10 +31,10 @@ const char kLayerName[] =
     "accepted: up to 64 letters, digits, '_' and '-', the first a letter, other than \"data\"";
 const char kTypes[] =
     "accepted: dense, conv2d, max_pool, average_pool, global_average_pool, batch_norm, relu, tanh, "
-    "sigmoid, add, flatten, dropout, pad";
+    "sigmoid, add, flatten, dropout, pad, lstm";
 constexpr char kPresets[] =
     "mlp, fashion-cnn, lenet, resnet-20, resnet-32, resnet-44, resnet-56, resnet-110, plain-20, "
-    "plain-32, plain-44, plain-56, plain-110, resnet-50";
+    "plain-32, plain-44, plain-56, plain-110, resnet-50, lstm-classifier";
 
 std::vector<Refusal> Refusals() {
   const std::string layer = "model.layers.1.";
@@ -103,6 +103,9 @@ std::vector<Refusal> Refusals() {
       {"model.batch_norm", "yes", "found \"yes\"; accepted: true or false"},
       {"model.batch_norm", "\"true\"", "found the string \"true\"; accepted: true or false"},
       {"model.batch_norm", "1", "found 1; accepted: true or false"},
+      {"model.lstm_hidden", "0", Integer("0", "1", kInt32)},
+      {"model.lstm_layers", "65", Integer("65", "1", "64")},
+      {"model.bidirectional", "both", "found \"both\"; accepted: true or false"},
       {layer + "name", "data", std::string("found \"data\"; ") + kLayerName},
       {layer + "name", "a.b", std::string("found \"a.b\"; ") + kLayerName},
       {layer + "name", "1st", std::string("found \"1st\"; ") + kLayerName},
@@ -110,7 +113,7 @@ std::vector<Refusal> Refusals() {
        "found \"" + std::string(60, 'x') + "...\"; " + kLayerName},
       {layer + "type", "conv2",
        std::string("found \"conv2\" (did you mean \"conv2d\"?); ") + kTypes},
-      {layer + "type", "lstm", std::string("found \"lstm\"; ") + kTypes},
+      {layer + "type", "gru", std::string("found \"gru\"; ") + kTypes},
       {layer + "inputs", "flatten_1",
        "found \"flatten_1\"; accepted: a list of 1 to 256 elements, each the name of a layer, or "
        "\"data\""},
@@ -125,6 +128,12 @@ std::vector<Refusal> Refusals() {
       {layer + "sync", "world", "found \"world\"; accepted: batch, shard"},
       {layer + "momentum", "0", Number("0", "above 0 to 1")},
       {layer + "epsilon", "0", Number("0", "from 1e-12 to 1")},
+      {layer + "hidden", "0", Integer("0", "1", kInt32)},
+      {layer + "layers", "0", Integer("0", "1", "64")},
+      {layer + "layers", "65", Integer("65", "1", "64")},
+      {layer + "bidirectional", "1", "found 1; accepted: true or false"},
+      {layer + "output", "first", "found \"first\"; accepted: last, sequence"},
+      {layer + "dropout", "1", Number("1", "from 0 to below 1")},
       {layer + "weight_init", "he",
        "found \"he\"; accepted: a mapping of fields: type, std, limit, distribution"},
       {layer + "weight_init.type", "glorot",

@@ -9,7 +9,7 @@
 // changes between steps (such values, like the step number and learning rate, are passed through
 // `StepScalars` in host-visible memory).
 //
-// Prepared operations (Dense, Conv2d) are what oneDNN, cuBLASLt and cuDNN sit behind: an
+// Prepared operations (Dense, Conv2d, Lstm) are what oneDNN, cuBLASLt and cuDNN sit behind: an
 // implementation is chosen by a fixed rule when the operation is made, never by timing, and keeps
 // its own packed copy of the weights, refreshed by Pack in the optimizer's pass. They are shared by
 // the slots of one address space; each slot passes its own scratch memory.
@@ -107,6 +107,50 @@ class Conv2d {
                               float* dw, float* db, void* scratch) = 0;
 };
 
+// One layer of long short-term memory (Hochreiter & Schmidhuber 1997; the forget gate of Gers,
+// Schmidhuber & Cummins 2000), as torch.nn.LSTM computes it. With s the logistic function, per step:
+//   i, f, o = s(W_ih x + b_ih + W_hh h + b_hh), g = tanh(the same), in the order i f g o of rows;
+//   c = f c + i g;  h = o tanh(c);  h and c are zero before the first step.
+// The second direction walks from the last step to the first, and its h stands behind the first's.
+struct LstmShape {
+  int64_t steps = 0, in = 0, hidden = 0;
+  bool bidirectional = false;
+  bool bias = false;
+  bool sequence = false;  // y is h of every step, else of each direction's last step
+  int64_t directions() const { return bidirectional ? 2 : 1; }
+  int64_t out() const { return directions() * hidden; }  // features of a step of y
+  int64_t outputs() const { return sequence ? steps * out() : out(); }
+  // Floats a row that Forward leaves for Backward, on every device: gates, c, tanh(c) and h.
+  int64_t reserve() const { return steps * directions() * 7 * hidden; }
+};
+
+// Tensors of one direction, or their gradients: weight_ih {4 hidden, in}, weight_hh {4 hidden,
+// hidden}, biases {4 hidden} (null without).
+template <class Float>
+struct LstmTensors {
+  Float* weight_ih = nullptr;
+  Float* weight_hh = nullptr;
+  Float* bias_ih = nullptr;
+  Float* bias_hh = nullptr;
+};
+
+// x {rows, steps, in}, y {rows, steps, out} or {rows, out}. Spans have one element a direction.
+class Lstm {
+ public:
+  virtual ~Lstm() = default;
+  virtual size_t scratch_bytes() const = 0;  // that each of the calls below may use
+  // Refreshes the packed weights and the summed biases.
+  virtual void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors) = 0;
+  // `reserve` has rows * shape.reserve() floats.
+  virtual void Forward(Stream& stream, int64_t rows, const float* x, float* y, float* reserve,
+                       void* scratch) = 0;
+  // The gradients of the tensors (overwritten) and of x (dx; null: not wanted). The reserve is that
+  // of a Forward of the same rows and x, and is used up.
+  virtual void Backward(Stream& stream, int64_t rows, const float* x, const float* dy,
+                        float* reserve, absl::Span<const LstmTensors<float>> gradients, float* dx,
+                        void* scratch) = 0;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -126,6 +170,8 @@ class Device {
                                                            absl::Span<const int64_t> rows) = 0;
   virtual absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                              absl::Span<const int64_t> rows) = 0;
+  virtual absl::StatusOr<std::unique_ptr<Lstm>> MakeLstm(const LstmShape& shape,
+                                                         absl::Span<const int64_t> rows) = 0;
 
   // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
   // equals; a NaN wins), so max pooling takes kernels up to 16. Backward overwrites dx.

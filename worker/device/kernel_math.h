@@ -137,6 +137,33 @@ LOCKSTEP_MATH V SigmoidGradient(V y, V dy) {
   return dy * (y * (V(1.0f) - y));
 }
 
+// ---- one unit of an LSTM cell (device.h, LstmShape): the gates hold pre-activations and take their
+// activations.
+template <class V>
+LOCKSTEP_MATH void LstmCell(V& i, V& f, V& g, V& o, V c_before, V& c, V& tanh_c, V& h) {
+  i = Sigmoid(i);
+  f = Sigmoid(f);
+  g = Tanh(g);
+  o = Sigmoid(o);
+  c = Fma(f, c_before, i * g);
+  tanh_c = Tanh(c);
+  h = o * tanh_c;
+}
+// The gates hold activations and take the gradients of their pre-activations; dc holds the gradient
+// of c from the step behind and takes that of c_before.
+template <class V>
+LOCKSTEP_MATH void LstmCellGradient(V& i, V& f, V& g, V& o, V c_before, V tanh_c, V dh, V& dc) {
+  const V d = Fma(dh, TanhGradient(tanh_c, o), dc);
+  const V di = SigmoidGradient(i, d * g);
+  const V df = SigmoidGradient(f, d * c_before);
+  const V dg = TanhGradient(g, d * i);
+  dc = d * f;
+  o = SigmoidGradient(o, dh * tanh_c);
+  i = di;
+  f = df;
+  g = dg;
+}
+
 // ---- batch norm, per channel.
 template <class V>
 LOCKSTEP_MATH V InverseDeviation(V variance, V epsilon) {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "common/philox.h"
+#include "worker/nn/lstm_tensors.h"
 
 namespace lockstep::nn {
 namespace {
@@ -62,6 +63,14 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
     c.epsilon = static_cast<float>(layer.epsilon);
     c.rate = static_cast<float>(layer.rate);
     c.key = MakePhiloxKey(seed, "dropout/" + layer.name);
+    if (layer.type == spec::LayerType::kLstm) {
+      for (int part = 0; part < layer.layers; ++part) {
+        c.part_outputs.push_back(LstmShapeOf(*program_, i, part).outputs());
+        // A layer's name has no dot.
+        c.part_keys.push_back(
+            MakePhiloxKey(seed, "dropout/" + layer.name + ".l" + std::to_string(part)));
+      }
+    }
     constants_.push_back(c);
   }
 }
@@ -69,7 +78,8 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
 const float* Executor::Output(int call, const Frame& frame, int64_t* elements) const {
   const Call& c = lowering_.calls[call];
   if (c.out < 0) return nullptr;
-  *elements = constants_[c.node].out * frame.input->rows;
+  *elements =
+      lowering_.value_bytes[c.out] / static_cast<int64_t>(sizeof(float)) * frame.input->rows;
   return Floats(c.out, frame);
 }
 
@@ -128,6 +138,15 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kDropout:
       return device_.Dropout(stream, rows * c.out, a, c.rate, c.key, context.scalars,
                              static_cast<uint64_t>(frame.input->first_position * c.out), out);
+    case CallType::kLstmForward:
+    case CallType::kLstmBackward:
+      return RunLstm(call, context, frame);
+    case CallType::kLstmDropout: {
+      const int64_t outputs = c.part_outputs[call.part];
+      return device_.Dropout(stream, rows * outputs, a, c.rate, c.part_keys[call.part],
+                             context.scalars,
+                             static_cast<uint64_t>(frame.input->first_position * outputs), out);
+    }
     case CallType::kSoftmaxCrossEntropy:
     case CallType::kOneHot:
     case CallType::kMeanSquaredError:
@@ -217,6 +236,21 @@ void Executor::RunLinear(const Call& call, const StepContext& context, const Fra
   } else {
     run(operations_.conv2d(call.node));
   }
+}
+
+void Executor::RunLstm(const Call& call, const StepContext& context, const Frame& frame) const {
+  device::Lstm* const lstm = operations_.lstm(call.node, call.part);
+  device::Stream& stream = *context.stream;
+  const int64_t rows = frame.input->rows;
+  const float* x = Input(call.a, frame);
+  float* out = Floats(call.out, frame);
+  if (call.type == CallType::kLstmForward) {
+    return lstm->Forward(stream, rows, x, out, Floats(call.out2, frame), scratch_);
+  }
+  const LstmTensors<float> leaf(*program_, call.node, call.part, frame.leaf);
+  lstm->Backward(stream, rows, x, Floats(call.b, frame), Floats(call.c, frame), leaf.directions(),
+                 out, scratch_);
+  if (call.part == 0) FinishLeaf(call.node, context, frame);  // backward ends with the first layer
 }
 
 void Executor::RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
@@ -320,15 +354,14 @@ void Executor::RunLoss(const Call& call, const StepContext& context, const Frame
 void Executor::ZeroPadding(int index, const StepContext& context, float* gradient) const {
   const Program::Node& node = program_->nodes()[index];
   const std::vector<spec::TensorSpec>& tensors = program_->layer(index).tensors;
-  auto zero_padding = [&](int64_t tensor, int which, int64_t end) {
-    const int64_t begin = tensor + spec::ElementCount(tensors[which].shape);
+  for (size_t i = 0; i < node.tensors.size(); ++i) {
+    const int64_t begin = node.tensors[i] + spec::ElementCount(tensors[i].shape);
+    const int64_t end = i + 1 < node.tensors.size() ? node.tensors[i + 1] : node.parameters_end;
     if (begin < end) {
       device_.Zero(*context.stream, gradient + begin,
                    sizeof(float) * static_cast<size_t>(end - begin));
     }
-  };
-  zero_padding(node.weight, 0, node.bias < 0 ? node.parameters_end : node.bias);
-  if (node.bias >= 0) zero_padding(node.bias, 1, node.parameters_end);
+  }
 }
 
 void Executor::FinishLeaf(int index, const StepContext& context, const Frame& frame) const {

@@ -68,12 +68,15 @@ class Executor {
     bool synchronized = false;
     float epsilon = 0, rate = 0;
     PhiloxKey key;
+    std::vector<int64_t> part_outputs;  // lstm: by layer, elements per sample
+    std::vector<PhiloxKey> part_keys;   // of the dropout behind it
   };
 
   void RunLinear(const Call& call, const StepContext& context, const Frame& frame) const;
   bool IsContiguous(int value, absl::Span<const Frame> frames) const;
   void RunFoldedGradient(const Call& call, const StepContext& context,
                          absl::Span<const Frame> frames);
+  void RunLstm(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
                     const Frame& frame) const;
   void RunCopy(const Call& call, const StepContext& context, const Frame& frame) const;

@@ -15,7 +15,9 @@ class Lowerer {
         outputs_(program.nodes().size(), kNoValue),
         argmax_(program.nodes().size(), kNoValue),
         gradients_(program.nodes().size(), kNoValue),
-        more_(program.nodes().size(), kNoValue) {}
+        more_(program.nodes().size(), kNoValue),
+        lstm_inputs_(program.nodes().size()),
+        reserves_(program.nodes().size()) {}
 
   Lowering Run() {
     const int nodes = static_cast<int>(program_.nodes().size());
@@ -133,7 +135,48 @@ class Lowerer {
       case LayerType::kPad:
         y = Emit(CallType::kCopyForward, node, node, x);
         break;
+      case LayerType::kLstm:
+        y = LstmForward(node, x);
+        break;
     }
+  }
+
+  // Emits a call of one layer of an lstm; a negative number of elements: without a value.
+  int EmitPart(CallType type, int node, int part, int64_t elements, int a, int b = kNoValue,
+               int c = kNoValue) {
+    const int out = elements < 0 ? kNoValue : NewFloats(elements);
+    result_.calls.push_back({type, node, a, b, c, out});
+    result_.calls.back().part = part;
+    return out;
+  }
+
+  int LstmForward(int node, int x) {
+    const int layers = static_cast<int>(program_.layer(node).layers);
+    for (int part = 0; part < layers; ++part) {
+      const device::LstmShape shape = LstmShapeOf(program_, node, part);
+      lstm_inputs_[node].push_back(x);
+      x = EmitPart(CallType::kLstmForward, node, part, shape.outputs(), x);
+      reserves_[node].push_back(result_.calls.back().out2 = NewFloats(shape.reserve()));
+      if (part + 1 < layers && Drops(node)) {
+        x = EmitPart(CallType::kLstmDropout, node, part, shape.outputs(), x);
+      }
+    }
+    return x;
+  }
+
+  void LstmBackward(int node, int dy) {
+    const Program::Node& n = program_.nodes()[node];
+    for (int part = static_cast<int>(program_.layer(node).layers) - 1; part >= 0; --part) {
+      const device::LstmShape shape = LstmShapeOf(program_, node, part);
+      const int64_t inputs = shape.steps * shape.in;
+      dy = EmitPart(CallType::kLstmBackward, node, part,
+                    part > 0 || n.needs_input_gradient ? inputs : -1, lstm_inputs_[node][part], dy,
+                    reserves_[node][part]);
+      if (part > 0 && Drops(node)) {
+        dy = EmitPart(CallType::kLstmDropout, node, part - 1, inputs, dy);
+      }
+    }
+    if (n.needs_input_gradient) Contribute(n.inputs[0], dy);
   }
 
   bool Drops(int node) const { return training_ && program_.layer(node).rate > 0; }
@@ -243,6 +286,9 @@ class Lowerer {
           Contribute(input, dy);
         }
         break;
+      case LayerType::kLstm:
+        LstmBackward(node, dy);
+        break;
     }
   }
 
@@ -252,6 +298,7 @@ class Lowerer {
   bool layerwise_ = false;                         // of the segment being made
   std::vector<int> outputs_, argmax_, gradients_;  // by node
   std::vector<int> more_;  // by node: a second gradient, which a batch_norm adds itself
+  std::vector<std::vector<int>> lstm_inputs_, reserves_;  // by node and layer of an lstm
 };
 
 }  // namespace
@@ -271,10 +318,24 @@ bool IsElementwise(CallType type) {
     case CallType::kBatchNormAddInference:
     case CallType::kBatchNormInference:
     case CallType::kBatchNormGradient:
+    case CallType::kLstmDropout:
       return true;
     default:
       return false;
   }
+}
+
+device::LstmShape LstmShapeOf(const Program& program, int node, int part) {
+  const spec::Layer& layer = program.layer(node);
+  const std::vector<int64_t>& input = program.shape(program.nodes()[node].inputs[0]);
+  device::LstmShape shape;
+  shape.steps = input[0];
+  shape.hidden = layer.hidden;
+  shape.bidirectional = layer.bidirectional;
+  shape.bias = layer.bias;
+  shape.sequence = layer.sequence || part + 1 < layer.layers;
+  shape.in = part == 0 ? spec::ElementCount(input) / input[0] : shape.out();
+  return shape;
 }
 
 Lowering Lower(const Program& program, bool training) { return Lowerer(program, training).Run(); }

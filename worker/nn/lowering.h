@@ -2,7 +2,8 @@
 // memory is assigned. Internal to worker/nn. Pure; thread-safe.
 //
 // Invariants:
-//  1. A value is written by exactly one call, before every call that reads it.
+//  1. A value is written by exactly one call, before every call that reads it; but the last call
+//     that reads an lstm's reserve uses it up.
 //  2. Contributions to a gradient are added in the order in which backward reaches its consumers
 //  (the
 //     last consumer first), whatever the plan. A batch_norm adds the last one in its own pass.
@@ -52,6 +53,10 @@ enum class CallType {
   kSigmoidBackward,
   kAdd,                  // out = a + b
   kDropout,              // forward, and backward of a = dy
+  // One layer of an lstm, `part`; between two of them their dropout, `part` the one before it.
+  kLstmForward,   // out = y of a = x, out2 = reserve
+  kLstmBackward,  // a = x, b = dy, c = reserve, out = dL/dx or none; leaf gradients
+  kLstmDropout,   // as kDropout
   kSoftmaxCrossEntropy,  // a = logits, out = dL/dlogits or none
   kOneHot,
   kMeanSquaredError,  // a = y, b = target, out = dL/dy or none
@@ -67,7 +72,7 @@ struct Call {
   int a = kNoValue, b = kNoValue, c = kNoValue;
   int out = kNoValue, out2 = kNoValue;
   int d = kNoValue;
-  int part = 0;  // of copies: the number of the input
+  int part = 0;  // of copies: the number of the input; of an lstm: the layer
 };
 
 enum class Exchange { kNone, kMoments, kSums };
@@ -87,6 +92,9 @@ struct Lowering {
   int forward_calls = 0;          // the calls of the loss begin here
   std::vector<Segment> segments;  // partition calls
 };
+
+// One layer of an lstm node.
+device::LstmShape LstmShapeOf(const Program& program, int node, int part);
 
 // Forward, loss and backward of a training step; or forward and loss at inference.
 Lowering Lower(const Program& program, bool training);

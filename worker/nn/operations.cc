@@ -3,6 +3,8 @@
 
 #include "absl/memory/memory.h"
 #include "common/status_macros.h"
+#include "worker/nn/lowering.h"
+#include "worker/nn/lstm_tensors.h"
 #include "worker/nn/plan.h"
 
 namespace lockstep::nn {
@@ -14,6 +16,7 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
   const int nodes = static_cast<int>(program->nodes().size());
   operations->dense_.resize(nodes);
   operations->conv2d_.resize(nodes);
+  operations->lstm_.resize(nodes);
   for (int i = 0; i < nodes; ++i) {
     const Program::Node& node = program->nodes()[i];
     const spec::Layer& layer = program->layer(i);
@@ -40,6 +43,14 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
       ASSIGN_OR_RETURN(operations->conv2d_[i], device.MakeConv2d(shape, rows));
       operations->scratch_bytes_ =
           std::max(operations->scratch_bytes_, operations->conv2d_[i]->scratch_bytes());
+    } else if (layer.type == spec::LayerType::kLstm) {
+      for (int part = 0; part < layer.layers; ++part) {
+        ASSIGN_OR_RETURN(std::unique_ptr<device::Lstm> lstm,
+                         device.MakeLstm(LstmShapeOf(*program, i, part), rows));
+        operations->scratch_bytes_ =
+            std::max(operations->scratch_bytes_, lstm->scratch_bytes());
+        operations->lstm_[i].push_back(std::move(lstm));
+      }
     }
   }
   operations->program_ = std::move(program);
@@ -49,6 +60,12 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
 void Operations::Pack(device::Stream& stream, const float* parameters, int part, int parts) {
   int operation = 0;
   for (size_t i = 0; i < dense_.size(); ++i) {
+    for (size_t k = 0; k < lstm_[i].size(); ++k) {
+      if (operation++ % parts != part) continue;
+      LstmTensors<const float> tensors(*program_, static_cast<int>(i), static_cast<int>(k),
+                                       parameters);
+      lstm_[i][k]->Pack(stream, tensors.directions());
+    }
     if (dense_[i] == nullptr && conv2d_[i] == nullptr) continue;
     if (operation++ % parts != part) continue;
     const float* weight = parameters + program_->nodes()[i].weight;

@@ -30,7 +30,7 @@
 
 namespace lockstep::nn {
 
-// Prepared operations of every dense and conv2d node.
+// Prepared operations of every dense, conv2d and lstm node.
 class Operations {
  public:
   // `rows`: every number of rows that a shard can have, in training and evaluation.
@@ -43,6 +43,7 @@ class Operations {
 
   device::Dense* dense(int node) const { return dense_[node].get(); }
   device::Conv2d* conv2d(int node) const { return conv2d_[node].get(); }
+  device::Lstm* lstm(int node, int part) const { return lstm_[node][part].get(); }
   size_t scratch_bytes() const { return scratch_bytes_; }
 
  private:
@@ -50,6 +51,7 @@ class Operations {
   std::shared_ptr<const Program> program_;
   std::vector<std::unique_ptr<device::Dense>> dense_;  // by node; null where it is none
   std::vector<std::unique_ptr<device::Conv2d>> conv2d_;
+  std::vector<std::vector<std::unique_ptr<device::Lstm>>> lstm_;  // by node and layer of the lstm
   size_t scratch_bytes_ = 0;
 };
 

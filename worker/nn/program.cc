@@ -73,6 +73,11 @@ Shape InferOutput(const Layer& layer, const Shape& input) {
               layer.channels_before + input[2] + layer.channels_after};
     case LayerType::kFlatten:
       return {ElementCount(input)};
+    case LayerType::kLstm: {
+      if (input.size() < 2 || layer.hidden < 1 || layer.layers < 1) return {};
+      const int64_t out = (layer.bidirectional ? 2 : 1) * layer.hidden;
+      return layer.sequence ? Shape{input[0], out} : Shape{out};
+    }
     case LayerType::kBatchNorm:
     case LayerType::kRelu:
     case LayerType::kTanh:
@@ -98,6 +103,17 @@ std::vector<Shape> InferTensors(const Layer& layer, const Shape& input) {
     }
     case LayerType::kBatchNorm:
       return std::vector<Shape>(4, Shape{input.back()});
+    case LayerType::kLstm: {
+      const int64_t directions = layer.bidirectional ? 2 : 1, gates = 4 * layer.hidden;
+      std::vector<Shape> shapes;
+      for (int64_t i = 0; i < layer.layers * directions; ++i) {
+        const int64_t in =
+            i < directions ? ElementCount(input) / input[0] : directions * layer.hidden;
+        shapes.insert(shapes.end(), {{gates, in}, {gates, layer.hidden}});
+        if (layer.bias) shapes.insert(shapes.end(), 2, {gates});
+      }
+      return shapes;
+    }
     default:
       return {};
   }
@@ -139,7 +155,7 @@ absl::Status CheckLayer(const Graph& graph, int index) {
   if (layer.type == LayerType::kMaxPool && layer.kernel * layer.kernel > kLargestMaxPoolWindow) {
     return Bad(layer, fmt::format("found kernel {}; accepted: 1 to 16", layer.kernel));
   }
-  if (layer.type == LayerType::kDropout && !(layer.rate >= 0 && layer.rate < 1)) {
+  if ((layer.type == LayerType::kDropout || layer.type == LayerType::kLstm) && !(layer.rate >= 0 && layer.rate < 1)) {
     return Bad(layer, fmt::format("found rate {}; accepted: 0 to below 1", layer.rate));
   }
   return absl::OkStatus();
@@ -277,8 +293,11 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
   for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
     const std::vector<spec::TensorSpec>& tensors = layers[node->layer].tensors;
     node->parameters_begin = program->parameters_.size;
-    if (!tensors.empty()) node->weight = Append(tensors[0], &program->parameters_);
-    if (tensors.size() > 1) node->bias = Append(tensors[1], &program->parameters_);
+    for (const spec::TensorSpec& tensor : tensors) {
+      if (tensor.trainable) node->tensors.push_back(Append(tensor, &program->parameters_));
+    }
+    if (!node->tensors.empty()) node->weight = node->tensors[0];
+    if (node->tensors.size() > 1) node->bias = node->tensors[1];
     node->parameters_end = program->parameters_.size;
   }
   return std::shared_ptr<const Program>(std::move(program));

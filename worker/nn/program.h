@@ -40,7 +40,8 @@ class Program {
     int fused_relu = -1;  // the relu layer fused into it, or -1
     std::vector<int> inputs;                           // nodes, or spec::kData
     std::vector<int64_t> output;                       // shape per sample
-    int64_t weight = -1, bias = -1;                    // offsets in the flat parameters, or -1
+    std::vector<int64_t> tensors;  // offsets of its trainable tensors in the flat parameters
+    int64_t weight = -1, bias = -1;                    // the first and second of them, or -1
     int moments = -1;                                  // index in moments(), or -1
     int64_t parameters_begin = 0, parameters_end = 0;  // its range of the flat vector with padding
     bool needs_input_gradient = true;   // false where nothing before it has parameters

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "worker/device/cpu/fused_lstm.h"
 #include "worker/device/cpu/gemm_dense.h"
 #include "worker/device/cpu/host_memory.h"
 #include "worker/device/cpu/kernels.h"
@@ -60,6 +61,10 @@ class CpuDevice : public Device {
   absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                      absl::Span<const int64_t> rows) override {
     return MakeOnednnConv2d(context_, shape, rows);
+  }
+  absl::StatusOr<std::unique_ptr<Lstm>> MakeLstm(const LstmShape& shape,
+                                                 absl::Span<const int64_t> rows) override {
+    return MakeFusedLstm(k_, shape, rows);
   }
 
   void MaxPoolForward(Stream&, const PoolShape& shape, int64_t rows, const float* x, float* y,

@@ -26,6 +26,18 @@ struct GemmShape {
   int64_t c_row = 0;
 };
 
+// One step of one direction of an LSTM, all arrays {rows, hidden} but gates {rows, 4 hidden}. Weights
+// are packed for units in blocks of kLstmUnits, with zeros beyond the last.
+constexpr int64_t kLstmUnits = 16;
+struct LstmStepShape {
+  int64_t rows = 0, hidden = 0;
+  int64_t dh_row = 0;  // elements from a row of dh to the next
+  // Floats of each packing of weight_hh.
+  static constexpr int64_t PackedSize(int64_t hidden) {
+    return 4 * hidden * ((hidden + kGemmPanel - 1) / kGemmPanel * kGemmPanel);
+  }
+};
+
 struct Kernels {
   // An element's bits depend on its row of a and its column of b only.
   void (*gemm)(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
@@ -39,6 +51,21 @@ struct Kernels {
   // w {rows, columns} as the b of a gemm with w's rows for columns: b_panel = columns * kGemmPanel,
   // b_depth = kGemmPanel. `packed` has whole panels; what lies beyond the rows is not written.
   void (*pack_transposed)(int64_t rows, int64_t columns, const float* w, float* packed);
+
+  // weight_hh {4 hidden, hidden} packed for a step forward (blocks of units, in each by depth the
+  // four gates of its units) and backward (panels of kGemmPanel columns). PackedSize floats each;
+  // what lies beyond the units is not written and must be zero.
+  void (*lstm_pack)(int64_t hidden, const float* weight, float* forward, float* backward);
+  // gates: from W_ih x + b to activations; then c, tanh(c) and h. An element's bits depend on its
+  // own row only. Null h_before and c_before: zero.
+  void (*lstm_forward_step)(const LstmStepShape& shape, const float* weight, const float* h_before,
+                            const float* c_before, float* gates, float* c, float* tanh_c, float* h);
+  // gates: from activations to gradients of the pre-activations; dc: from the gradient of c through
+  // the step behind to that of c_before. The gradient of h is dh (null: zero) and dgates_after
+  // weight_hh; null dgates_after: the last step, dc counts as zero. Null c_before: zero.
+  void (*lstm_backward_step)(const LstmStepShape& shape, const float* weight,
+                             const float* dgates_after, const float* dh, const float* c_before,
+                             const float* tanh_c, float* gates, float* dc);
 
   void (*relu_forward)(int64_t n, const float* x, float* y);
   void (*relu_backward)(int64_t n, const float* y, const float* dy, float* dx);

@@ -16,6 +16,14 @@ void DenseWeightGradient(const LeafFold& fold, int64_t in, int64_t out, const in
                          const float* const* x, const float* const* dy, float* const* dw);
 void PackTransposed(int64_t rows, int64_t columns, const float* w, float* packed);
 
+// lstm.cc
+void LstmPack(int64_t hidden, const float* weight, float* forward, float* backward);
+void LstmForwardStep(const LstmStepShape& shape, const float* weight, const float* h_before,
+                     const float* c_before, float* gates, float* c, float* tanh_c, float* h);
+void LstmBackwardStep(const LstmStepShape& shape, const float* weight, const float* dgates_after,
+                      const float* dh, const float* c_before, const float* tanh_c, float* gates,
+                      float* dc);
+
 // elementwise.cc
 void ReluForward(int64_t n, const float* x, float* y);
 void ReluBackward(int64_t n, const float* y, const float* dy, float* dx);

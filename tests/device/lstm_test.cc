@@ -1,0 +1,296 @@
+// Lstm against its definition in double, its gradients against the definition's differences.
+#include <cmath>
+#include <string>
+#include <thread>
+
+#include "tests/device/device_test_fixture.h"
+
+namespace lockstep::device {
+namespace {
+
+using Values = std::vector<double>;
+
+std::string Describe(const LstmShape& s) {
+  return "steps " + std::to_string(s.steps) + " in " + std::to_string(s.in) + " hidden " +
+         std::to_string(s.hidden) + (s.bidirectional ? " bidirectional" : "") +
+         (s.bias ? " bias" : "") + (s.sequence ? " sequence" : "");
+}
+
+// Of one direction: weight_ih, weight_hh, bias_ih, bias_hh.
+constexpr int kTensors = 4;
+int64_t TensorSize(const LstmShape& s, int tensor) {
+  return 4 * s.hidden * (tensor == 0 ? s.in : tensor == 1 ? s.hidden : 1);
+}
+
+// y of x and of the tensors of all directions, in double.
+Values Reference(const LstmShape& s, const Values& x, const std::vector<Values>& tensors) {
+  const int64_t rows = static_cast<int64_t>(x.size()) / (s.steps * s.in), h = s.hidden;
+  const auto logistic = [](double v) { return 1 / (1 + std::exp(-v)); };
+  Values y(rows * s.outputs());
+  for (int64_t d = 0; d < s.directions(); ++d) {
+    const Values* const t = &tensors[d * kTensors];
+    for (int64_t r = 0; r < rows; ++r) {
+      Values state(h), cell(h);
+      for (int64_t k = 0; k < s.steps; ++k) {
+        const int64_t time = d == 0 ? k : s.steps - 1 - k;
+        Values gates(4 * h);
+        for (int64_t g = 0; g < 4 * h; ++g) {
+          if (s.bias) gates[g] = t[2][g] + t[3][g];
+          for (int64_t i = 0; i < s.in; ++i)
+            gates[g] += t[0][g * s.in + i] * x[(r * s.steps + time) * s.in + i];
+          for (int64_t i = 0; i < h; ++i) gates[g] += t[1][g * h + i] * state[i];
+        }
+        for (int64_t u = 0; u < h; ++u) {
+          cell[u] = logistic(gates[h + u]) * cell[u] + logistic(gates[u]) * std::tanh(gates[2 * h + u]);
+          state[u] = logistic(gates[3 * h + u]) * std::tanh(cell[u]);
+          if (s.sequence) y[(r * s.steps + time) * s.out() + d * h + u] = state[u];
+        }
+      }
+      for (int64_t u = 0; u < h && !s.sequence; ++u) y[r * s.out() + d * h + u] = state[u];
+    }
+  }
+  return y;
+}
+
+struct LstmData {
+  LstmData(const LstmShape& s, int64_t rows)
+      : x(RandomFloats(rows * s.steps * s.in, 21)), dy(RandomFloats(rows * s.outputs(), 22)) {
+    for (int64_t i = 0; i < s.directions() * kTensors; ++i) {
+      const float limit = 1.5f / std::sqrt(static_cast<float>(i % kTensors == 0 ? s.in : s.hidden));
+      tensors.push_back(RandomFloats(TensorSize(s, i % kTensors), 23 + i, -limit, limit));
+    }
+  }
+  std::vector<Values> InDouble() const {
+    std::vector<Values> values;
+    for (const auto& tensor : tensors) values.push_back(ToDoubles(tensor));
+    return values;
+  }
+  std::vector<float> x, dy;
+  std::vector<std::vector<float>> tensors;
+};
+
+const std::vector<LstmShape>& SmallShapes() {
+  static const auto& shapes = *new std::vector<LstmShape>{
+      {1, 1, 1, false, true, false}, {4, 3, 2, false, true, false}, {3, 2, 5, true, true, true},
+      {3, 4, 3, true, false, false}, {2, 3, 17, false, true, true}, {1, 2, 3, true, true, true}};
+  return shapes;
+}
+
+class LstmTest : public DeviceTest {
+ protected:
+  struct Result {
+    std::vector<float> y, dx;
+    std::vector<std::vector<float>> gradients;
+  };
+
+  // Forward and backward of `rows` rows of the data, in guarded memory.
+  Result Run(Lstm& lstm, const LstmShape& s, const LstmData& d, int64_t rows, bool want_dx = true) {
+    std::vector<Buffer<float>> tensors, gradients;
+    for (size_t i = 0; i < d.tensors.size(); ++i) {
+      tensors.push_back(In(d.tensors[i]));
+      gradients.push_back(Out(d.tensors[i].size()));
+    }
+    std::vector<LstmTensors<const float>> in(s.directions());
+    std::vector<LstmTensors<float>> out(s.directions());
+    for (int64_t k = 0; k < s.directions(); ++k) {
+      in[k] = {tensors[k * kTensors], tensors[k * kTensors + 1], nullptr, nullptr};
+      out[k] = {gradients[k * kTensors], gradients[k * kTensors + 1], nullptr, nullptr};
+      if (!s.bias) continue;
+      in[k].bias_ih = tensors[k * kTensors + 2];
+      in[k].bias_hh = tensors[k * kTensors + 3];
+      out[k].bias_ih = gradients[k * kTensors + 2];
+      out[k].bias_hh = gradients[k * kTensors + 3];
+    }
+    const auto x = In(std::vector<float>(d.x.begin(), d.x.begin() + rows * s.steps * s.in));
+    const auto dy = In(std::vector<float>(d.dy.begin(), d.dy.begin() + rows * s.outputs()));
+    const auto y = Out(rows * s.outputs()), dx = Out(rows * s.steps * s.in),
+               reserve = Out(rows * s.reserve());
+    const auto scratch = Scratch(lstm.scratch_bytes());
+    lstm.Pack(stream(), in);
+    lstm.Forward(stream(), rows, x, y, reserve, scratch);
+    lstm.Backward(stream(), rows, x, dy, reserve, out, want_dx ? dx.data() : nullptr, scratch);
+    Result result{y.Read(), dx.Read(), {}};
+    for (const auto& gradient : gradients) result.gradients.push_back(gradient.Read());
+    return result;
+  }
+};
+
+TEST_P(LstmTest, MatchesTheDefinition) {
+  for (const LstmShape& s : std::vector<LstmShape>{{28, 28, 128, false, true, false},
+                                                   {7, 5, 65, true, true, true},
+                                                   {5, 33, 100, true, false, false},
+                                                   {6, 3, 16, false, true, true}}) {
+    SCOPED_TRACE(Describe(s));
+    const std::vector<int64_t> counts = {1, 5, 16, 23};
+    auto lstm = device().MakeLstm(s, counts);
+    ASSERT_TRUE(lstm.ok()) << lstm.status();
+    for (const int64_t rows : counts) {
+      const LstmData d(s, rows);
+      const Result result = Run(**lstm, s, d, rows);
+      // Sums of in + hidden products of about 1, through a few steps' worth of state.
+      EXPECT_TRUE(Near(result.y, Reference(s, ToDoubles(d.x), d.InDouble()), 3e-6)) << rows;
+    }
+  }
+}
+
+TEST_P(LstmTest, MatchesFiniteDifferences) {
+  for (const LstmShape& s : SmallShapes()) {
+    SCOPED_TRACE(Describe(s));
+    constexpr int64_t kRows = 3;
+    const LstmData d(s, kRows);
+    auto lstm = device().MakeLstm(s, {kRows});
+    ASSERT_TRUE(lstm.ok()) << lstm.status();
+    const Result result = Run(**lstm, s, d, kRows);
+    const Values x = ToDoubles(d.x);
+    const std::vector<Values> tensors = d.InDouble();
+    EXPECT_TRUE(MatchesFiniteDifferences(
+        [&](const Values& at) { return Dot(Reference(s, at, tensors), d.dy); }, x, result.dx));
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (!s.bias && i % kTensors >= 2) continue;
+      SCOPED_TRACE("tensor " + std::to_string(i));
+      EXPECT_TRUE(MatchesFiniteDifferences(
+          [&](const Values& at) {
+            std::vector<Values> moved = tensors;
+            moved[i] = at;
+            return Dot(Reference(s, x, moved), d.dy);
+          },
+          tensors[i], result.gradients[i]));
+    }
+    // The gradients of the tensors do not depend on whether that of x is wanted.
+    const Result without = Run(**lstm, s, d, kRows, /*want_dx=*/false);
+    for (size_t i = 0; i < tensors.size(); ++i)
+      EXPECT_TRUE(SameBits(without.gradients[i], result.gradients[i]));
+    for (const float untouched : without.dx) EXPECT_EQ(untouched, 12345.678f);
+  }
+}
+
+// Gradients at the width that tiles and panels have, along random directions: all elements take part.
+TEST_P(LstmTest, WideGradientsMatchDirectionalDifferences) {
+  for (const LstmShape& s : std::vector<LstmShape>{{4, 28, 128, false, true, false},
+                                                   {3, 9, 70, true, true, true}}) {
+    SCOPED_TRACE(Describe(s));
+    constexpr int64_t kRows = 13;
+    const LstmData d(s, kRows);
+    auto lstm = device().MakeLstm(s, {kRows});
+    ASSERT_TRUE(lstm.ok()) << lstm.status();
+    const Result result = Run(**lstm, s, d, kRows);
+    for (size_t i = 0; i <= d.tensors.size(); ++i) {
+      SCOPED_TRACE("tensor " + std::to_string(i));
+      const bool of_x = i == d.tensors.size();
+      const std::vector<float>& gradient = of_x ? result.dx : result.gradients[i];
+      for (uint32_t seed = 0; seed < 3; ++seed) {
+        const std::vector<float> along = RandomFloats(gradient.size(), 90 + seed);
+        const auto at = [&](double h) {
+          std::vector<Values> tensors = d.InDouble();
+          Values x = ToDoubles(d.x);
+          Values& moved = of_x ? x : tensors[i];
+          for (size_t k = 0; k < moved.size(); ++k) moved[k] += h * along[k];
+          return Dot(Reference(s, x, tensors), d.dy);
+        };
+        double actual = 0, scale = 0;
+        for (size_t k = 0; k < gradient.size(); ++k) {
+          actual += static_cast<double>(gradient[k]) * along[k];
+          scale += static_cast<double>(gradient[k]) * gradient[k];
+        }
+        const double expected = (at(1e-5) - at(-1e-5)) / 2e-5;
+        EXPECT_NEAR(actual, expected, 2e-5 * (1 + std::sqrt(scale)));
+      }
+    }
+  }
+}
+
+TEST_P(LstmTest, RowsDoNotDependOnTheirNumber) {
+  for (const LstmShape& s : std::vector<LstmShape>{{6, 28, 128, false, true, false},
+                                                   {3, 7, 35, true, true, true}}) {
+    SCOPED_TRACE(Describe(s));
+    constexpr int64_t kMost = 34;
+    const LstmData d(s, kMost);
+    auto lstm = device().MakeLstm(s, {kMost});
+    ASSERT_TRUE(lstm.ok()) << lstm.status();
+    const Result whole = Run(**lstm, s, d, kMost);
+    for (int64_t rows = 1; rows < kMost; ++rows) {
+      const Result part = Run(**lstm, s, d, rows);
+      const auto head = [](std::vector<float> values, size_t size) {
+        values.resize(size);
+        return values;
+      };
+      ASSERT_TRUE(SameBits(part.y, head(whole.y, part.y.size()))) << rows << " rows, forward";
+      ASSERT_TRUE(SameBits(part.dx, head(whole.dx, part.dx.size()))) << rows << " rows, gradient";
+    }
+  }
+}
+
+// Several threads, each with its own stream, reserve and scratch, get the bits of one.
+TEST_P(LstmTest, ThreadsAndRepetitionsAgree) {
+  const LstmShape s{5, 28, 128, true, true, false};
+  constexpr int64_t kRows = 16;
+  const LstmData d(s, kRows);
+  auto lstm = device().MakeLstm(s, {kRows});
+  ASSERT_TRUE(lstm.ok()) << lstm.status();
+  const Result expected = Run(**lstm, s, d, kRows);
+  constexpr int kThreads = 4, kRepeats = 3;
+  std::vector<Result> results(kThreads * kRepeats);
+  std::vector<absl::Status> statuses(kThreads);
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      auto mine = device().MakeStream();
+      if (!mine.ok()) {
+        statuses[t] = mine.status();
+        return;
+      }
+      std::vector<char> scratch((*lstm)->scratch_bytes(), static_cast<char>(t * 63));
+      std::vector<float> reserve(kRows * s.reserve());
+      for (int k = 0; k < kRepeats; ++k) {
+        Result& r = results[t * kRepeats + k];
+        r = {std::vector<float>(d.dy.size()), std::vector<float>(d.x.size()), d.tensors};
+        std::vector<LstmTensors<float>> out(s.directions());
+        for (int64_t i = 0; i < s.directions(); ++i) {
+          auto* const g = &r.gradients[i * kTensors];
+          out[i] = {g[0].data(), g[1].data(), g[2].data(), g[3].data()};
+        }
+        (*lstm)->Forward(**mine, kRows, d.x.data(), r.y.data(), reserve.data(), scratch.data());
+        (*lstm)->Backward(**mine, kRows, d.x.data(), d.dy.data(), reserve.data(), out, r.dx.data(),
+                          scratch.data());
+      }
+      statuses[t] = (*mine)->Synchronize();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const absl::Status& status : statuses) ASSERT_TRUE(status.ok()) << status;
+  for (const Result& r : results) {
+    ASSERT_TRUE(SameBits(r.y, expected.y));
+    ASSERT_TRUE(SameBits(r.dx, expected.dx));
+    for (size_t i = 0; i < r.gradients.size(); ++i)
+      ASSERT_TRUE(SameBits(r.gradients[i], expected.gradients[i])) << i;
+  }
+}
+
+// Saturated gates give no NaN, and a NaN of the input reaches the output.
+TEST_P(LstmTest, ExtremeInputs) {
+  const LstmShape s{3, 2, 17, false, false, true};
+  auto lstm = device().MakeLstm(s, {1});
+  ASSERT_TRUE(lstm.ok()) << lstm.status();
+  LstmData d(s, 1);
+  for (float& value : d.x) value *= 1e30f;
+  const Result saturated = Run(**lstm, s, d, 1);
+  for (const float value : saturated.y) EXPECT_LE(std::abs(value), 1);
+  for (const auto& gradient : saturated.gradients)
+    for (const float value : gradient) EXPECT_FALSE(std::isnan(value));
+  d.x[0] = std::numeric_limits<float>::quiet_NaN();
+  for (const float value : Run(**lstm, s, d, 1).y) EXPECT_TRUE(std::isnan(value));
+}
+
+TEST_P(LstmTest, RefusesShapesThatAreNone) {
+  for (const LstmShape& s :
+       std::vector<LstmShape>{{0, 3, 3}, {3, 0, 3}, {3, 3, 0}, {-1, 3, 3}, {3, 3, -2}}) {
+    EXPECT_EQ(device().MakeLstm(s, {1}).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+  EXPECT_EQ(device().MakeLstm({3, 3, 3}, {2, 0}).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+LOCKSTEP_DEVICE_TESTS(LstmTest);
+
+}  // namespace
+}  // namespace lockstep::device
