@@ -61,8 +61,8 @@ constexpr int kData = -1;
 struct Layer {
   std::string name;
   LayerType type;
-  std::vector<int> inputs;          // index of a layer, or kData
-  std::vector<int64_t> output;      // shape per sample
+  std::vector<int> inputs;      // index of a layer, or kData
+  std::vector<int64_t> output;  // shape per sample
   // In the order weight, bias, running_mean, running_var; of an lstm by layer, by direction.
   std::vector<TensorSpec> tensors;
   // Attributes of the types that have them.
@@ -72,7 +72,7 @@ struct Layer {
   Sync sync = Sync::kBatch;  // batch_norm
   double momentum = 0.1, epsilon = 1e-5;
   int64_t channels_before = 0, channels_after = 0;  // pad, besides padding
-  int64_t hidden = 0, layers = 1;  // lstm
+  int64_t hidden = 0, layers = 1;                   // lstm
   bool bidirectional = false, sequence = false;
   int64_t flops = 0;  // of one sample's forward pass; a multiply-add is two
 };
@@ -100,7 +100,7 @@ inline const char* LayerTypeName(LayerType type) {
   constexpr const char* kNames[] = {
       "dense",      "conv2d",  "max_pool", "average_pool", "global_average_pool",
       "batch_norm", "relu",    "tanh",     "sigmoid",      "add",
-      "flatten",    "dropout", "pad",            "lstm"};
+      "flatten",    "dropout", "pad",      "lstm"};
   return kNames[static_cast<int>(type)];
 }
 

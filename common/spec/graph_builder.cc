@@ -309,10 +309,13 @@ class GraphBuilder {
         const auto name = [&](const char* tensor) {
           return fmt::format("{}.{}_l{}{}", layer->name, tensor, k, direction);
         };
-        for (const auto& [tensor, fan_in] : {std::pair("weight_ih", in), std::pair("weight_hh", hidden)}) {
-          layer->tensors.push_back({name(tensor), {gates, fan_in},
+        for (const auto& [tensor, fan_in] :
+             {std::pair("weight_ih", in), std::pair("weight_hh", hidden)}) {
+          layer->tensors.push_back({name(tensor),
+                                    {gates, fan_in},
                                     Resolve(spec.weight_init(), fan_in, hidden),
-                                    /*trainable=*/true, /*decays=*/true});
+                                    /*trainable=*/true,
+                                    /*decays=*/true});
         }
         if (!layer->bias) continue;
         for (const char* tensor : {"bias_ih", "bias_hh"}) {
@@ -424,7 +427,8 @@ class GraphBuilder {
       case LayerType::kPad:
         break;
     }
-    if (flops >= 0 && layer->bias && layer->type != LayerType::kLstm) flops += flops <= kLimit - n ? n : -1 - flops;
+    if (flops >= 0 && layer->bias && layer->type != LayerType::kLstm)
+      flops += flops <= kLimit - n ? n : -1 - flops;
     if (flops < 0) return At(index, "", "needs more than 2^63 operations per sample");
     layer->flops = flops;
     return std::nullopt;

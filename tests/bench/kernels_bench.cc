@@ -106,6 +106,39 @@ BENCHMARK_CAPTURE(DenseLayer, dense2_forward, kDense2, kForward);
 BENCHMARK_CAPTURE(DenseLayer, dense2_input, kDense2, kInput);
 BENCHMARK_CAPTURE(DenseLayer, dense2_weight, kDense2, kWeight);
 
+// Images row by row. Backward uses up what forward left, so it is measured with it.
+void LstmLayer(benchmark::State& state, LstmShape s, Pass pass) {
+  Bench b;
+  auto op = b.device().MakeLstm(s, {kRows}).value();
+  const int64_t gates = 4 * s.hidden, from_x = gates * s.in, from_h = gates * s.hidden;
+  const std::vector<LstmTensors<const float>> tensors(
+      s.directions(), {b.Floats(from_x), b.Floats(from_h), b.Floats(gates), b.Floats(gates)});
+  const std::vector<LstmTensors<float>> gradients(
+      s.directions(), {b.Floats(from_x), b.Floats(from_h), b.Floats(gates), b.Floats(gates)});
+  float *x = b.Floats(kRows * s.steps * s.in), *y = b.Floats(kRows * s.outputs()),
+        *reserve = b.Floats(kRows * s.reserve());
+  void* const scratch = b.Bytes(static_cast<int64_t>(op->scratch_bytes()));
+  op->Pack(b.stream(), tensors);
+  for (auto _ : state) {
+    if (pass == kPack) {
+      op->Pack(b.stream(), tensors);
+    } else {
+      op->Forward(b.stream(), kRows, x, y, reserve, scratch);
+    }
+    if (pass == kWeight)
+      op->Backward(b.stream(), kRows, x, y, reserve, gradients, nullptr, scratch);
+    benchmark::ClobberMemory();
+  }
+  const auto steps = static_cast<double>(kRows * s.steps * s.directions());
+  const auto forward = static_cast<double>(from_x + from_h);
+  const double backward = pass == kWeight ? forward + static_cast<double>(from_h) : 0;
+  if (pass != kPack) ReportFlops(state, 2 * steps * (forward + backward));
+}
+constexpr LstmShape kLstm{.steps = 28, .in = 28, .hidden = 128, .bias = true};
+BENCHMARK_CAPTURE(LstmLayer, lstm_forward, kLstm, kForward);
+BENCHMARK_CAPTURE(LstmLayer, lstm_forward_and_backward, kLstm, kWeight);
+BENCHMARK_CAPTURE(LstmLayer, lstm_pack, kLstm, kPack);
+
 void BatchNorm(benchmark::State& state) {
   Bench b;
   const int64_t channels = state.range(0), n = kRows * state.range(1), size = n * channels;

@@ -41,7 +41,8 @@ Values Reference(const LstmShape& s, const Values& x, const std::vector<Values>&
           for (int64_t i = 0; i < h; ++i) gates[g] += t[1][g * h + i] * state[i];
         }
         for (int64_t u = 0; u < h; ++u) {
-          cell[u] = logistic(gates[h + u]) * cell[u] + logistic(gates[u]) * std::tanh(gates[2 * h + u]);
+          cell[u] =
+              logistic(gates[h + u]) * cell[u] + logistic(gates[u]) * std::tanh(gates[2 * h + u]);
           state[u] = logistic(gates[3 * h + u]) * std::tanh(cell[u]);
           if (s.sequence) y[(r * s.steps + time) * s.out() + d * h + u] = state[u];
         }
@@ -164,10 +165,11 @@ TEST_P(LstmTest, MatchesFiniteDifferences) {
   }
 }
 
-// Gradients at the width that tiles and panels have, along random directions: all elements take part.
+// Gradients at the width that tiles and panels have, along random directions: all elements take
+// part.
 TEST_P(LstmTest, WideGradientsMatchDirectionalDifferences) {
-  for (const LstmShape& s : std::vector<LstmShape>{{4, 28, 128, false, true, false},
-                                                   {3, 9, 70, true, true, true}}) {
+  for (const LstmShape& s :
+       std::vector<LstmShape>{{4, 28, 128, false, true, false}, {3, 9, 70, true, true, true}}) {
     SCOPED_TRACE(Describe(s));
     constexpr int64_t kRows = 13;
     const LstmData d(s, kRows);
@@ -200,8 +202,8 @@ TEST_P(LstmTest, WideGradientsMatchDirectionalDifferences) {
 }
 
 TEST_P(LstmTest, RowsDoNotDependOnTheirNumber) {
-  for (const LstmShape& s : std::vector<LstmShape>{{6, 28, 128, false, true, false},
-                                                   {3, 7, 35, true, true, true}}) {
+  for (const LstmShape& s :
+       std::vector<LstmShape>{{6, 28, 128, false, true, false}, {3, 7, 35, true, true, true}}) {
     SCOPED_TRACE(Describe(s));
     constexpr int64_t kMost = 34;
     const LstmData d(s, kMost);

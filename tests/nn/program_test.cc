@@ -157,6 +157,56 @@ TEST(ProgramTest, TheLayoutIsAFunctionOfTheGraph) {
   }
 }
 
+// By layer of the lstm, then by direction, each on a cache line.
+TEST(ProgramTest, TensorsOfAnLstm) {
+  GraphMaker m({4, 3, 1}, 3);
+  m.Lstm(3, {.layers = 2, .bidirectional = true});
+  m.Dense(3);
+  const auto program = MustCompile(m);
+  const Program::Node& node = program->nodes()[0];
+  ASSERT_EQ(node.tensors.size(), 16u);
+  EXPECT_EQ(node.weight, node.tensors[0]);
+  EXPECT_EQ(node.bias, node.tensors[1]);
+  const auto& views = program->parameters().tensors;  // after the dense layer's two
+  for (size_t i = 0; i < node.tensors.size(); ++i) EXPECT_EQ(views[i + 2].offset, node.tensors[i]);
+  EXPECT_EQ(views[2].name, "layer0.weight_ih_l0");
+  EXPECT_EQ(views[9].name, "layer0.bias_hh_l0_reverse");
+  EXPECT_EQ(views[10].name, "layer0.weight_ih_l1");
+  EXPECT_EQ(views[10].shape, (std::vector<int64_t>{12, 6}));
+  EXPECT_EQ(node.parameters_end, program->parameters().size);
+}
+
+TEST(ProgramTest, RefusesABrokenLstm) {
+  const std::vector<std::function<void(spec::Layer&)>> damages = {
+      [](spec::Layer& l) { l.hidden = 0; },
+      [](spec::Layer& l) { l.layers = 0; },
+      [](spec::Layer& l) { l.layers = 1; },
+      [](spec::Layer& l) { l.bidirectional = false; },
+      [](spec::Layer& l) { l.sequence = true; },
+      [](spec::Layer& l) { l.bias = false; },
+      [](spec::Layer& l) { l.rate = 1; },
+      [](spec::Layer& l) { l.output = {4}; },
+      [](spec::Layer& l) { l.tensors.pop_back(); },
+      [](spec::Layer& l) {
+        l.tensors[8].shape = {12, 3};
+      },
+      [](spec::Layer& l) { l.tensors[3].trainable = false; },
+  };
+  for (size_t i = 0; i < damages.size(); ++i) {
+    GraphMaker m({4, 3, 1}, 3);
+    m.Lstm(3, {.layers = 2, .bidirectional = true});
+    m.Dense(3);
+    ASSERT_TRUE(Program::Compile(m.graph()).ok());
+    damages[i](m.graph().layers[0]);
+    const absl::Status status = Program::Compile(m.graph()).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << i;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("layer0")) << i;
+  }
+  GraphMaker flat({6}, 3);
+  flat.Lstm(3, {});
+  EXPECT_EQ(Program::Compile(flat.graph()).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 // Every broken invariant of graph.h is refused with the layer's name.
 struct Broken {
   std::string name;

@@ -147,7 +147,8 @@ class Interpreter {
       const PhiloxKey key =
           MakePhiloxKey(batch_.seed, "dropout/" + layer.name + ".l" + std::to_string(k));
       for (size_t i = 0; i < y.size() && batch_.training && layer.rate > 0; ++i) {
-        const bool kept = ToUniform(PhiloxAt(key, i, batch_.step)) >= static_cast<float>(layer.rate);
+        const bool kept =
+            ToUniform(PhiloxAt(key, i, batch_.step)) >= static_cast<float>(layer.rate);
         y[i] = kept ? y[i] / (1 - layer.rate) : 0;
       }
       x = y;

@@ -192,14 +192,17 @@ TEST_P(GoldenTest, TenStepsAndAnEvaluation) {
 const Split kOne = {"1_shard", 1, {0, 1}};
 INSTANTIATE_TEST_SUITE_P(
     Models, GoldenTest,
-    testing::Values(Case{"mlp", kOne}, Case{"mlp", {"8_shards_on_3_slots", 8, {0, 3, 6, 8}}},
-                    Case{"mlp-dropout-adam", kOne},
-                    Case{"mlp-dropout-adam", {"7_shards_on_2_slots", 7, {0, 4, 7}}},
-                    Case{"fashion-cnn", kOne},
-                    Case{"fashion-cnn", {"5_shards_on_2_slots", 5, {0, 2, 5}}},
-                    // Ghost norms are a function of the shards: 4, as the golden has them.
-                    Case{"fashion-cnn-ghost", {"4_shards", 4, {0, 4}}},
-                    Case{"fashion-cnn-ghost", {"4_shards_on_3_slots", 4, {0, 1, 2, 4}}}),
+    testing::Values(
+        Case{"mlp", kOne}, Case{"mlp", {"8_shards_on_3_slots", 8, {0, 3, 6, 8}}},
+        Case{"mlp-dropout-adam", kOne},
+        Case{"mlp-dropout-adam", {"7_shards_on_2_slots", 7, {0, 4, 7}}}, Case{"fashion-cnn", kOne},
+        Case{"fashion-cnn", {"5_shards_on_2_slots", 5, {0, 2, 5}}},
+        // Ghost norms are a function of the shards: 4, as the golden has them.
+        Case{"fashion-cnn-ghost", {"4_shards", 4, {0, 4}}},
+        Case{"fashion-cnn-ghost", {"4_shards_on_3_slots", 4, {0, 1, 2, 4}}}, Case{"lstm", kOne},
+        Case{"lstm", {"8_shards_on_3_slots", 8, {0, 3, 6, 8}}}, Case{"lstm-deep", kOne},
+        Case{"lstm-deep", {"5_shards_on_2_slots", 5, {0, 2, 5}}}, Case{"lstm-sequence", kOne},
+        Case{"lstm-sequence", {"3_shards_on_2_slots", 3, {0, 1, 3}}}),
     [](const auto& info) {
       std::string name = std::string(info.param.model) + "_" + info.param.split.name;
       std::replace(name.begin(), name.end(), '-', '_');

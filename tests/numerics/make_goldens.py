@@ -18,12 +18,13 @@ float64, and no tolerance tells that from an error. So each model has the first 
 PyTorch's own float32 run stays within TIGHT of its float64 run, all along. The convolutions' data has
 mean 0: with a background that is not 0 their weight gradients are small differences of large sums.
 
-Run: python3 tests/numerics/make_goldens.py   (needs torch, and the package dataset-fashion-mnist)
+Run: python3 tests/numerics/make_goldens.py [MODEL...]   (needs torch, and the package dataset-fashion-mnist)
 """
 import gzip
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -132,6 +133,33 @@ class Model:
                 self.statistics[name + ".running_mean"] = torch.zeros(shape[-1], dtype=dtype)
                 self.statistics[name + ".running_var"] = torch.ones(shape[-1], dtype=dtype)
 
+            elif kind == "lstm":
+                # An image is a sequence of its rows.
+                shape = [shape[0], math.prod(shape[1:])]
+                hidden, bias = layer["hidden"], layer.get("bias", True)
+                limit = 1 / math.sqrt(hidden)
+                for tail in self.lstm_tails(layer):
+                    features = shape[1] if "_l0" in tail else hidden * self.directions(layer)
+                    sizes = dict(weight_ih=[4 * hidden, features], weight_hh=[4 * hidden, hidden])
+                    if bias:
+                        sizes |= dict(bias_ih=[4 * hidden], bias_hh=[4 * hidden])
+                    for tensor, size in sizes.items():
+                        full = f"{name}.{tensor}{tail}"
+                        self.add(full, draw(self.seed, full, size, ("uniform", limit)))
+                        if len(size) == 2:
+                            self.decays.add(full)
+                shape = [shape[0], hidden * self.directions(layer)]
+                if layer.get("output", "last") == "last":
+                    shape = shape[1:]
+
+    @staticmethod
+    def directions(layer):
+        return 2 if layer.get("bidirectional", False) else 1
+
+    def lstm_tails(self, layer):
+        ends = ["", "_reverse"][:self.directions(layer)]
+        return [f"_l{k}{end}" for k in range(layer.get("layers", 1)) for end in ends]
+
     def add(self, name, values):
         self.parameters[name] = torch.nn.Parameter(torch.tensor(values, dtype=self.dtype))
 
@@ -162,13 +190,33 @@ class Model:
         return torch.cat([F.batch_norm(part, None, None, weight, bias, True, 0, 1e-5)
                           for part in x.split(groups)])
 
+    def lstm(self, layer, x, step):
+        """x {n, time, features}: torch.nn.LSTM, a layer at a time because dropout is the engine's."""
+        name, hidden, count = layer["name"], layer["hidden"], layer.get("layers", 1)
+        for k in range(count):
+            torch_layer = torch.nn.LSTM(x.shape[2], hidden, bias=layer.get("bias", True),
+                                        batch_first=True, bidirectional=self.directions(layer) == 2)
+            tensors = {full.removeprefix(name + ".").replace(f"_l{k}", "_l0"): p
+                       for full, p in self.parameters.items()
+                       if full.startswith(name + ".") and f"_l{k}" in full}
+            x, (last, _) = torch.func.functional_call(torch_layer, tensors, x)
+            rate = layer.get("dropout", 0.0)
+            if k + 1 < count and rate > 0 and step is not None:
+                words = philox(philox_key(self.seed, f"dropout/{name}.l{k}"), x.numel(), step)
+                x = x * torch.tensor(uniform24(words) >= np.float32(rate)).reshape(x.shape) / (1 - rate)
+        return x if layer.get("output") == "sequence" else last.transpose(0, 1).flatten(1)
+
     def forward(self, x, step, groups):
         """x {n, 28, 28, 1} -> logits. step None: inference."""
         x = x.permute(0, 3, 1, 2)
         for layer in self.layers:
             name, kind = layer["name"], layer["type"]
             if kind == "flatten":
-                x = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
+                x = (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(x.shape[0], -1)
+            elif kind == "lstm":
+                if x.dim() == 4:
+                    x = x.permute(0, 2, 3, 1).flatten(2)
+                x = self.lstm(layer, x, step)
             elif kind == "dense":
                 x = F.linear(x, self.parameters[name + ".weight"], self.parameters.get(name + ".bias"))
             elif kind == "conv2d":
@@ -184,10 +232,10 @@ class Model:
                 x = F.relu(x)
             elif kind == "dropout" and step is not None:
                 # Element i of the batch in NHWC order.
-                nhwc = x if x.dim() == 2 else x.permute(0, 2, 3, 1)
+                nhwc = x if x.dim() < 4 else x.permute(0, 2, 3, 1)
                 words = philox(philox_key(self.seed, "dropout/" + name), nhwc.numel(), step)
                 kept = torch.tensor(uniform24(words) >= np.float32(layer["rate"])).reshape(nhwc.shape)
-                kept = kept if x.dim() == 2 else kept.permute(0, 3, 1, 2)
+                kept = kept if x.dim() < 4 else kept.permute(0, 3, 1, 2)
                 x = x * kept / (1 - layer["rate"])
         return x
 
@@ -294,7 +342,7 @@ def train_well_conditioned(name, spec):
     raise RuntimeError("no seed is well conditioned")
 
 
-# ---- the four models
+# ---- the models
 
 def numbered(layers):
     counts = {}
@@ -324,6 +372,21 @@ def cnn(sync, dropout):
                     dict(type="relu")] + [dict(d) for d in drop] + [dict(type="dense", units=10)])
 
 
+def lstm(**options):
+    return numbered([dict(type="lstm", **options), dict(type="dense", units=10)])
+
+
+def deep_lstm():
+    return numbered([dict(type="lstm", hidden=12, output="sequence", bias=False),
+                     dict(type="lstm", hidden=10, layers=3, bidirectional=True, dropout=0.2),
+                     dict(type="dense", units=10)])
+
+
+def sequence_lstm():
+    return numbered([dict(type="lstm", hidden=7, layers=2, bidirectional=True, output="sequence"),
+                     dict(type="flatten"), dict(type="dense", units=10)])
+
+
 def spec(layers, mean, batch, shards, optimizer, schedule=None):
     out = dict(data=dict(format="idx", path=DATA, normalize=dict(mean=[mean], std=[0.353])),
                model=dict(layers=layers), optimizer=optimizer,
@@ -344,13 +407,23 @@ MODELS = {
         dict(type="cosine", warmup_steps=3)),
     # Ghost norms: each of the four shards (5, 5, 4, 4 samples) is normalized by itself.
     "fashion-cnn-ghost": spec(cnn("shard", 0), 0.0, 18, 4, dict(type="momentum", learning_rate=0.01)),
+    "lstm": spec(lstm(hidden=40), 0.286, 32, 1, dict(type="momentum", learning_rate=0.05)),
+    "lstm-deep": spec(
+        deep_lstm(), 0.286, 24, 1, dict(type="adam", learning_rate=0.002, epsilon=1e-4,
+                                        weight_decay=0.01)),
+    "lstm-sequence": spec(
+        sequence_lstm(), 0.286, 20, 1, dict(type="nesterov", learning_rate=0.02, l2=0.001),
+        dict(type="cosine", warmup_steps=3)),
 }
 
 
 def main():
+    """With arguments: only these models."""
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "goldens")
     os.makedirs(folder, exist_ok=True)
     for name, model in MODELS.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         golden = train_well_conditioned(name, model)
         with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
             json.dump(golden, file, indent=1)

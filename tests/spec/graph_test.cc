@@ -194,11 +194,10 @@ TEST(Graph, Lstm) {
   EXPECT_TRUE(last.bias);
   // 11 rows of 9 * 3 features. A unit: 4 gates of 27 + 6 multiply-adds, their bias, and 9 more.
   EXPECT_EQ(last.flops, 11 * 6 * (4 * 2 * (27 + 6) + 4 + 9));
-  const std::vector<std::pair<std::string, Shape>> expected = {
-      {"lstm_1.weight_ih_l0", {24, 27}},
-      {"lstm_1.weight_hh_l0", {24, 6}},
-      {"lstm_1.bias_ih_l0", {24}},
-      {"lstm_1.bias_hh_l0", {24}}};
+  const std::vector<std::pair<std::string, Shape>> expected = {{"lstm_1.weight_ih_l0", {24, 27}},
+                                                               {"lstm_1.weight_hh_l0", {24, 6}},
+                                                               {"lstm_1.bias_ih_l0", {24}},
+                                                               {"lstm_1.bias_hh_l0", {24}}};
   ASSERT_EQ(last.tensors.size(), expected.size());
   for (size_t i = 0; i < expected.size(); ++i) {
     EXPECT_EQ(last.tensors[i].name, expected[i].first);
@@ -366,8 +365,9 @@ TEST(Graph, RefusesTensorsBeyondTheCap) {
   EXPECT_EQ(
       Refused({"type: flatten", "type: dense, units: 2147483647"}),
       "model.layers.1.units: the weight {2147483647, 784} would have more than 2^31 elements");
-  EXPECT_EQ(Refused({"type: lstm, hidden: 2147483647"}),
-            "model.layers.0.hidden: the weight {8589934588, 28} would have more than 2^31 elements");
+  EXPECT_EQ(
+      Refused({"type: lstm, hidden: 2147483647"}),
+      "model.layers.0.hidden: the weight {8589934588, 28} would have more than 2^31 elements");
   EXPECT_EQ(Refused({"type: lstm, hidden: 1000000"}),
             "model.layers.0.hidden: the weight {4000000, 1000000} would have more than 2^31 "
             "elements");
@@ -556,7 +556,8 @@ TEST(Preset, LstmClassifier) {
   // torch.nn.LSTM(28, 128) and torch.nn.Linear(128, 10).
   EXPECT_EQ(Parameters(graph), 4 * 128 * (28 + 128 + 2) + 1290);
   const Graph deep = Preset(
-      "preset: lstm-classifier, lstm_hidden: 20, lstm_layers: 2, bidirectional: true, dropout: 0.1");
+      "preset: lstm-classifier, lstm_hidden: 20, lstm_layers: 2, bidirectional: true, dropout: "
+      "0.1");
   EXPECT_EQ(deep.layers[0].output, Shape{40});
   EXPECT_EQ(deep.layers[0].layers, 2);
   EXPECT_EQ(deep.layers[0].rate, 0.1);

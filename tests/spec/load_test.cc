@@ -71,7 +71,8 @@ TEST(Load, RefusesUnknownFieldsAndSuggests) {
        "job.yaml:4: model.layers.0.unit: unknown field (did you mean \"units\"?); accepted: name, "
        "type, inputs, units, filters, kernel, stride, padding, bias, rate, sync, momentum, "
        "epsilon, "
-       "weight_init, bias_init, channels_before, channels_after"},
+       "weight_init, bias_init, channels_before, channels_after, hidden, layers, bidirectional, "
+       "output, dropout"},
       {"\"a\\nb\\e\": 1\n",
        std::string("job.yaml:1: a\\nb\\x1b: unknown field; accepted: ") + kTop},
       {"? [a]\n: b\n",
@@ -151,7 +152,8 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
       {layer("type: dense, units: 3, hidden: 3"),
        message("hidden", "dense", ", units, bias, weight_init, bias_init")},
       {layer("type: lstm, hidden: 3, dropout: 0.5"),
-       "job.yaml:3: model.layers.1.dropout: found 0.5, but it acts between layers and there is one; "
+       "job.yaml:3: model.layers.1.dropout: found 0.5, but it acts between layers and there is "
+       "one; "
        "accepted: 0, or layers of 2 or more"},
       {layer("type: lstm, hidden: 3, bias: false, bias_init: {type: zeros}"),
        "job.yaml:3: model.layers.1.bias_init: given for a layer with bias: false; accepted: only "

@@ -1,5 +1,5 @@
-// DESIGN section 1 as equalities for the LSTM: stacked, in both directions, with dropout between its
-// layers, read row by row from images, on every placement.
+// DESIGN section 1 as equalities for the LSTM: stacked, in both directions, with dropout between
+// its layers, read row by row from images, on every placement.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -46,15 +46,14 @@ std::string Numbers(const Training& run) {
   return text;
 }
 
-class LstmExactness
-    : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {};
+class LstmExactness : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {
+};
 
 TEST_P(LstmExactness, EveryNumberIsThatOfOneSlot) {
   const auto& [model, placement] = GetParam();
   const std::string yaml = LstmYaml(model);
   const Training expected = RunMembers(yaml, {.workers = 1, .slots = 1});
-  const Training actual =
-      RunMembers(yaml, {.workers = placement.first, .slots = placement.second});
+  const Training actual = RunMembers(yaml, {.workers = placement.first, .slots = placement.second});
   ASSERT_EQ(AgreedDigest(actual), AgreedDigest(expected));
   ASSERT_EQ(expected.steps.size(), 15u);
   ASSERT_EQ(expected.evaluations.size(), 3u);  // steps 7, 14 and the last

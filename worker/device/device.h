@@ -108,7 +108,8 @@ class Conv2d {
 };
 
 // One layer of long short-term memory (Hochreiter & Schmidhuber 1997; the forget gate of Gers,
-// Schmidhuber & Cummins 2000), as torch.nn.LSTM computes it. With s the logistic function, per step:
+// Schmidhuber & Cummins 2000), as torch.nn.LSTM computes it. With s the logistic function, per
+// step:
 //   i, f, o = s(W_ih x + b_ih + W_hh h + b_hh), g = tanh(the same), in the order i f g o of rows;
 //   c = f c + i g;  h = o tanh(c);  h and c are zero before the first step.
 // The second direction walks from the last step to the first, and its h stands behind the first's.

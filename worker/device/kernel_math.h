@@ -137,8 +137,8 @@ LOCKSTEP_MATH V SigmoidGradient(V y, V dy) {
   return dy * (y * (V(1.0f) - y));
 }
 
-// ---- one unit of an LSTM cell (device.h, LstmShape): the gates hold pre-activations and take their
-// activations.
+// ---- one unit of an LSTM cell (device.h, LstmShape): the gates hold pre-activations and take
+// their activations.
 template <class V>
 LOCKSTEP_MATH void LstmCell(V& i, V& f, V& g, V& o, V c_before, V& c, V& tanh_c, V& h) {
   i = Sigmoid(i);

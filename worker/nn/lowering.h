@@ -51,12 +51,12 @@ enum class CallType {
   kTanhBackward,
   kSigmoidForward,
   kSigmoidBackward,
-  kAdd,                  // out = a + b
-  kDropout,              // forward, and backward of a = dy
+  kAdd,      // out = a + b
+  kDropout,  // forward, and backward of a = dy
   // One layer of an lstm, `part`; between two of them their dropout, `part` the one before it.
-  kLstmForward,   // out = y of a = x, out2 = reserve
-  kLstmBackward,  // a = x, b = dy, c = reserve, out = dL/dx or none; leaf gradients
-  kLstmDropout,   // as kDropout
+  kLstmForward,          // out = y of a = x, out2 = reserve
+  kLstmBackward,         // a = x, b = dy, c = reserve, out = dL/dx or none; leaf gradients
+  kLstmDropout,          // as kDropout
   kSoftmaxCrossEntropy,  // a = logits, out = dL/dlogits or none
   kOneHot,
   kMeanSquaredError,  // a = y, b = target, out = dL/dy or none

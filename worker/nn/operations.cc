@@ -47,8 +47,7 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
       for (int part = 0; part < layer.layers; ++part) {
         ASSIGN_OR_RETURN(std::unique_ptr<device::Lstm> lstm,
                          device.MakeLstm(LstmShapeOf(*program, i, part), rows));
-        operations->scratch_bytes_ =
-            std::max(operations->scratch_bytes_, lstm->scratch_bytes());
+        operations->scratch_bytes_ = std::max(operations->scratch_bytes_, lstm->scratch_bytes());
         operations->lstm_[i].push_back(std::move(lstm));
       }
     }

@@ -155,7 +155,8 @@ absl::Status CheckLayer(const Graph& graph, int index) {
   if (layer.type == LayerType::kMaxPool && layer.kernel * layer.kernel > kLargestMaxPoolWindow) {
     return Bad(layer, fmt::format("found kernel {}; accepted: 1 to 16", layer.kernel));
   }
-  if ((layer.type == LayerType::kDropout || layer.type == LayerType::kLstm) && !(layer.rate >= 0 && layer.rate < 1)) {
+  if ((layer.type == LayerType::kDropout || layer.type == LayerType::kLstm) &&
+      !(layer.rate >= 0 && layer.rate < 1)) {
     return Bad(layer, fmt::format("found rate {}; accepted: 0 to below 1", layer.rate));
   }
   return absl::OkStatus();

@@ -38,11 +38,11 @@ class Program {
     int layer = 0;        // the layer that computes
     int fused_add = -1;   // the add layer fused into a batch_norm, whose other input is inputs[1]
     int fused_relu = -1;  // the relu layer fused into it, or -1
-    std::vector<int> inputs;                           // nodes, or spec::kData
-    std::vector<int64_t> output;                       // shape per sample
-    std::vector<int64_t> tensors;  // offsets of its trainable tensors in the flat parameters
-    int64_t weight = -1, bias = -1;                    // the first and second of them, or -1
-    int moments = -1;                                  // index in moments(), or -1
+    std::vector<int> inputs;         // nodes, or spec::kData
+    std::vector<int64_t> output;     // shape per sample
+    std::vector<int64_t> tensors;    // offsets of its trainable tensors in the flat parameters
+    int64_t weight = -1, bias = -1;  // the first and second of them, or -1
+    int moments = -1;                // index in moments(), or -1
     int64_t parameters_begin = 0, parameters_end = 0;  // its range of the flat vector with padding
     bool needs_input_gradient = true;   // false where nothing before it has parameters
     bool needs_output_gradient = true;  // it, or something before it, has parameters

@@ -17,9 +17,9 @@ int64_t PanelColumns(int64_t columns) {
 // Every packed matrix begins on a cache line.
 int64_t AlignUp(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-// Inside, time is the outer axis: a step's rows lie together, and so do all steps of the operands of
-// the weight gradients. Of the reserve, each direction has gates {steps, rows, 4 hidden}, then c,
-// tanh(c) and h {steps, rows, hidden}.
+// Inside, time is the outer axis: a step's rows lie together, and so do all steps of the operands
+// of the weight gradients. Of the reserve, each direction has gates {steps, rows, 4 hidden}, then
+// c, tanh(c) and h {steps, rows, hidden}.
 class FusedLstm : public Lstm {
  public:
   // Packed weights and biases of one direction.
@@ -118,8 +118,9 @@ class FusedLstm : public Lstm {
         } else if (last) {
           dh = dy + d * s_.hidden;
         }
-        k_.lstm_backward_step(step, packed_[d].backward, last ? nullptr : r.gates + 4 * after * size,
-                              dh, k == 0 ? nullptr : r.c + before * size, r.tanh_c + t * size,
+        k_.lstm_backward_step(step, packed_[d].backward,
+                              last ? nullptr : r.gates + 4 * after * size, dh,
+                              k == 0 ? nullptr : r.c + before * size, r.tanh_c + t * size,
                               r.gates + 4 * t * size, dc);
       }
       BackwardWeight(rows, d, by_steps, r, gradients[d]);
@@ -194,7 +195,8 @@ class FusedLstm : public Lstm {
                          .b_depth = s_.in,
                          .c_row = s_.in};
     k_.gemm(product, r.gates, x_by_steps, nullptr, gradient.weight_ih);
-    // Each step's gates against h of the step before it, which lies a step before or behind in time.
+    // Each step's gates against h of the step before it, which lies a step before or behind in
+    // time.
     product.columns = product.b_depth = product.c_row = s_.hidden;
     product.depth = (s_.steps - 1) * rows;
     k_.gemm(product, d == 0 ? r.gates + 4 * size : r.gates, d == 0 ? r.h : r.h + size, nullptr,
@@ -216,9 +218,9 @@ class FusedLstm : public Lstm {
 absl::StatusOr<std::unique_ptr<Lstm>> MakeFusedLstm(const Kernels& kernels, const LstmShape& shape,
                                                     absl::Span<const int64_t> rows) {
   if (shape.steps < 1 || shape.in < 1 || shape.hidden < 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("lstm of ", shape.steps, " steps, ", shape.in, " inputs and ", shape.hidden,
-                     " hidden units; all must be positive"));
+    return absl::InvalidArgumentError(absl::StrCat("lstm of ", shape.steps, " steps, ", shape.in,
+                                                   " inputs and ", shape.hidden,
+                                                   " hidden units; all must be positive"));
   }
   int64_t most_rows = 0;
   for (int64_t count : rows) {

@@ -1,7 +1,7 @@
 // Lstm on hand-written kernels: one product for all gates of all steps' inputs, then each step's
-// recurrent product with the cell's arithmetic on its tiles (worker/device/cpu/kernels/lstm.cc); the
-// gradients of each weight are one product over all steps. Thread-safe as worker/device/device.h
-// says: Pack excludes the other calls.
+// recurrent product with the cell's arithmetic on its tiles (worker/device/cpu/kernels/lstm.cc);
+// the gradients of each weight are one product over all steps. Thread-safe as
+// worker/device/device.h says: Pack excludes the other calls.
 #pragma once
 
 #include <memory>

@@ -26,8 +26,8 @@ struct GemmShape {
   int64_t c_row = 0;
 };
 
-// One step of one direction of an LSTM, all arrays {rows, hidden} but gates {rows, 4 hidden}. Weights
-// are packed for units in blocks of kLstmUnits, with zeros beyond the last.
+// One step of one direction of an LSTM, all arrays {rows, hidden} but gates {rows, 4 hidden}.
+// Weights are packed for units in blocks of kLstmUnits, with zeros beyond the last.
 constexpr int64_t kLstmUnits = 16;
 struct LstmStepShape {
   int64_t rows = 0, hidden = 0;

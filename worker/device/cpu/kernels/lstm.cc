@@ -45,12 +45,11 @@ void ForwardTile(const ForwardStep& s, int64_t row, int64_t unit, M m) {
   float* const gates = s.gates + row * kGates * s.hidden + unit;
   F16 sum[kRows][kGates];
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kGates; ++v)
-      sum[r][v] = Load(gates + (r * kGates + v) * s.hidden, m);
+    for (int v = 0; v < kGates; ++v) sum[r][v] = Load(gates + (r * kGates + v) * s.hidden, m);
   }
   if (s.h_before != nullptr) {
-    Accumulate(s.hidden, s.h_before + row * s.hidden, s.hidden,
-               s.weight + unit * kGates * s.hidden, sum);
+    Accumulate(s.hidden, s.h_before + row * s.hidden, s.hidden, s.weight + unit * kGates * s.hidden,
+               sum);
   }
   alignas(64) float tile[kRows][kGates][kLanes];
   for (int r = 0; r < kRows; ++r) {
@@ -85,8 +84,8 @@ void BackwardTile(const BackwardStep& s, int64_t row, int64_t unit, M m) {
   F16 sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     each_vector([&](int v, auto mask) {
-      sum[r][v] = s.dh != nullptr ? Load(s.dh + (row + r) * s.dh_row + unit + v * kLanes, mask)
-                                  : F16(0.0f);
+      sum[r][v] =
+          s.dh != nullptr ? Load(s.dh + (row + r) * s.dh_row + unit + v * kLanes, mask) : F16(0.0f);
     });
   }
   if (s.dgates_after != nullptr) {
@@ -183,8 +182,8 @@ void LstmForwardStep(const LstmStepShape& shape, const float* weight, const floa
 void LstmBackwardStep(const LstmStepShape& shape, const float* weight, const float* dgates_after,
                       const float* dh, const float* c_before, const float* tanh_c, float* gates,
                       float* dc) {
-  const BackwardStep s = {shape.hidden, shape.dh_row, weight, dgates_after, dh,
-                          c_before,     tanh_c,       gates,  dc};
+  const BackwardStep s = {shape.hidden, shape.dh_row, weight, dgates_after, dh, c_before,
+                          tanh_c,       gates,        dc};
   constexpr int64_t kTileUnits = kBackwardVectors * kLanes;
   static_assert(kGemmPanel % kTileUnits == 0);
   int64_t unit = 0;
