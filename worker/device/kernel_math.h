@@ -33,23 +33,33 @@ LOCKSTEP_MATH bool IsNan(float a) { return a != a; }
 LOCKSTEP_MATH float Select(bool condition, float a, float b) { return condition ? a : b; }
 // To the nearest integer, ties to even; |x| < 2^22.
 LOCKSTEP_MATH float RoundToInt(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-// x * 2^n for integral n, -126 <= n <= 127.
-LOCKSTEP_MATH float ScaleByPowerOfTwo(float x, float n) {
+LOCKSTEP_MATH float PowerOfTwo(float n) {  // integral, -126 <= n <= 127
   const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  __builtin_memcpy(&scale, &bits, 4);
-  return x * scale;
+  float power;
+  __builtin_memcpy(&power, &bits, 4);
+  return power;
+}
+// x * 2^n, rounded once, for integral n, |n| <= 252, and |x| of about 1; NaN for NaN.
+LOCKSTEP_MATH float ScaleByPowerOfTwo(float x, float n) {
+  if (IsNan(x)) return x;
+  // In two factors: 2^n itself may overflow or be subnormal.
+  const float half = RoundToInt(n * 0.5f);
+  return x * PowerOfTwo(half) * PowerOfTwo(n - half);
 }
 
 // ---- elementary functions.
 
 // exp, within 1 ulp (2 where the result is subnormal). x = n ln 2 + r, ln 2 in two parts (Cody &
 // Waite 1980); e^r by its Taylor polynomial of degree 7, |r| <= ln(2) / 2.
-template <class V>
+enum class Range { kAll, kNotAbove0, kNotBelow0 };  // of the argument
+template <Range kRange = Range::kAll, class V>
 LOCKSTEP_MATH V Exp(V x) {
-  const V low(-104.0f), high(89.0f);
-  V clamped = Select(Less(x, low), low, x);  // keeps NaN
-  clamped = Select(Less(high, clamped), high, clamped);
+  V clamped = x;
+  if constexpr (kRange != Range::kNotBelow0) clamped = Maximum(V(-104.0f), clamped);  // keeps NaN
+  if constexpr (kRange != Range::kNotAbove0) {
+    const V high(89.0f);
+    clamped = Select(Less(high, clamped), high, clamped);
+  }
   const V n = RoundToInt(clamped * V(1.44269504088896341f));
   V r = Fma(n, V(-0.693145751953125f), clamped);
   r = Fma(n, V(-1.42860682030941723e-6f), r);
@@ -60,11 +70,7 @@ LOCKSTEP_MATH V Exp(V x) {
   p = Fma(p, r, V(1.0f / 6));
   p = Fma(p, r, V(0.5f));
   p = Fma(p * r, r, r) + V(1.0f);
-  // In two factors: 2^n itself may overflow or be subnormal.
-  const V half = RoundToInt(n * V(0.5f));
-  const V safe = Select(IsNan(x), V(0.0f), half);
-  const V rest = Select(IsNan(x), V(0.0f), n - half);
-  return ScaleByPowerOfTwo(ScaleByPowerOfTwo(p, safe), rest);
+  return ScaleByPowerOfTwo(p, n);
 }
 
 // tanh, within 2 ulp: an odd minimax polynomial near 0 (Moshier, Cephes tanhf), otherwise
@@ -79,7 +85,7 @@ LOCKSTEP_MATH V Tanh(V x) {
   p = Fma(p, s, V(1.33314422036e-1f));
   p = Fma(p, s, V(-3.33332819422e-1f));
   const V small = Fma(p * s, x, x);
-  const V e = Exp(a + a);
+  const V e = Exp<Range::kNotBelow0>(a + a);
   const V large = V(1.0f) - V(2.0f) / (e + V(1.0f));
   const V signed_large = Select(Less(x, V(0.0f)), V(0.0f) - large, large);
   return Select(Less(a, V(0.625f)), small, signed_large);
@@ -88,7 +94,7 @@ LOCKSTEP_MATH V Tanh(V x) {
 // 1 / (1 + e^-x), within 3 ulp; exact in the tails because e is taken of -|x|.
 template <class V>
 LOCKSTEP_MATH V Sigmoid(V x) {
-  const V e = Exp(V(0.0f) - Abs(x));
+  const V e = Exp<Range::kNotAbove0>(V(0.0f) - Abs(x));
   return Select(Less(x, V(0.0f)), e, V(1.0f)) / (V(1.0f) + e);
 }
 

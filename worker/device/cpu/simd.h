@@ -96,10 +96,7 @@ LOCKSTEP_SIMD I16 Select(Mask m, I16 a, I16 b) {
 LOCKSTEP_SIMD F16 RoundToInt(F16 x) {
   return F16(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-LOCKSTEP_SIMD F16 ScaleByPowerOfTwo(F16 x, F16 n) {
-  const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return F16(_mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_slli_epi32(e, 23))));
-}
+LOCKSTEP_SIMD F16 ScaleByPowerOfTwo(F16 x, F16 n) { return F16(_mm512_scalef_ps(x.v, n.v)); }
 
 // v[r] lane c becomes v[c] lane r.
 LOCKSTEP_SIMD void Transpose(F16 (&v)[kLanes]) {
@@ -329,7 +326,9 @@ LOCKSTEP_SIMD __m256 PowerOfTwo(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
 LOCKSTEP_SIMD F16 ScaleByPowerOfTwo(F16 x, F16 n) {
-  return {_mm256_mul_ps(x.lo, PowerOfTwo(n.lo)), _mm256_mul_ps(x.hi, PowerOfTwo(n.hi))};
+  const F16 half = RoundToInt(n * F16(0.5f)), rest = n - half;
+  return {_mm256_mul_ps(_mm256_mul_ps(x.lo, PowerOfTwo(half.lo)), PowerOfTwo(rest.lo)),
+          _mm256_mul_ps(_mm256_mul_ps(x.hi, PowerOfTwo(half.hi)), PowerOfTwo(rest.hi))};
 }
 
 LOCKSTEP_SIMD void Transpose8(__m256 (&v)[8]) {
