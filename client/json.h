@@ -18,8 +18,8 @@ nlohmann::ordered_json ToJson(const google::protobuf::Message& message);
 
 // The object that ends `run -o json`, `submit --follow -o json` and `watch -o json`:
 //   job, name, state, reason, steps, epochs, train{loss, accuracy, samples},
-//   validation{loss, accuracy, samples}, samples_per_second, data_wait_share, seconds, parameter_digest,
-//   state_digest, checkpoint (path of the newest; "" for none), out
+//   validation{loss, accuracy, samples}, samples_per_second, data_wait_share, seconds,
+//   parameter_digest, state_digest, checkpoint (path of the newest; "" for none), out
 // Of a job without a result what is known: the last step and evaluation; scores that do not exist
 // are null.
 nlohmann::ordered_json ResultJson(const v1::Job& job, const std::string& out);
