@@ -9,8 +9,8 @@ namespace lockstep::client {
 
 std::string MetricsLog::Csv() const {
   std::string csv =
-      "step,epoch,train_loss,train_accuracy,samples,learning_rate,seconds,validation_loss,"
-      "validation_accuracy,validation_samples,state_digest\n";
+      "step,epoch,train_loss,train_accuracy,samples,learning_rate,gradient_norm,seconds,"
+      "validation_loss,validation_accuracy,validation_samples,state_digest\n";
   for (const auto& [number, row] : rows_) {
     const bool trained = row.step.has_train();
     const bool evaluated = row.evaluation.has_validation();
@@ -19,9 +19,9 @@ std::string MetricsLog::Csv() const {
     csv += fmt::format("{},{}", number, trained ? row.step.epoch() : row.evaluation.epoch());
     csv += trained ? fmt::format(",{}", train.loss()) : ",";
     csv += trained && train.has_accuracy() ? fmt::format(",{}", train.accuracy()) : ",";
-    csv += trained ? fmt::format(",{},{},{}", train.samples(), row.step.learning_rate(),
-                                 row.step.seconds())
-                   : ",,,";
+    csv += trained ? fmt::format(",{},{},{},{}", train.samples(), row.step.learning_rate(),
+                                 row.step.gradient_norm(), row.step.seconds())
+                   : ",,,,";
     csv += evaluated ? fmt::format(",{}", validation.loss()) : ",";
     csv += evaluated && validation.has_accuracy() ? fmt::format(",{}", validation.accuracy()) : ",";
     csv += evaluated ? fmt::format(",{}", validation.samples()) : ",";

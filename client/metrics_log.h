@@ -21,7 +21,7 @@ class MetricsLog {
   void Add(const v1::Evaluation& evaluation) { rows_[evaluation.step()].evaluation = evaluation; }
   bool empty() const { return rows_.empty(); }
 
-  // step,epoch,train_loss,train_accuracy,samples,learning_rate,seconds,validation_loss,
+  // step,epoch,train_loss,train_accuracy,samples,learning_rate,gradient_norm,seconds,validation_loss,
   // validation_accuracy,validation_samples,state_digest: numbers in the shortest form that reads
   // back to the same bits; empty where there is none.
   std::string Csv() const;

@@ -54,6 +54,7 @@ struct TensorSpec {
   Initializer init;
   bool trainable = true;
   bool decays = false;  // l2 and weight_decay apply: weights of dense, conv2d and lstm
+  double rate_multiplier = 1, decay_multiplier = 1;  // of the learning rate; of l2 and weight_decay
 };
 
 constexpr int kData = -1;

@@ -175,6 +175,11 @@ class GraphBuilder {
     for (const int input : inputs_[index])
       layer.inputs.push_back(input == kData ? kData : position_[input]);
     LOCKSTEP_RETURN_IF_PROBLEM(Infer(index, &layer));
+    for (TensorSpec& tensor : layer.tensors) {
+      if (spec.has_learning_rate_multiplier())
+        tensor.rate_multiplier = spec.learning_rate_multiplier();
+      if (spec.has_decay_multiplier()) tensor.decay_multiplier = spec.decay_multiplier();
+    }
     if (TooLarge(layer.output)) {
       return At(
           index, "",

@@ -1,5 +1,6 @@
 #include "common/spec/layers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <set>
@@ -61,6 +62,10 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
   const auto missing = [&](const std::string& attribute) {
     return Missing(source, *layers, index, attribute);
   };
+  const std::vector<std::string>& fields = LayerFields(layer.type());
+  const auto takes = [&](const std::string& field) {
+    return std::find(fields.begin(), fields.end(), field) != fields.end();
+  };
   if (layer.type() == "dense" && layer.units() == 0) return missing("units");
   if (layer.type() == "conv2d" && layer.filters() == 0) return missing("filters");
   const bool pool = layer.type() == "max_pool" || layer.type() == "average_pool";
@@ -69,6 +74,9 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
     if (layer.stride() == 0) layer.set_stride(pool ? layer.kernel() : 1);
     if (!layer.has_padding()) layer.set_padding(0);
   }
+  if (takes("learning_rate_multiplier") && !layer.has_learning_rate_multiplier())
+    layer.set_learning_rate_multiplier(1);
+  if (takes("decay_multiplier") && !layer.has_decay_multiplier()) layer.set_decay_multiplier(1);
   if (HasWeights(layer)) {
     if (!layer.has_bias()) layer.set_bias(true);
     if (layer.has_bias_init() && !layer.bias()) {

@@ -186,8 +186,8 @@ MaybeProblem CompleteOptimizer(v1::OptimizerSpec* optimizer) {
   const std::string type = optimizer->type();
   const bool adamw = type == "adamw", rmsprop = type == "rmsprop";
   const std::vector<std::string> fields = OptimizerFields(type);
-  std::vector<std::string> always = {"learning_rate", "l2", "weight_decay"};
-  if (adamw) always = {"learning_rate", "weight_decay"};
+  std::vector<std::string> always = {"learning_rate", "weight_decay", "clip_norm", "clip_value"};
+  if (!adamw) always.insert(always.begin() + 1, "l2");
   LOCKSTEP_RETURN_IF_PROBLEM(
       CheckApplicable(*optimizer, "optimizer", "type", type, always, fields));
   if (!optimizer->has_learning_rate()) {
@@ -207,6 +207,13 @@ MaybeProblem CompleteOptimizer(v1::OptimizerSpec* optimizer) {
   }
   if (!adamw && !optimizer->has_l2()) optimizer->set_l2(0);
   if (!optimizer->has_weight_decay()) optimizer->set_weight_decay(adamw ? 0.01 : 0);
+  if (!optimizer->has_clip_norm()) optimizer->set_clip_norm(0);
+  if (!optimizer->has_clip_value()) optimizer->set_clip_value(0);
+  if (optimizer->clip_norm() > 0 && optimizer->clip_value() > 0) {
+    return Problem{"optimizer.clip_value",
+                   fmt::format("found {} with clip_norm {}; accepted: one of them above 0",
+                               optimizer->clip_value(), optimizer->clip_norm())};
+  }
   return std::nullopt;
 }
 

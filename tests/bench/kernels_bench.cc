@@ -227,6 +227,32 @@ void Optimizer(benchmark::State& state) {
 }
 BENCHMARK(Optimizer)->ArgName("type")->DenseRange(0, kOptimizerTypes - 1);
 
+void NormOf(benchmark::State& state) {
+  Bench b;
+  const int64_t n = 1 << 16;
+  const float* x = b.Floats(n);
+  std::vector<double> sums(n / kNormBlock);
+  for (auto _ : state) {
+    b.device().SquaredNorms(b.stream(), n, x, sums.data());
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(n), 4);
+}
+BENCHMARK(NormOf);
+
+void NonFiniteIn(benchmark::State& state) {
+  Bench b;
+  const int64_t n = 1 << 16;
+  const float* x = b.Floats(n);
+  uint32_t flag = 0;
+  for (auto _ : state) {
+    b.device().FlagNonFinite(b.stream(), n, x, &flag);
+    benchmark::DoNotOptimize(flag);
+  }
+  ReportBytes(state, static_cast<double>(n), 4);
+}
+BENCHMARK(NonFiniteIn);
+
 void DigestOf(benchmark::State& state) {
   Bench b;
   const int64_t n = 1 << 15;

@@ -127,6 +127,7 @@ MetricsLog TwoStepsAndEvaluations() {
     step.mutable_train()->set_samples(64);
     if (number == 1) step.mutable_train()->set_accuracy(0.5);
     step.set_learning_rate(0.05);
+    step.set_gradient_norm(1.5);
     step.set_seconds(0.25);
     step.set_state_digest(number == 1 ? "d1" : "");
     log.Add(step);
@@ -145,11 +146,11 @@ MetricsLog TwoStepsAndEvaluations() {
 
 TEST(MetricsLog, CsvHasOneRowPerStepAndEveryBit) {
   EXPECT_EQ(TwoStepsAndEvaluations().Csv(),
-            "step,epoch,train_loss,train_accuracy,samples,learning_rate,seconds,validation_loss,"
-            "validation_accuracy,validation_samples,state_digest\n"
-            "0,0,,,,,,2.5,0.125,1000,\n"
-            "1,1,0.1,0.5,64,0.05,0.25,,,,d1\n"
-            "2,1,0.2,,64,0.05,0.25,2.5,0.125,1000,\n");
+            "step,epoch,train_loss,train_accuracy,samples,learning_rate,gradient_norm,seconds,"
+            "validation_loss,validation_accuracy,validation_samples,state_digest\n"
+            "0,0,,,,,,,2.5,0.125,1000,\n"
+            "1,1,0.1,0.5,64,0.05,1.5,0.25,,,,d1\n"
+            "2,1,0.2,,64,0.05,1.5,0.25,2.5,0.125,1000,\n");
 }
 
 TEST(MetricsLog, CsvNumbersReadBackToTheSameBits) {

@@ -126,8 +126,10 @@ TEST(CpuDeviceTest, BothInstructionSetsGiveEqualBits) {
     k.softmax_cross_entropy(kN, kChannels, x.data(), labels.data(), 0.1f, &losses[0], &correct,
                             take(size));
     k.mean_squared_error(kN, kChannels, x.data(), dy.data(), 0.1f, &losses[1], take(size));
-    for (double loss : losses) {  // as it is, in two floats
-      std::memcpy(take(2), &loss, sizeof(loss));
+    double norm;
+    k.squared_norms(size, x.data(), &norm);
+    for (double value : {losses[0], losses[1], norm}) {  // as it is, in two floats
+      std::memcpy(take(2), &value, sizeof(value));
     }
     OptimizerCoefficients optimizer{.momentum = 0.9f,
                                     .beta1 = 0.9f,

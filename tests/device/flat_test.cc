@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -29,7 +30,14 @@ const OptimizerCoefficients kOptimizers[] = {
     {.type = OptimizerType::kRmsPropCenteredMomentum,
      .momentum = 0.8f,
      .rho = 0.95f,
-     .epsilon = 0.1f},
+     .epsilon = 0.1f,
+     .rate_multiplier = 0.5f},
+    {.type = OptimizerType::kNesterov,
+     .momentum = 0.9f,
+     .clip_value = 0.2f,
+     .l2 = 0.01f,
+     .weight_decay = 0.1f,
+     .rate_multiplier = 3.0f},
 };
 
 // Moments are in [0, 1) where the type divides by their root; a centered variance is above zero.
@@ -47,13 +55,17 @@ struct State {
   }
 };
 
-const StepScalars kScalars{
-    .step = 4, .learning_rate = 0.05f, .adam_correction1 = 0.3439f, .adam_correction2 = 0.004f};
+const StepScalars kScalars{.step = 4,
+                           .learning_rate = 0.05f,
+                           .adam_correction1 = 0.3439f,
+                           .adam_correction2 = 0.004f,
+                           .gradient_scale = 0.7f};
 
 // The update in double.
 void Reference(const OptimizerCoefficients& c, const StepScalars& s, double g, double& w, double& a,
                double& b, double& d) {
-  const double rate = s.learning_rate;
+  const double rate = static_cast<double>(s.learning_rate) * c.rate_multiplier;
+  g = std::clamp<double>(g * s.gradient_scale, -c.clip_value, c.clip_value);
   g += static_cast<double>(c.l2) * w;
   w -= rate * c.weight_decay * w;
   switch (c.type) {
@@ -180,6 +192,57 @@ TEST_P(FlatTest, ACenteredVarianceIsNeverBelowZero) {
       ASSERT_TRUE(std::isfinite(w.Read()[i])) << i;
     }
     EXPECT_GT(below, 0) << "the test must reach what it is about";
+  }
+}
+
+TEST_P(FlatTest, SquaredNormsMatchTheReference) {
+  for (int64_t n : {1, 15, 16, 17, 63, 64, 65, 4095, 4096, 4097, 8192, 9000}) {
+    const std::vector<float> x = RandomFloats(n, 68);
+    const auto in = In(x);
+    const auto sums = OutOf<double>((n + kNormBlock - 1) / kNormBlock);
+    device().SquaredNorms(stream(), n, in, sums);
+    const std::vector<double> actual = sums.Read();
+    for (size_t b = 0; b < actual.size(); ++b) {
+      double expected = 0;
+      for (int64_t i = b * kNormBlock; i < std::min<int64_t>(n, (b + 1) * kNormBlock); ++i) {
+        expected += double{x[i]} * x[i];
+      }
+      EXPECT_NEAR(actual[b], expected, 1e-13 * expected) << b << " of " << n;
+    }
+  }
+}
+
+TEST_P(FlatTest, ABlocksNormHasTheSameBitsWhereverTheCallBegins) {
+  constexpr int64_t kBlocks = 3, kSize = 2 * kNormBlock + 777;
+  const std::vector<float> x = RandomFloats(kSize + 1, 69);
+  const auto whole = OutOf<double>(kBlocks), parts = OutOf<double>(kBlocks);
+  device().SquaredNorms(stream(), kSize, In(x), whole);
+  const std::vector<float> shifted(x.begin(), x.end() - 1);
+  const auto in = In(shifted);
+  for (int64_t b = 0; b < kBlocks; ++b) {
+    const int64_t begin = b * kNormBlock;
+    device().SquaredNorms(stream(), std::min(kNormBlock, kSize - begin), in + begin, parts + b);
+  }
+  EXPECT_EQ(parts.Read(), whole.Read());
+}
+
+TEST_P(FlatTest, ANormIsFiniteExactlyWhereItsBlockIs) {
+  constexpr float kBad[] = {std::numeric_limits<float>::quiet_NaN(),
+                            std::numeric_limits<float>::infinity(),
+                            -std::numeric_limits<float>::infinity()};
+  for (const int64_t size : {int64_t{70}, kNormBlock}) {
+    const int64_t n = kNormBlock + size;
+    std::vector<float> x(n, std::numeric_limits<float>::max());
+    const auto sums = OutOf<double>(2);
+    device().SquaredNorms(stream(), n, In(x), sums);
+    for (double sum : sums.Read()) EXPECT_TRUE(std::isfinite(sum));
+    for (int64_t at = n - size; at < n; at += size < 100 ? 1 : 101) {
+      x[at] = kBad[at % 3];
+      device().SquaredNorms(stream(), n, In(x), sums);
+      EXPECT_TRUE(std::isfinite(sums.Read()[0]));
+      EXPECT_FALSE(std::isfinite(sums.Read()[1])) << at << " of " << n;
+      x[at] = std::numeric_limits<float>::max();
+    }
   }
 }
 

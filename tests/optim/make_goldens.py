@@ -93,6 +93,11 @@ CASES = [
     ("rmsprop_momentum", "rmsprop", dict(momentum=0.5)),
     ("rmsprop_centered", "rmsprop", dict(momentum=0.0, centered=True)),
     ("rmsprop_centered_momentum", "rmsprop", dict(momentum=0.5, centered=True, weight_decay=0.2)),
+    ("sgd_clip_norm", "sgd", dict(clip_norm=0.75, l2=0.1)),
+    ("adam_clip_norm", "adam", dict(clip_norm=0.75)),
+    ("momentum_clip_value", "momentum", dict(clip_value=0.3, l2=0.1)),
+    ("momentum_multipliers", "momentum", dict(l2=0.1, rate_multiplier=0.25, decay_multiplier=3.0)),
+    ("adam_multipliers", "adam", dict(weight_decay=0.2, rate_multiplier=2.0, decay_multiplier=0.5)),
 ]
 
 

@@ -8,6 +8,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "worker/device/cpu/cpu_device.h"
+#include "worker/optim/gradient_norm.h"
 
 namespace lockstep::optim {
 namespace {
@@ -82,20 +83,25 @@ TEST(ScheduleTest, CosineOfARunThatIsAllWarmUp) {
 
 // A weight of 8 that decays and a bias of 5 that does not, as make_goldens.py has them; and a
 // second weight, so that equal coefficients do not always lie side by side.
-FlatLayout GoldenLayout() {
+FlatLayout GoldenLayout(double rate_multiplier = 1, double decay_multiplier = 1) {
   FlatLayout layout;
   layout.tensors = {{"weight", {8}, 0, 8, true, {}, TensorKey("weight")},
                     {"bias", {5}, 16, 5, false, {}, TensorKey("bias")},
                     {"weight2", {3}, 32, 3, true, {}, TensorKey("weight2")}};
+  layout.tensors[0].rate_multiplier = rate_multiplier;
+  layout.tensors[0].decay_multiplier = decay_multiplier;
   layout.size = 48;
   return layout;
 }
 
 class Trainer {
  public:
-  explicit Trainer(const device::OptimizerCoefficients& coefficients)
-      : state_(FlatState::Make(TestDevice(), GoldenLayout(), {}, coefficients.type).value()),
+  explicit Trainer(const device::OptimizerCoefficients& coefficients,
+                   const FlatLayout& layout = GoldenLayout(), double clip_norm = 0)
+      : state_(FlatState::Make(TestDevice(), layout, {}, coefficients.type).value()),
         optimizer_(coefficients, state_->parameter_layout()),
+        norm_(GradientNorm::Make(TestDevice(), layout).value()),
+        clip_norm_(clip_norm),
         stream_(TestDevice().MakeStream().value()),
         gradient_(48, 0.0f) {
     schedule_.type = Schedule::Type::kStep;
@@ -120,6 +126,8 @@ class Trainer {
     }
     device::StepScalars scalars;
     optimizer_.Prepare(schedule_, t, &scalars);
+    norm_->Sum(TestDevice(), *stream_, 0, 1, gradient_.data());
+    scalars.gradient_scale = static_cast<float>(ClipScale(norm_->Value(), clip_norm_));
     int64_t begin = 0;
     for (const int64_t end : cuts) {
       optimizer_.Update(TestDevice(), *stream_, begin, end, &scalars, gradient_.data(), *state_);
@@ -135,6 +143,8 @@ class Trainer {
  private:
   std::unique_ptr<FlatState> state_;
   Optimizer optimizer_;
+  std::unique_ptr<GradientNorm> norm_;
+  const double clip_norm_;
   std::unique_ptr<device::Stream> stream_;
   std::vector<float> gradient_;
   Schedule schedule_;
@@ -186,6 +196,7 @@ device::OptimizerCoefficients CoefficientsOf(const nlohmann::json& golden) {
   c.momentum = golden["momentum"];
   c.rho = golden["rho"];
   c.epsilon = golden["epsilon"];
+  if (golden["clip_value"] > 0.0) c.clip_value = golden["clip_value"];
   return c;
 }
 
@@ -193,10 +204,12 @@ device::OptimizerCoefficients CoefficientsOf(const nlohmann::json& golden) {
 // the gradient (0.5 w) and momentum (a factor of at most 1 / (1 - 0.9)) feed back: 3e-6. A centered
 // RMSProp subtracts two nearly equal squares at first, which loses one digit more.
 TEST(OptimizerTest, TwentyUpdatesAgreeWithPyTorch) {
-  ASSERT_EQ(Goldens()["cases"].size(), 20u);
+  ASSERT_EQ(Goldens()["cases"].size(), 25u);
   for (const auto& golden : Goldens()["cases"]) {
     SCOPED_TRACE(golden["name"].get<std::string>());
-    Trainer trainer(CoefficientsOf(golden));
+    FlatLayout layout = GoldenLayout(golden["rate_multiplier"], golden["decay_multiplier"]);
+    layout.tensors.pop_back();  // PyTorch has two tensors, and the norm is of all
+    Trainer trainer(CoefficientsOf(golden), layout, golden["clip_norm"]);
     const double tolerance = golden["centered"] ? 3e-5 : 3e-6;
     int compared = 0;
     for (int64_t t = 1; t <= 20; ++t) {
@@ -249,6 +262,22 @@ TEST(OptimizerTest, DecayLeavesTensorsThatDoNotDecayAlone) {
       EXPECT_NE(plain.Parameters()[i], decays.Parameters()[i]) << i;
     } else {
       EXPECT_EQ(plain.Parameters()[i], decays.Parameters()[i]) << i;
+    }
+  }
+}
+
+TEST(OptimizerTest, AMultiplierOfZeroFreezesItsTensorAlone) {
+  for (const OptimizerType type : AllTypes()) {
+    Trainer frozen(Coefficients(type, 0.1, 0.1), GoldenLayout(/*rate_multiplier=*/0));
+    Trainer free(Coefficients(type, 0.1, 0.1));
+    const std::vector<float> before = frozen.Parameters();
+    for (int64_t t = 1; t <= 3; ++t) frozen.Step(t), free.Step(t);
+    const std::vector<float> after = frozen.Parameters(), moved = free.Parameters();
+    for (int i = 0; i < 48; ++i) {
+      EXPECT_EQ(after[i], i < 8 ? before[i] : moved[i]) << static_cast<int>(type) << " " << i;
+      if (i < 8) {
+        EXPECT_NE(after[i], moved[i]) << static_cast<int>(type) << " " << i;
+      }
     }
   }
 }

@@ -123,6 +123,21 @@ TEST(Graph, Pad) {
             "sample");
 }
 
+TEST(Graph, MultipliersReachEveryTensorOfTheirLayer) {
+  const Layer conv = One(
+      "type: conv2d, filters: 4, kernel: 2, learning_rate_multiplier: 0, decay_multiplier: 2.5");
+  ASSERT_EQ(conv.tensors.size(), 2u);
+  for (const TensorSpec& tensor : conv.tensors) {
+    EXPECT_EQ(tensor.rate_multiplier, 0);
+    EXPECT_EQ(tensor.decay_multiplier, 2.5);
+  }
+  const Layer norm = One("type: batch_norm, learning_rate_multiplier: 3");
+  for (const TensorSpec& tensor : norm.tensors) {
+    EXPECT_EQ(tensor.rate_multiplier, 3);
+    EXPECT_EQ(tensor.decay_multiplier, 1);
+  }
+}
+
 TEST(Graph, PoolsRoundDown) {
   for (const char* type : {"max_pool", "average_pool"}) {
     const Layer pool = One(fmt::format("type: {}, kernel: 2", type));

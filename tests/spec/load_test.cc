@@ -63,7 +63,7 @@ TEST(Load, RefusesUnknownFieldsAndSuggests) {
       {Compact() + "<<: {}\n", std::string("job.yaml:6: <<: unknown field; accepted: ") + kTop},
       {Compact("{preset: mlp}", "{lr: 0.1}"),
        "job.yaml:4: optimizer.lr: unknown field; accepted: type, learning_rate, momentum, beta1, "
-       "beta2, epsilon, l2, weight_decay, rho, centered"},
+       "beta2, epsilon, l2, weight_decay, rho, centered, clip_norm, clip_value"},
       {"train:\n  batch: 8\n  evaluate:\n    bacth: 8\n",
        "job.yaml:4: train.evaluate.bacth: unknown field (did you mean \"batch\"?); accepted: "
        "every_steps, every_epochs, batch"},
@@ -72,7 +72,8 @@ TEST(Load, RefusesUnknownFieldsAndSuggests) {
        "type, inputs, units, filters, kernel, stride, padding, bias, rate, sync, momentum, "
        "epsilon, "
        "weight_init, bias_init, channels_before, channels_after, hidden, layers, bidirectional, "
-       "output, dropout"},
+       "output, dropout, "
+       "learning_rate_multiplier, decay_multiplier"},
       {"\"a\\nb\\e\": 1\n",
        std::string("job.yaml:1: a\\nb\\x1b: unknown field; accepted: ") + kTop},
       {"? [a]\n: b\n",
@@ -126,19 +127,23 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
         "name, inputs{}",
         field, type, more);
   };
-  const std::string conv = ", filters, kernel, stride, padding, bias, weight_init, bias_init";
+  const std::string conv =
+      ", filters, kernel, stride, padding, bias, weight_init, bias_init, learning_rate_multiplier, "
+      "decay_multiplier";
   Check({
       {layer("type: conv2d, units: 3"), message("units", "conv2d", conv)},
       {layer("type: conv2d, rate: 0"), message("rate", "conv2d", conv)},
       {layer("type: dense, kernel: 3"),
-       message("kernel", "dense", ", units, bias, weight_init, bias_init")},
+       message(
+           "kernel", "dense",
+           ", units, bias, weight_init, bias_init, learning_rate_multiplier, decay_multiplier")},
       {layer("type: max_pool, filters: 3"),
        message("filters", "max_pool", ", kernel, stride, padding")},
       {layer("type: average_pool, bias: false"),
        message("bias", "average_pool", ", kernel, stride, padding")},
       {layer("type: global_average_pool, kernel: 2"), message("kernel", "global_average_pool", "")},
       {layer("type: batch_norm, rate: 0.5"),
-       message("rate", "batch_norm", ", sync, momentum, epsilon")},
+       message("rate", "batch_norm", ", sync, momentum, epsilon, learning_rate_multiplier")},
       {layer("type: relu, padding: 0"), message("padding", "relu", "")},
       {layer("type: tanh, epsilon: 0.1"), message("epsilon", "tanh", "")},
       {layer("type: sigmoid, sync: batch"), message("sync", "sigmoid", "")},
@@ -201,25 +206,28 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
        "job.yaml:3: model.dropout: belongs to presets; accepted with layers: nothing more"},
       {Compact("{preset: mlp}", "{learning_rate: 1, momentum: 0.9}"),
        "job.yaml:4: optimizer.momentum: does not belong to type sgd; accepted with it: "
-       "learning_rate, l2, weight_decay"},
+       "learning_rate, l2, weight_decay, clip_norm, clip_value"},
       {Compact("{preset: mlp}", "{type: adam, learning_rate: 1, momentum: 0.9}"),
        "job.yaml:4: optimizer.momentum: does not belong to type adam; accepted with it: "
-       "learning_rate, l2, weight_decay, beta1, beta2, epsilon"},
+       "learning_rate, l2, weight_decay, clip_norm, clip_value, beta1, beta2, epsilon"},
       {Compact("{preset: mlp}", "{type: nesterov, learning_rate: 1, beta1: 0.9}"),
        "job.yaml:4: optimizer.beta1: does not belong to type nesterov; accepted with it: "
-       "learning_rate, l2, weight_decay, momentum"},
+       "learning_rate, l2, weight_decay, clip_norm, clip_value, momentum"},
+      {Compact("{preset: mlp}", "{learning_rate: 1, clip_norm: 2, clip_value: 0.5}"),
+       "job.yaml:4: optimizer.clip_value: found 0.5 with clip_norm 2; accepted: one of them above "
+       "0"},
       {Compact("{preset: mlp}", "{type: adamw, learning_rate: 1, l2: 0.1}"),
        "job.yaml:4: optimizer.l2: does not belong to type adamw; accepted with it: "
-       "learning_rate, weight_decay, beta1, beta2, epsilon"},
+       "learning_rate, weight_decay, clip_norm, clip_value, beta1, beta2, epsilon"},
       {Compact("{preset: mlp}", "{type: adagrad, learning_rate: 1, rho: 0.9}"),
        "job.yaml:4: optimizer.rho: does not belong to type adagrad; accepted with it: "
-       "learning_rate, l2, weight_decay, epsilon"},
+       "learning_rate, l2, weight_decay, clip_norm, clip_value, epsilon"},
       {Compact("{preset: mlp}", "{type: adadelta, learning_rate: 1, centered: true}"),
        "job.yaml:4: optimizer.centered: does not belong to type adadelta; accepted with it: "
-       "learning_rate, l2, weight_decay, rho, epsilon"},
+       "learning_rate, l2, weight_decay, clip_norm, clip_value, rho, epsilon"},
       {Compact("{preset: mlp}", "{type: rmsprop, learning_rate: 1, beta2: 0.9}"),
        "job.yaml:4: optimizer.beta2: does not belong to type rmsprop; accepted with it: "
-       "learning_rate, l2, weight_decay, rho, epsilon, momentum, centered"},
+       "learning_rate, l2, weight_decay, clip_norm, clip_value, rho, epsilon, momentum, centered"},
       {Compact() + "loss: {target: label}\n",
        "job.yaml:6: loss.target: does not belong to type softmax_cross_entropy; accepted with it: "
        "nothing more"},
@@ -490,7 +498,7 @@ TEST(Override, AnErrorInTheFileStillNamesItsLine) {
   EXPECT_EQ(LoadMessage(Compact("{preset: mlp}", "{learning_rate: 1, beta1: 0.5}"),
                         {"optimizer.type=momentum"}),
             "job.yaml:4: optimizer.beta1: does not belong to type momentum; accepted with it: "
-            "learning_rate, l2, weight_decay, momentum");
+            "learning_rate, l2, weight_decay, clip_norm, clip_value, momentum");
 }
 
 TEST(Normalize, FillsEveryDefault) {
@@ -503,7 +511,7 @@ TEST(Normalize, FillsEveryDefault) {
            augment { crop_padding: 0 flip: false cutout: 0 } }
     model { preset: "mlp" hidden: [500, 500] sync: "shard" dropout: 0 batch_norm: true }
     loss { type: "softmax_cross_entropy" }
-    optimizer { type: "sgd" learning_rate: 0.1 l2: 0 weight_decay: 0 }
+    optimizer { type: "sgd" learning_rate: 0.1 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0 }
     schedule { type: "constant" warmup_steps: 0 }
     train { batch: 128 epochs: 1 shards: 8 seed: 1
             evaluate { every_steps: 0 every_epochs: 1 batch: 128 } digest_every: 1 }
@@ -516,14 +524,18 @@ TEST(Normalize, FillsEveryDefault) {
 // torch.optim's of version 2.15.
 TEST(Normalize, FillsTheDefaultsOfEveryOptimizer) {
   const std::pair<const char*, const char*> cases[] = {
-      {"sgd", "l2: 0 weight_decay: 0"},
-      {"momentum", "momentum: 0.9 l2: 0 weight_decay: 0"},
-      {"nesterov", "momentum: 0.9 l2: 0 weight_decay: 0"},
-      {"adam", "beta1: 0.9 beta2: 0.999 epsilon: 1e-8 l2: 0 weight_decay: 0"},
-      {"adamw", "beta1: 0.9 beta2: 0.999 epsilon: 1e-8 weight_decay: 0.01"},
-      {"adagrad", "epsilon: 1e-10 l2: 0 weight_decay: 0"},
-      {"adadelta", "rho: 0.9 epsilon: 1e-6 l2: 0 weight_decay: 0"},
-      {"rmsprop", "rho: 0.99 epsilon: 1e-8 momentum: 0 centered: false l2: 0 weight_decay: 0"},
+      {"sgd", "l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0"},
+      {"momentum", "momentum: 0.9 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0"},
+      {"nesterov", "momentum: 0.9 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0"},
+      {"adam",
+       "beta1: 0.9 beta2: 0.999 epsilon: 1e-8 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0"},
+      {"adamw",
+       "beta1: 0.9 beta2: 0.999 epsilon: 1e-8 weight_decay: 0.01 clip_norm: 0 clip_value: 0"},
+      {"adagrad", "epsilon: 1e-10 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0"},
+      {"adadelta", "rho: 0.9 epsilon: 1e-6 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0"},
+      {"rmsprop",
+       "rho: 0.99 epsilon: 1e-8 momentum: 0 centered: false l2: 0 weight_decay: 0 clip_norm: 0 "
+       "clip_value: 0"},
   };
   for (const auto& [type, defaults] : cases) {
     v1::OptimizerSpec expected;
@@ -617,18 +629,20 @@ TEST(Normalize, FillsDefaultsOfLayers) {
   ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(R"(
     layers { name: "conv2d_1" type: "conv2d" inputs: "data" filters: 4 kernel: 3 stride: 1 padding: 0
              bias: true weight_init { type: "he" distribution: "normal" }
-             bias_init { type: "zeros" } }
+             bias_init { type: "zeros" } learning_rate_multiplier: 1 decay_multiplier: 1 }
     layers { name: "batch_norm_1" type: "batch_norm" inputs: "conv2d_1" sync: "batch" momentum: 0.1
-             epsilon: 1e-5 }
+             epsilon: 1e-5 learning_rate_multiplier: 1 }
     layers { name: "conv2d_2" type: "relu" inputs: "batch_norm_1" }
     layers { name: "max_pool_1" type: "max_pool" inputs: "conv2d_2" kernel: 2 stride: 2 padding: 0 }
     layers { name: "conv2d_3" type: "conv2d" inputs: "max_pool_1" filters: 4 kernel: 3 stride: 1
-             padding: 0 bias: false weight_init { type: "uniform" limit: 0.05 } }
+             padding: 0 bias: false weight_init { type: "uniform" limit: 0.05 }
+             learning_rate_multiplier: 1 decay_multiplier: 1 }
     layers { name: "tanh_1" type: "tanh" inputs: "conv2d_3" }
     layers { name: "flatten_1" type: "flatten" inputs: "tanh_1" }
     layers { name: "dense_1" type: "dense" inputs: "flatten_1" units: 10 bias: true
              weight_init { type: "he" distribution: "normal" }
-             bias_init { type: "normal" std: 0.01 } })",
+             bias_init { type: "normal" std: 0.01 }
+             learning_rate_multiplier: 1 decay_multiplier: 1 })",
                                                             &expected));
   EXPECT_EQ(spec.model().DebugString(), expected.DebugString());
 }

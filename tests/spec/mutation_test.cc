@@ -18,7 +18,7 @@ data: {path: d, shape: [8, 8, 1], classes: 3, normalize: {mean: [0.5], std: [2],
 model:
   layers:
     - {name: c1, type: conv2d, filters: 4, kernel: 3, padding: 1, weight_init: {type: he}}
-    - {name: n1, type: batch_norm, sync: shard, momentum: 0.2, epsilon: 1e-4}
+    - {name: n1, type: batch_norm, sync: shard, momentum: 0.2, epsilon: 1e-4, learning_rate_multiplier: 2}
     - {type: relu}
     - {name: c2, type: conv2d, filters: 4, kernel: 1, inputs: [data], bias: false}
     - {name: s, type: add, inputs: [relu_1, c2]}
@@ -37,7 +37,7 @@ resources: {device: cpu, slots: 2}
 
 constexpr char kSmall[] = R"(data: {path: d}
 model: {preset: mlp, hidden: [8]}
-optimizer: {type: rmsprop, learning_rate: 1e-3, rho: 0.9, momentum: 0.5, centered: true}
+optimizer: {type: rmsprop, learning_rate: 1e-3, rho: 0.9, momentum: 0.5, centered: true, clip_norm: 2}
 train: {batch: 16, steps: 100}
 )";
 

@@ -85,7 +85,8 @@ bool Equal(const Layer& a, const Layer& b) {
   for (size_t i = 0; i < a.tensors.size(); ++i) {
     const TensorSpec &x = a.tensors[i], &y = b.tensors[i];
     if (x.name != y.name || x.shape != y.shape || x.init.type != y.init.type ||
-        x.init.scale != y.init.scale || x.trainable != y.trainable || x.decays != y.decays)
+        x.init.scale != y.init.scale || x.trainable != y.trainable || x.decays != y.decays ||
+        x.rate_multiplier != y.rate_multiplier || x.decay_multiplier != y.decay_multiplier)
       return false;
   }
   return a.name == b.name && a.type == b.type && a.inputs == b.inputs && a.output == b.output &&
@@ -141,7 +142,14 @@ model:
       units: 8
       bias: false
       weight_init: {type: he, distribution: normal}
-    - {name: batch_norm_1, type: batch_norm, sync: shard, momentum: 0.1, epsilon: 1e-05}
+      learning_rate_multiplier: 1
+      decay_multiplier: 1
+    - name: batch_norm_1
+      type: batch_norm
+      sync: shard
+      momentum: 0.1
+      epsilon: 1e-05
+      learning_rate_multiplier: 1
     - {name: relu_1, type: relu}
     - name: dense_2
       type: dense
@@ -149,6 +157,8 @@ model:
       bias: true
       weight_init: {type: xavier, distribution: uniform}
       bias_init: {type: zeros}
+      learning_rate_multiplier: 1
+      decay_multiplier: 1
 loss:
   type: softmax_cross_entropy
 optimizer:
@@ -156,6 +166,8 @@ optimizer:
   learning_rate: 0.1
   l2: 0
   weight_decay: 0
+  clip_norm: 0
+  clip_value: 0
 schedule:
   type: constant
   warmup_steps: 0

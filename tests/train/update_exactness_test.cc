@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -32,6 +33,8 @@ const std::map<std::string, Case>& Cases() {
       {"rmsprop_centered_momentum",
        {"{type: rmsprop, learning_rate: 0.001, centered: true, momentum: 0.5}",
         "momentum rmsprop_m rmsprop_v "}},
+      {"clip_norm", {"{type: nesterov, learning_rate: 0.05, clip_norm: 0.3}", "momentum "}},
+      {"clip_value", {"{learning_rate: 0.05, clip_value: 0.001}"}},
   };
   return cases;
 }
@@ -75,6 +78,53 @@ TEST_P(UpdateExactness, EveryStepIsThatOfOneSlot) {
   ASSERT_EQ(expected.steps.size(), 30u);
   EXPECT_EQ(Numbers(actual), Numbers(expected));
   EXPECT_LT(expected.steps.back().train().loss(), expected.steps.front().train().loss());
+  for (const v1::StepMetrics& step : expected.steps) EXPECT_GT(step.gradient_norm(), 0);
+}
+
+// With plain SGD at rate 1 an update is the gradient.
+TEST(Clipping, BoundsTheUpdate) {
+  const auto first_loss_and_norm = [](const std::string& optimizer) {
+    std::string yaml = MlpYaml();
+    const size_t begin = yaml.find("optimizer: {"), end = yaml.find('\n', begin);
+    yaml.replace(begin, end - begin, "optimizer: " + optimizer);
+    const Training run = RunMembers(yaml, {.workers = 1, .slots = 2});
+    AgreedDigest(run);
+    return std::pair(run.steps[0].gradient_norm(), run.steps[1].train().loss());
+  };
+  const auto [norm, loss] = first_loss_and_norm("{learning_rate: 0.05}");
+  // The reported norm is the unclipped one; a bound above it changes nothing, one below it does.
+  EXPECT_EQ(first_loss_and_norm(absl::StrCat("{learning_rate: 0.05, clip_norm: ", norm * 2, "}")),
+            std::pair(norm, loss));
+  const auto [clipped_norm, clipped_loss] =
+      first_loss_and_norm(absl::StrCat("{learning_rate: 0.05, clip_norm: ", norm / 2, "}"));
+  EXPECT_EQ(clipped_norm, norm);
+  EXPECT_NE(clipped_loss, loss);
+  // Half the gradient is half the rate, but for two roundings.
+  EXPECT_NEAR(clipped_loss, first_loss_and_norm("{learning_rate: 0.025}").second, 1e-5);
+  EXPECT_NE(first_loss_and_norm("{learning_rate: 0.05, clip_value: 0.001}").second, loss);
+}
+
+// A frozen layer keeps its initial bits; the others do not.
+TEST(Multipliers, OfALayerReachItsTensors) {
+  std::string yaml = MlpYaml();
+  const std::string dense = "{name: dense1, type: dense, units: 64";
+  yaml.replace(yaml.find(dense), dense.size(), dense + ", learning_rate_multiplier: 0");
+  const Cluster one{.workers = 1, .slots = 1, .output_dir = TemporaryFolder()};
+  const Cluster three{.workers = 3, .slots = 1};
+  EXPECT_EQ(AgreedDigest(RunMembers(yaml, three)), AgreedDigest(RunMembers(yaml, one)));
+  const auto digests = ReadFile(one.output_dir + "/digests.jsonl", 16 << 20);
+  ASSERT_TRUE(digests.ok()) << digests.status();
+  std::map<std::string, std::set<std::string>> values;  // that a tensor's digest took
+  for (const char* name : {"\"dense1.weight\":\"", "\"dense1.bias\":\"", "\"dense2.weight\":\""}) {
+    for (size_t at = digests->find(name); at != std::string::npos;
+         at = digests->find(name, at + 1)) {
+      values[name].insert(digests->substr(at + std::string(name).size(), 32));
+    }
+  }
+  ASSERT_EQ(values.size(), 3u) << digests->substr(0, 400);
+  EXPECT_EQ(values["\"dense1.weight\":\""].size(), 1u);
+  EXPECT_EQ(values["\"dense1.bias\":\""].size(), 1u);
+  EXPECT_EQ(values["\"dense2.weight\":\""].size(), 30u);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, UpdateExactness,

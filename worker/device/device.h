@@ -285,6 +285,10 @@ class Device {
   virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars* scalars, const float* gradient, float* parameters,
                                const OptimizerSlots& slots) = 0;
+  // sums[b] = the sum of squares of block b of kNormBlock elements (the last may be shorter), in an
+  // order that depends on the block's length alone. In double, where no finite float overflows: a
+  // sum is finite exactly where all elements of its block are.
+  virtual void SquaredNorms(Stream& stream, int64_t n, const float* x, double* sums) = 0;
   // *flag |= 1 where any element is infinite or NaN.
   virtual void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) = 0;
   // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).

@@ -183,9 +183,13 @@ LOCKSTEP_MATH void OptimizerStep(const OptimizerCoefficients& c, const StepScala
                                  V (&slots)[kMostSlots]) {
   using Type = OptimizerType;
   auto& [slot0, slot1, slot2] = slots;
-  const V minus_rate(-s.learning_rate);
+  const float rate = s.learning_rate * c.rate_multiplier;
+  const V minus_rate(-rate), limit(c.clip_value);
+  g = V(s.gradient_scale) * g;
+  g = Select(Less(limit, g), limit, g);  // keeps NaN
+  g = Select(Less(g, V(0.0f) - limit), V(0.0f) - limit, g);
   g = Fma(V(c.l2), w, g);
-  w = Fma(V(-(s.learning_rate * c.weight_decay)), w, w);
+  w = Fma(V(-(rate * c.weight_decay)), w, w);
   if constexpr (kType == Type::kSgd) {
     w = Fma(minus_rate, g, w);
   } else if constexpr (kType == Type::kMomentum) {

@@ -14,6 +14,7 @@ struct StepScalars {
   float learning_rate = 0;
   float adam_correction1 = 1;  // 1 - beta1^t
   float adam_correction2 = 1;  // 1 - beta2^t
+  float gradient_scale = 1;    // clipping by the global norm
 };
 
 // How a slot's leaves become its subtrees (worker/collective/tree.h), for kernels that fold what
@@ -35,6 +36,10 @@ struct LeafFold {
 // A leaf by itself.
 inline constexpr int kFirstBuffer = 0, kNoCombines = 0;
 inline constexpr LeafFold kOneLeaf = {1, &kFirstBuffer, &kNoCombines, nullptr, 1, &kFirstBuffer};
+
+// Elements of a block of SquaredNorms: 16 KiB, so that small tensors are one block and a slot's
+// share of a large one is even.
+constexpr int64_t kNormBlock = 4096;
 
 struct PoolShape {
   int64_t height = 0, width = 0, channels = 0;  // of the input
@@ -106,8 +111,9 @@ enum class OptimizerType {
 };
 constexpr int kOptimizerTypes = 10;
 
-// g' = g + l2 * w;  decoupled: w -= lr * weight_decay * w before the update (Loshchilov & Hutter
-// 2019).
+// g' = clamp(scale * g, -clip_value, clip_value) + l2 * w, scale of StepScalars; lr is the step's
+// rate times rate_multiplier; decoupled: w -= lr * weight_decay * w before the update (Loshchilov &
+// Hutter 2019).
 //   sgd:      w -= lr g'
 //   momentum: v = mu v + g';  w -= lr v                    (PyTorch's form)
 //   nesterov: v = mu v + g';  w -= lr (g' + mu v)
@@ -124,7 +130,10 @@ constexpr int kOptimizerTypes = 10;
 struct OptimizerCoefficients {
   OptimizerType type = OptimizerType::kSgd;
   float momentum = 0, beta1 = 0, beta2 = 0, rho = 0, epsilon = 0;
-  float l2 = 0, weight_decay = 0;  // of this range: zero where the tensor does not decay
+  float clip_value = __builtin_inff();
+  // Of this range of the vector.
+  float l2 = 0, weight_decay = 0;  // zero where the tensor does not decay
+  float rate_multiplier = 1;
 };
 
 // An optimizer's vectors beside the parameters: momentum's v; adam's m, v; adagrad's v; adadelta's

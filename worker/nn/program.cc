@@ -191,7 +191,8 @@ absl::Status CheckGraph(const Graph& graph) {
 int64_t Append(const spec::TensorSpec& tensor, optim::FlatLayout* layout) {
   const int64_t offset = layout->size, size = ElementCount(tensor.shape);
   layout->tensors.push_back({tensor.name, tensor.shape, offset, size, tensor.decays, tensor.init,
-                             TensorKey(tensor.name)});
+                             TensorKey(tensor.name), tensor.rate_multiplier,
+                             tensor.decay_multiplier});
   layout->size = AlignUp(offset + size);
   return offset;
 }

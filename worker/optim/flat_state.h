@@ -35,6 +35,7 @@ struct TensorView {
   bool decays = false;
   spec::Initializer init;
   uint64_t digest_key = 0;  // TensorKey(name)
+  double rate_multiplier = 1, decay_multiplier = 1;
 };
 
 struct FlatLayout {

@@ -6,8 +6,8 @@
 namespace lockstep::optim {
 namespace {
 
-bool SameDecay(const device::OptimizerCoefficients& a, const device::OptimizerCoefficients& b) {
-  return a.l2 == b.l2 && a.weight_decay == b.weight_decay;
+bool SameOfRange(const device::OptimizerCoefficients& a, const device::OptimizerCoefficients& b) {
+  return a.l2 == b.l2 && a.weight_decay == b.weight_decay && a.rate_multiplier == b.rate_multiplier;
 }
 
 }  // namespace
@@ -42,10 +42,13 @@ Optimizer::Optimizer(const device::OptimizerCoefficients& coefficients, const Fl
     : coefficients_(coefficients) {
   for (size_t i = 0; i < layout.tensors.size(); ++i) {
     const bool last = i + 1 == layout.tensors.size();
-    Range range{layout.tensors[i].offset, last ? layout.size : layout.tensors[i + 1].offset,
-                coefficients};
-    if (!layout.tensors[i].decays) range.coefficients.l2 = range.coefficients.weight_decay = 0;
-    if (!ranges_.empty() && SameDecay(ranges_.back().coefficients, range.coefficients)) {
+    const TensorView& tensor = layout.tensors[i];
+    Range range{tensor.offset, last ? layout.size : layout.tensors[i + 1].offset, coefficients};
+    const float decay = tensor.decays ? static_cast<float>(tensor.decay_multiplier) : 0.0f;
+    range.coefficients.l2 *= decay;
+    range.coefficients.weight_decay *= decay;
+    range.coefficients.rate_multiplier = static_cast<float>(tensor.rate_multiplier);
+    if (!ranges_.empty() && SameOfRange(ranges_.back().coefficients, range.coefficients)) {
       ranges_.back().end = range.end;
     } else {
       ranges_.push_back(range);

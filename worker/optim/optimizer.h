@@ -27,8 +27,8 @@ double LearningRate(const ScheduleOptions& options, int64_t step);
 
 class Optimizer {
  public:
-  // `coefficients` with l2 and weight_decay as the spec gives them; they apply to tensors that
-  // decay.
+  // `coefficients` with l2 and weight_decay as the spec gives them: they apply to tensors that
+  // decay, times a tensor's multiplier.
   Optimizer(const device::OptimizerCoefficients& coefficients, const FlatLayout& layout);
 
   // Fills in everything about `step` that the kernels read.

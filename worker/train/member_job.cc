@@ -227,6 +227,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     ASSIGN_OR_RETURN(state_, optim::FlatState::Make(*device_, program_->parameters(),
                                                     program_->statistics(), coefficients.type));
     optimizer_ = std::make_unique<optim::Optimizer>(coefficients, program_->parameters());
+    ASSIGN_OR_RETURN(norm_, optim::GradientNorm::Make(*device_, program_->parameters()));
     optim::Initialize(program_->parameters(), spec_.train().seed(), state_->parameters());
     optim::Initialize(program_->statistics(), spec_.train().seed(), state_->statistics());
     return absl::OkStatus();
@@ -415,6 +416,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.checkpoint_every_steps = spec_.checkpoint().every_steps();
     o.checkpoint_every_epochs = spec_.checkpoint().every_epochs();
     o.schedule = MakeSchedule(spec_, length_);
+    o.clip_norm = spec_.optimizer().clip_norm();
     o.evaluate_only = options_.evaluate_only;
     o.flip_bit_at_step = options_.flip_bit_at_step;
 
@@ -448,6 +450,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     parts.state = state_.get();
     parts.operations = operations_.get();
     parts.optimizer = optimizer_.get();
+    parts.norm = norm_.get();
     for (const auto& plan : plans_) parts.plans.push_back(plan.get());
     parts.communicator = communicator_.get();
     parts.team = team_.get();
@@ -527,6 +530,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   std::unique_ptr<nn::Operations> operations_;
   std::unique_ptr<optim::FlatState> state_;
   std::unique_ptr<optim::Optimizer> optimizer_;
+  std::unique_ptr<optim::GradientNorm> norm_;
   std::vector<std::unique_ptr<nn::Plan>> plans_;
   std::optional<LoadedCheckpoint> loaded_;
   collective::Placement placement_;

@@ -98,6 +98,7 @@ void Recorder::Work() {
       if (entry.record.has_accuracy) step->mutable_train()->set_accuracy(entry.record.accuracy);
       step->mutable_train()->set_samples(entry.record.samples);
       step->set_learning_rate(entry.record.learning_rate);
+      step->set_gradient_norm(entry.record.gradient_norm);
       step->set_seconds(entry.record.seconds);
       if (entry.record.has_digests) {
         step->set_state_digest(ToHex(entry.record.state));

@@ -34,7 +34,7 @@ struct StepRecord {
   double loss = 0, accuracy = 0;
   bool has_accuracy = false;
   int64_t samples = 0;
-  double learning_rate = 0, seconds = 0;
+  double learning_rate = 0, gradient_norm = 0, seconds = 0;
   bool has_digests = false;
   Digest state, parameters;
 };

@@ -83,6 +83,7 @@ device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec) {
   c.epsilon = static_cast<float>(spec.epsilon());
   c.l2 = static_cast<float>(spec.l2());
   c.weight_decay = static_cast<float>(spec.weight_decay());
+  if (spec.clip_value() > 0) c.clip_value = static_cast<float>(spec.clip_value());
   return c;
 }
 

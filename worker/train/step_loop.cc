@@ -96,6 +96,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   std::vector<int64_t> shard_correct, shard_rows;
 
   int64_t step = 0;
+  double gradient_norm = 0;
   absl::Time step_began;
   const Trailer* trailer = nullptr;
   Trailer evaluated;               // stands in for the trailer once an evaluation replaced it
@@ -166,6 +167,7 @@ absl::Status StepLoop::Run(int index) {
     RETURN_IF_ERROR(ForwardBackward(slot));
     RETURN_IF_ERROR(FinishReduce(slot));
     RETURN_IF_ERROR(Gate(slot));
+    Clip(slot);
     Optimize(slot);
     UpdateStatistics(slot);
     RETURN_IF_ERROR(Commit(slot));
@@ -261,18 +263,19 @@ absl::Status StepLoop::FinishReduce(Slot& slot) {
 
 absl::Status StepLoop::Gate(Slot& slot) {
   const int k = parts_.team->slots();
-  const int64_t size = parts_.program->parameters().size;
-  const int64_t begin = PartBegin(size, k, slot.index), end = PartBegin(size, k, slot.index + 1);
-  uint32_t& flag = slot.shared->non_finite;
-  flag = std::isfinite(slot.trailer->loss_sum) ? 0 : 1;
-  parts_.device->FlagNonFinite(*slot.stream, end - begin, parts_.all_reduce->result() + begin,
-                               &flag);
+  parts_.norm->Sum(*parts_.device, *slot.stream, slot.index, k, parts_.all_reduce->result());
   RETURN_IF_ERROR(slot.stream->Synchronize());
   std::atomic<uint32_t>& latch = non_finite_[slot.step % 2];
-  if (flag != 0) latch |= flag;
+  if (!std::isfinite(slot.trailer->loss_sum) || !parts_.norm->IsFinite(slot.index, k)) latch = 1;
   RETURN_IF_ERROR(Barrier(slot));
   if (slot.index == 0) non_finite_[(slot.step + 1) % 2] = 0;
   return latch == 0 ? absl::OkStatus() : NameNonFinite(slot);
+}
+
+void StepLoop::Clip(Slot& slot) {
+  slot.gradient_norm = parts_.norm->Value();
+  slot.scalars->gradient_scale =
+      static_cast<float>(optim::ClipScale(slot.gradient_norm, options_.clip_norm));
 }
 
 void StepLoop::Optimize(Slot& slot) {
@@ -346,6 +349,7 @@ absl::Status StepLoop::Report(Slot& slot) {
   record.has_accuracy = options_.has_accuracy;
   record.samples = t.rows;
   record.learning_rate = slot.scalars->learning_rate;
+  record.gradient_norm = slot.gradient_norm;
   record.seconds = absl::ToDoubleSeconds(now - started_);
   record.has_digests = digested_step_ == slot.step;
   record.state = state_digest_;

@@ -26,6 +26,7 @@
 #include "worker/data/batch_loader.h"
 #include "worker/device/device.h"
 #include "worker/nn/plan.h"
+#include "worker/optim/gradient_norm.h"
 #include "worker/optim/optimizer.h"
 #include "worker/train/recorder.h"
 #include "worker/train/spec_options.h"
@@ -63,6 +64,7 @@ class StepLoop {
     int64_t evaluate_every_steps = 0, evaluate_every_epochs = 1;
     int64_t checkpoint_every_steps = 0, checkpoint_every_epochs = 1;
     optim::ScheduleOptions schedule;
+    double clip_norm = 0;  // 0: none
     bool evaluate_only = false;
     int64_t flip_bit_at_step = 0;  // fault injection: corrupts this replica after that step
     absl::Duration collective_timeout = absl::Minutes(10);
@@ -73,6 +75,7 @@ class StepLoop {
     optim::FlatState* state = nullptr;
     nn::Operations* operations = nullptr;
     const optim::Optimizer* optimizer = nullptr;
+    optim::GradientNorm* norm = nullptr;
     std::vector<nn::Plan*> plans;  // by slot
     collective::Communicator* communicator = nullptr;
     collective::Team* team = nullptr;
@@ -117,6 +120,7 @@ class StepLoop {
   absl::Status ForwardBackward(Slot& slot);
   absl::Status FinishReduce(Slot& slot);
   absl::Status Gate(Slot& slot);
+  void Clip(Slot& slot);
   void Optimize(Slot& slot);
   void UpdateStatistics(Slot& slot);
   absl::Status Commit(Slot& slot);

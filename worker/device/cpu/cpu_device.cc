@@ -207,6 +207,9 @@ class CpuDevice : public Device {
                        const OptimizerSlots& slots) override {
     k_.optimizer_update(coefficients, n, *scalars, gradient, parameters, slots);
   }
+  void SquaredNorms(Stream&, int64_t n, const float* x, double* sums) override {
+    k_.squared_norms(n, x, sums);
+  }
   void FlagNonFinite(Stream&, int64_t n, const float* x, uint32_t* flag) override {
     // Slots may share the flag.
     if (k_.has_non_finite(n, x)) std::atomic_ref<uint32_t>(*flag).fetch_or(1);

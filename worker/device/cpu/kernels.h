@@ -130,6 +130,7 @@ struct Kernels {
   void (*optimizer_update)(const OptimizerCoefficients& coefficients, int64_t n,
                            const StepScalars& scalars, const float* gradient, float* parameters,
                            const OptimizerSlots& slots);
+  void (*squared_norms)(int64_t n, const float* x, double* sums);
   bool (*has_non_finite)(int64_t n, const float* x);
   // *lo and *hi are the digest's words; 128-bit addition.
   void (*accumulate_digest)(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,

@@ -71,6 +71,32 @@ void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
   }
 }
 
+void SquaredNorms(int64_t n, const float* x, double* sums) {
+  constexpr int kChains = 4;  // sums in progress, so that one does not wait for the other
+  for (int64_t begin = 0; begin < n; begin += kNormBlock, ++sums) {
+    const float* block = x + begin;
+    const int64_t size = n - begin < kNormBlock ? n - begin : kNormBlock;
+    D16 sum[kChains] = {D16(0.0), D16(0.0), D16(0.0), D16(0.0)};
+    const auto add = [&](F16 values, int chain) {
+      const D16 wide = ToDouble(values);
+      sum[chain] = Fma(wide, wide, sum[chain]);
+    };
+    int64_t i = 0;
+    for (; i + kChains * kLanes <= size; i += kChains * kLanes) {
+      for (int chain = 0; chain < kChains; ++chain) {
+        add(Load(block + i + chain * kLanes, All()), chain);
+      }
+    }
+    ForEachVector(size - i, [&](int64_t at, auto m) { add(Load(block + i + at, m), 0); });
+    alignas(64) double lanes[kLanes];
+    Store(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    *sums = lanes[0];
+  }
+}
+
 bool HasNonFinite(int64_t n, const float* x) {
   const I16 exponent(0x7F800000);
   uint32_t found = 0;

@@ -89,6 +89,7 @@ void CountCorrect(int64_t rows, int64_t classes, const float* scores, const int3
 void OptimizerUpdate(const OptimizerCoefficients& coefficients, int64_t n,
                      const StepScalars& scalars, const float* gradient, float* parameters,
                      const OptimizerSlots& slots);
+void SquaredNorms(int64_t n, const float* x, double* sums);
 bool HasNonFinite(int64_t n, const float* x);
 void AccumulateDigest(int64_t n, const float* x, uint64_t tensor_key, uint64_t first_index,
                       uint64_t* lo, uint64_t* hi);

@@ -38,6 +38,7 @@ const Kernels kKernels = {
     .mean_squared_error = MeanSquaredError,
     .count_correct = CountCorrect,
     .optimizer_update = OptimizerUpdate,
+    .squared_norms = SquaredNorms,
     .has_non_finite = HasNonFinite,
     .accumulate_digest = AccumulateDigest,
     .gather_sample = GatherSample,
