@@ -290,6 +290,15 @@ MaybeProblem CompleteTrain(const SourceMap& sources, v1::TrainSpec* train) {
   if (!shards_given) train->set_shards(8);
   LOCKSTEP_RETURN_IF_PROBLEM(
       CheckShards(sources, "train.batch", train->batch(), shards_given, train->shards()));
+  if (train->accumulate() == 0) train->set_accumulate(1);
+  const int largest = (train->batch() + train->shards() - 1) / train->shards();
+  if (train->accumulate() > largest) {
+    return Problem{
+        "train.accumulate",
+        fmt::format("{} is more than the samples of the largest shard ({}, of "
+                    "train.batch {} in {} shards); accepted: 1 to {}",
+                    train->accumulate(), largest, train->batch(), train->shards(), largest)};
+  }
   if (!train->has_seed()) train->set_seed(1);
   if (!train->has_digest_every()) train->set_digest_every(1);
   v1::EvaluateSpec* evaluate = train->mutable_evaluate();

@@ -133,6 +133,7 @@ const std::map<std::string, Rule>& Rules() {
       {"TrainSpec.shards", Integer(1, 4096)},
       {"TrainSpec.seed", Integer(0, std::numeric_limits<uint64_t>::max())},
       {"TrainSpec.digest_every", Integer(0, kManySteps)},
+      {"TrainSpec.accumulate", Integer(1, 4096)},
       {"EvaluateSpec.every_steps", Integer(0, kManySteps)},
       {"EvaluateSpec.every_epochs", Integer(0, kManyEpochs)},
       {"EvaluateSpec.batch", Integer(1, kLargestBatch)},

@@ -118,6 +118,25 @@ TEST(AllReduce, SlotsOfProcesses) {
   ExpectExact(Spread(scenario, 2), RunProcesses(Spread(scenario, 2)));
 }
 
+// Microbatches of several shards written side by side: the same bits as by the definition.
+TEST(AllReduce, LeavesWrittenInterleaved) {
+  for (const int interleaved : {2, 3, 5}) {
+    for (const auto& [members, slots] : {std::pair(1, 1), {1, 3}, {2, 1}, {3, 2}, {5, 1}}) {
+      Scenario scenario = EvenScenario(8, members, slots, 3000);
+      for (ScenarioMember& member : scenario.members) {
+        for (int& bound : member.bounds) bound *= interleaved;
+      }
+      scenario.interleaved = interleaved;
+      scenario.bucket_bytes = 4 << 10;
+      for (const Presence presence : {Presence::kAll, Presence::kRandom, Presence::kShort}) {
+        scenario.presence = presence;
+        scenario.steps = 4;
+        ExpectExact(scenario, RunThreads(scenario));
+      }
+    }
+  }
+}
+
 TEST(AllReduce, UnevenPlacementsEmptySlotsAndEmptyMembers) {
   const std::vector<std::vector<std::vector<int>>> placements = {
       {{0, 1}, {1, 7}, {7, 8}},         {{0, 5}, {5, 6}, {6, 8}}, {{0, 0}, {0, 8}, {8, 8}},

@@ -103,6 +103,7 @@ absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, Canonica
   if (!stream.ok()) return stream.status();
   std::vector<int64_t> offsets = Offsets(s.size);
   offsets.push_back(s.size);
+  const std::vector<int> order = WriteOrder(bounds[slot], bounds[slot + 1], s.interleaved);
   for (int step = 0; step < s.steps; ++step) {
     const bool last_chance = s.victim >= 0 && step >= s.victim_step;
     const absl::Time deadline =
@@ -121,10 +122,10 @@ absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, Canonica
     // Segment by segment over all leaves, or leaf by leaf: both happen.
     if (step % 2 == 0) {
       for (size_t range = 0; range + 1 < offsets.size(); ++range) {
-        for (int leaf = bounds[slot]; leaf < bounds[slot + 1]; ++leaf) write(leaf, range);
+        for (const int leaf : order) write(leaf, range);
       }
     } else {
-      for (int leaf = bounds[slot]; leaf < bounds[slot + 1]; ++leaf) {
+      for (const int leaf : order) {
         for (size_t range = 0; range + 1 < offsets.size(); ++range) write(leaf, range);
       }
     }
@@ -158,6 +159,7 @@ Placement Scenario::placement() const {
   Placement placement;
   placement.leaves = leaves();
   for (const ScenarioMember& member : members) placement.bounds.push_back(member.bounds);
+  placement.interleaved = interleaved;
   return placement;
 }
 

@@ -67,36 +67,70 @@ TEST(Tree, MaximalSubtreesCoverEveryRangeWithTheFewestNodes) {
   }
 }
 
+// Plays the schedule in the order of writing.
+void ExpectCanonical(int n, int begin, int end, const std::vector<uint8_t>& present,
+                     int interleaved) {
+  const StackSchedule schedule = MakeStackSchedule(n, begin, end, present, interleaved);
+  const std::vector<Node> parts = MaximalSubtrees(n, begin, end);
+  std::vector<std::string> buffers(schedule.buffers);
+  ASSERT_EQ(schedule.leaves.size(), static_cast<size_t>(end - begin));
+  for (const int leaf : WriteOrder(begin, end, interleaved)) {
+    const StackSchedule::Leaf& step = schedule.leaves[leaf - begin];
+    ASSERT_EQ(step.buffer >= 0, present[leaf] != 0);
+    if (step.buffer < 0) {
+      ASSERT_TRUE(step.combines.empty());
+      continue;
+    }
+    ASSERT_TRUE(buffers[step.buffer].empty()) << "overwrites a value that is needed";
+    buffers[step.buffer] = std::to_string(leaf);
+    for (const Combine& combine : step.combines) Apply(combine, &buffers);
+  }
+  ASSERT_EQ(schedule.part_buffer.size(), parts.size());
+  for (size_t part = 0; part < parts.size(); ++part) {
+    const std::string expected = Definition(parts[part].begin, parts[part].end, present);
+    const int buffer = schedule.part_buffer[part];
+    ASSERT_EQ(buffer < 0 ? "" : buffers[buffer], expected);
+  }
+}
+
 TEST(Tree, StackScheduleFoldsEveryRangeInCanonicalOrder) {
   std::mt19937 random(7);
   for (int n = 1; n <= 70; ++n) {
     for (int begin = 0; begin < n; ++begin) {
       for (int end = begin; end <= n; ++end) {
-        const std::vector<uint8_t> present = RandomPresence(n, &random);
-        const StackSchedule schedule = MakeStackSchedule(n, begin, end, present);
-        const std::vector<Node> parts = MaximalSubtrees(n, begin, end);
-        std::vector<std::string> buffers(schedule.buffers);
-        ASSERT_EQ(schedule.leaves.size(), static_cast<size_t>(end - begin));
-        for (int leaf = begin; leaf < end; ++leaf) {
-          const StackSchedule::Leaf& step = schedule.leaves[leaf - begin];
-          ASSERT_EQ(step.buffer >= 0, present[leaf] != 0);
-          if (step.buffer < 0) {
-            ASSERT_TRUE(step.combines.empty());
-            continue;
-          }
-          ASSERT_TRUE(buffers[step.buffer].empty()) << "overwrites a value that is needed";
-          buffers[step.buffer] = std::to_string(leaf);
-          for (const Combine& combine : step.combines) Apply(combine, &buffers);
-        }
-        ASSERT_EQ(schedule.part_buffer.size(), parts.size());
-        for (size_t part = 0; part < parts.size(); ++part) {
-          const std::string expected = Definition(parts[part].begin, parts[part].end, present);
-          const int buffer = schedule.part_buffer[part];
-          ASSERT_EQ(buffer < 0 ? "" : buffers[buffer], expected);
+        ExpectCanonical(n, begin, end, RandomPresence(n, &random), 1);
+        if (HasFatalFailure()) FAIL() << n << " " << begin << " " << end;
+      }
+    }
+  }
+}
+
+TEST(Tree, AnInterleavedScheduleFoldsToTheSame) {
+  std::mt19937 random(13);
+  for (const int interleaved : {2, 3, 4, 7}) {
+    for (int groups = 1; groups <= 9; ++groups) {
+      const int n = groups * interleaved;
+      for (int begin = 0; begin < groups; ++begin) {
+        for (int end = begin; end <= groups; ++end) {
+          const std::vector<uint8_t> present = RandomPresence(n, &random), all(n, 1);
+          ExpectCanonical(n, begin * interleaved, end * interleaved, present, interleaved);
+          if (HasFatalFailure()) FAIL() << interleaved << " " << n << " " << begin << " " << end;
+          // Absent leaves never need more.
+          const auto buffers = [&](const std::vector<uint8_t>& leaves) {
+            return MakeStackSchedule(n, begin * interleaved, end * interleaved, leaves, interleaved)
+                .buffers;
+          };
+          ASSERT_LE(buffers(present), buffers(all));
         }
       }
     }
   }
+}
+
+TEST(Tree, WritesTheFirstOfEveryGroupBeforeTheSecondOfAny) {
+  EXPECT_EQ(WriteOrder(3, 7, 1), (std::vector<int>{3, 4, 5, 6}));
+  EXPECT_EQ(WriteOrder(3, 9, 3), (std::vector<int>{3, 6, 4, 7, 5, 8}));
+  EXPECT_TRUE(WriteOrder(4, 4, 2).empty());
 }
 
 TEST(Tree, StackSchedulesUseAsFewBuffersAsABinaryCounter) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <map>
 #include <set>
+#include <tuple>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -156,6 +157,46 @@ TEST(RangeOfShard, Examples) {
   EXPECT_THAT(counts(1), testing::ElementsAre(1, 0, 0, 0));
 }
 
+// Each shard's samples are in exactly one microbatch, in order, and a partial shard fills the same.
+TEST(RangeOfMicrobatch, CutsAShardAsAShardCutsABatch) {
+  for (const auto& [batch, shards, microbatches] :
+       {std::tuple<int64_t, int64_t, int64_t>{100, 8, 3}, {100, 8, 13}, {7, 7, 1}, {64, 4, 16}}) {
+    for (int64_t actual = 1; actual <= batch; ++actual) {
+      for (int64_t shard = 0; shard < shards; ++shard) {
+        int64_t next = 0;
+        for (int64_t m = 0; m < microbatches; ++m) {
+          const BatchCut cut{batch, shards, microbatches};
+          const ShardRange range = RangeOfMicrobatch(cut, actual, shard, m);
+          const ShardRange full = RangeOfMicrobatch(cut, batch, shard, m);
+          ASSERT_EQ(range.first, next);
+          ASSERT_LE(range.count, full.count);
+          if (range.count > 0) {
+            ASSERT_EQ(range.first, full.first);
+          }
+          next += range.count;
+        }
+        ASSERT_EQ(next, RangeOfShard(batch, shards, actual, shard).count);
+      }
+    }
+  }
+  const auto counts = [](int64_t actual, int64_t shard) {
+    std::vector<int64_t> result;
+    for (int64_t m = 0; m < 3; ++m) {
+      result.push_back(RangeOfMicrobatch({100, 8, 3}, actual, shard, m).count);
+    }
+    return result;
+  };
+  EXPECT_THAT(counts(100, 0), testing::ElementsAre(5, 4, 4));
+  EXPECT_THAT(counts(100, 7), testing::ElementsAre(4, 4, 4));
+  EXPECT_THAT(counts(30, 2), testing::ElementsAre(4, 0, 0));
+  EXPECT_THAT(counts(33, 2), testing::ElementsAre(5, 2, 0));
+}
+
+TEST(RowCounts, OfMicrobatches) {
+  EXPECT_THAT(RowCounts(1030, {100, 8, 3}, 0, 8), testing::ElementsAre(4, 5));
+  EXPECT_THAT(RowCounts(1033, {100, 8, 3}, 2, 3), testing::ElementsAre(2, 4, 5));
+}
+
 TEST(RowCounts, AreExactlyThoseThatOccur) {
   for (int64_t samples = 1; samples <= 30; ++samples) {
     for (int64_t batch = 1; batch <= 12; ++batch) {
@@ -170,7 +211,7 @@ TEST(RowCounts, AreExactlyThoseThatOccur) {
             }
           }
           expected.erase(0);
-          ASSERT_EQ(RowCounts(samples, batch, shards, first, last),
+          ASSERT_EQ(RowCounts(samples, {batch, shards}, first, last),
                     std::vector<int64_t>(expected.begin(), expected.end()))
               << samples << " " << batch << " " << shards;
         }

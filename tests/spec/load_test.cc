@@ -467,7 +467,7 @@ TEST(Override, RefusalsNameTheArgument) {
        std::string("trian: unknown field (did you mean \"train\"?); accepted: ") + kTop},
       {"train..batch=1",
        "train.: unknown field; accepted: batch, epochs, steps, shards, seed, evaluate, "
-       "digest_every"},
+       "digest_every, accumulate"},
       {"train.batch.x=1", "train.batch.x: train.batch has no fields; accepted: train.batch itself"},
       {"train.batch=", "train.batch: found nothing; accepted: an integer from 1 to 1048576"},
       {"train.batch=[1", "train.batch: not YAML: end of sequence flow not found (column 1)"},
@@ -476,7 +476,7 @@ TEST(Override, RefusalsNameTheArgument) {
        "data.shape: found more after the end of the first document; accepted: one document"},
       {"train=5",
        "train: found 5; accepted: a mapping of fields: batch, epochs, steps, shards, seed, "
-       "evaluate, digest_every"},
+       "evaluate, digest_every, accumulate"},
       {"model.layers.2.units=1", "model.layers: no element \"2\"; accepted: 0 to 1"},
       {"model.layers.-1.units=1", "model.layers: no element \"-1\"; accepted: 0 to 1"},
       {"model.layers.dense_2.units=1",
@@ -514,7 +514,8 @@ TEST(Normalize, FillsEveryDefault) {
     optimizer { type: "sgd" learning_rate: 0.1 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0 }
     schedule { type: "constant" warmup_steps: 0 }
     train { batch: 128 epochs: 1 shards: 8 seed: 1
-            evaluate { every_steps: 0 every_epochs: 1 batch: 128 } digest_every: 1 }
+            evaluate { every_steps: 0 every_epochs: 1 batch: 128 } digest_every: 1
+            accumulate: 1 }
     checkpoint { every_steps: 0 every_epochs: 1 keep: 3 }
     resources { device: "cpu" })",
                                                             &expected));
@@ -674,7 +675,7 @@ TEST(Normalize, RefusesFieldsOfANewerVersion) {
   EXPECT_EQ(
       Normalize(spec).status().message(),
       "train: found field number 99, which this version does not know; accepted: batch, epochs, "
-      "steps, shards, seed, evaluate, digest_every");
+      "steps, shards, seed, evaluate, digest_every, accumulate");
 }
 
 TEST(ResolveDataPath, ResolvesRelativePathsBelowLockstepData) {

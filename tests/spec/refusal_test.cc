@@ -204,6 +204,10 @@ std::vector<Refusal> Refusals() {
       {"train.seed", "18446744073709551616",
        Integer("18446744073709551616", "0", "18446744073709551615")},
       {"train.digest_every", "-1", Integer("-1", "0", kMany)},
+      {"train.accumulate", "0", Integer("0", "1", "4096")},
+      {"train.accumulate", "17",
+       "17 is more than the samples of the largest shard (16, of train.batch 128 in 8 shards); "
+       "accepted: 1 to 16"},
       {"train.evaluate", "5",
        "found 5; accepted: a mapping of fields: every_steps, every_epochs, batch"},
       {"train.evaluate.every_steps", "-1", Integer("-1", "0", kMany)},

@@ -181,6 +181,7 @@ train:
     every_epochs: 1
     batch: 128
   digest_every: 1
+  accumulate: 1
 checkpoint:
   every_steps: 0
   every_epochs: 1

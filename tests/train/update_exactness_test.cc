@@ -1,5 +1,6 @@
 // The equalities of exactness_test.cc for every optimizer and everything else that shapes an
 // update.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <map>
@@ -10,14 +11,18 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/fs.h"
+#include "nlohmann/json.hpp"
 #include "tests/train/members.h"
+#include "worker/train/offline.h"
 
 namespace lockstep::train {
 namespace {
 
 struct Case {
-  std::string optimizer;
+  std::string optimizer = "{type: momentum, learning_rate: 0.05}";
   std::string slots = {};  // names of the checkpoint's slot vectors, with a blank behind each
+  int accumulate = 1;
+  bool ghost = false;  // batch norms with sync: shard
 };
 
 const std::map<std::string, Case>& Cases() {
@@ -35,14 +40,39 @@ const std::map<std::string, Case>& Cases() {
         "momentum rmsprop_m rmsprop_v "}},
       {"clip_norm", {"{type: nesterov, learning_rate: 0.05, clip_norm: 0.3}", "momentum "}},
       {"clip_value", {"{learning_rate: 0.05, clip_value: 0.001}"}},
+      // Shards of 13 and 12 samples: in uneven microbatches, in some that the smaller shards lack,
+      // and in single samples. The last batch of an epoch fills only the first of its partial
+      // shard.
+      {"accumulate_3", {.slots = "momentum ", .accumulate = 3}},
+      {"accumulate_13", {.slots = "momentum ", .accumulate = 13}},
+      {"accumulate_3_ghost", {.slots = "momentum ", .accumulate = 3, .ghost = true}},
+      {"accumulate_4_ghost_clipped",
+       {.optimizer = "{type: adamw, learning_rate: 0.001, clip_norm: 0.5}",
+        .slots = "adam_m adam_v ",
+        .accumulate = 4,
+        .ghost = true}},
   };
   return cases;
 }
 
-std::string YamlOf(const std::string& name) {
+std::string Replaced(std::string text, const std::string& from, const std::string& to) {
+  for (size_t at = text.find(from); at != std::string::npos; at = text.find(from, at + to.size())) {
+    text.replace(at, from.size(), to);
+  }
+  return text;
+}
+
+std::string WithOptimizer(const std::string& optimizer) {
   std::string yaml = MlpYaml();
   const size_t begin = yaml.find("optimizer: {"), end = yaml.find('\n', begin);
-  return yaml.replace(begin, end - begin, "optimizer: " + Cases().at(name).optimizer);
+  return yaml.replace(begin, end - begin, "optimizer: " + optimizer);
+}
+
+std::string YamlOf(const std::string& name) {
+  const Case& c = Cases().at(name);
+  std::string yaml = WithOptimizer(c.optimizer);
+  if (c.ghost) yaml = Replaced(yaml, "sync: batch", "sync: shard");
+  return Replaced(yaml, "train: {", absl::StrCat("train: {accumulate: ", c.accumulate, ", "));
 }
 
 using Placement = std::pair<int, int>;  // workers, slots
@@ -84,10 +114,7 @@ TEST_P(UpdateExactness, EveryStepIsThatOfOneSlot) {
 // With plain SGD at rate 1 an update is the gradient.
 TEST(Clipping, BoundsTheUpdate) {
   const auto first_loss_and_norm = [](const std::string& optimizer) {
-    std::string yaml = MlpYaml();
-    const size_t begin = yaml.find("optimizer: {"), end = yaml.find('\n', begin);
-    yaml.replace(begin, end - begin, "optimizer: " + optimizer);
-    const Training run = RunMembers(yaml, {.workers = 1, .slots = 2});
+    const Training run = RunMembers(WithOptimizer(optimizer), {.workers = 1, .slots = 2});
     AgreedDigest(run);
     return std::pair(run.steps[0].gradient_norm(), run.steps[1].train().loss());
   };
@@ -133,6 +160,72 @@ INSTANTIATE_TEST_SUITE_P(All, UpdateExactness,
                                                           Placement(2, 1), Placement(3, 1),
                                                           Placement(5, 1))),
                          NameOf);
+
+// With power-of-two cuts, leaves are the same whether shards or microbatches make them: 8 shards of
+// 16 are 4 of 2 or 2 of 4 microbatches, to the last bit of every tensor, statistics too.
+TEST(Accumulation, OfMicrobatchesIsThatOfAsManyShards) {
+  const auto digest = [](int shards, int accumulate, int samples) {
+    std::string yaml = Replaced(MlpYaml(), "sync: batch", "sync: shard");
+    yaml = Replaced(
+        yaml, "batch: 100, steps: 30, shards: 8",
+        absl::StrCat("batch: 128, steps: 20, shards: ", shards, ", accumulate: ", accumulate));
+    yaml = Replaced(yaml, "train_samples: 1030", absl::StrCat("train_samples: ", samples));
+    const Training run = RunMembers(yaml, {.workers = 1, .slots = 2});
+    std::string losses;
+    for (const v1::StepMetrics& step : run.steps)
+      absl::StrAppend(&losses, step.train().loss(), " ");
+    return std::pair(AgreedDigest(run), losses);
+  };
+  // The last batch of 500 is short: 116 samples, 7 leaves and a quarter of one.
+  for (const int samples : {1024, 500}) {
+    const auto shards = digest(8, 1, samples);
+    EXPECT_EQ(digest(4, 2, samples), shards);
+    EXPECT_EQ(digest(2, 4, samples), shards);
+    EXPECT_NE(digest(4, 1, samples), shards);
+  }
+}
+
+// Whatever the microbatches, a shard is one step's work and its samples count once.
+TEST(Accumulation, CountsShardsAndSamplesOnce) {
+  const Training run = RunMembers(YamlOf("accumulate_3"), {.workers = 2, .slots = 2});
+  AgreedDigest(run);
+  EXPECT_EQ(run.steps[0].train().samples(), 100);
+  EXPECT_EQ(run.steps[10].train().samples(), 30);
+  for (int shard = 0; shard < 8; ++shard) {
+    int64_t steps = 0;
+    for (const v1::Ended& ended : run.ended) steps += ended.shard_steps(shard);
+    EXPECT_EQ(steps, shard < 3 ? 30 : 28) << shard;
+  }
+}
+
+TEST(Accumulation, TakesTheActivationMemoryOfAMicrobatch) {
+  const auto activations = [](const std::string& yaml) {
+    const absl::StatusOr<std::string> text = ExplainSpec(yaml);
+    EXPECT_TRUE(text.ok()) << text.status();
+    return nlohmann::json::parse(*text)["memory"]["activations_bytes"].get<int64_t>();
+  };
+  for (const char* sync : {"batch", "shard"}) {
+    const auto yaml = [&](int accumulate) {
+      return absl::StrCat(
+          "data: {path: d}\nmodel: {preset: fashion-cnn, sync: ", sync,
+          "}\noptimizer: {learning_rate: 0.1}\n",
+          "train: {batch: 512, steps: 1, evaluate: {batch: 8}, accumulate: ", accumulate, "}\n");
+    };
+    // But for the alignment of small tensors; one microbatch at a time may need even less.
+    const auto whole = static_cast<double>(activations(yaml(1)));
+    EXPECT_LE(4.0 * static_cast<double>(activations(yaml(4))), 1.01 * whole) << sync;
+  }
+}
+
+// A checkpoint goes on only with the cut that it was made with.
+TEST(Accumulation, ARunDoesNotGoOnWithAnother) {
+  const Cluster whole{.workers = 1, .slots = 2, .output_dir = TemporaryFolder()};
+  AgreedDigest(RunMembers(YamlOf("accumulate_3"), whole));
+  Cluster rest{.workers = 1, .slots = 1};
+  rest.resume_from = whole.output_dir + "/checkpoints/step-00000013";
+  EXPECT_THAT(RunMembers(MlpYaml(), rest).prepare_error,
+              testing::HasSubstr("it was made with train.accumulate 3, the spec says 1"));
+}
 
 // Saved in mid-epoch and resumed on another placement: the bits of the undisturbed run.
 class UpdateResume : public testing::TestWithParam<std::string> {};

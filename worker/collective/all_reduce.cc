@@ -32,15 +32,15 @@ struct alignas(kLine) Line {
 size_t VectorBytes(int64_t size) { return std::max(kLine, RoundUp(size * sizeof(float))); }
 
 // Vectors that a slot needs when every leaf is there; fewer leaves never need more.
-int SlotBuffers(int leaves, int begin, int end) {
-  const std::vector<uint8_t> present(leaves, 1);
-  return MakeStackSchedule(leaves, begin, end, present).buffers;
+int SlotBuffers(const Placement& placement, int begin, int end) {
+  const std::vector<uint8_t> present(placement.leaves, 1);
+  return MakeStackSchedule(placement.leaves, begin, end, present, placement.interleaved).buffers;
 }
 
 int MemberBuffers(const Placement& placement, const std::vector<int>& bounds) {
   int buffers = 0;
   for (size_t slot = 0; slot + 1 < bounds.size(); ++slot) {
-    buffers += SlotBuffers(placement.leaves, bounds[slot], bounds[slot + 1]);
+    buffers += SlotBuffers(placement, bounds[slot], bounds[slot + 1]);
   }
   return std::max(1, buffers);  // a member without leaves still holds the result
 }
@@ -63,6 +63,10 @@ absl::Status CheckPlacement(const Placement& placement, int members, int rank, i
   if (next != placement.leaves || next == 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("placement covers ", next, " leaves of ", placement.leaves));
+  }
+  if (placement.interleaved < 1) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "placement has groups of ", placement.interleaved, " leaves; accepted: 1 or more"));
   }
   const int placed = static_cast<int>(placement.bounds[rank].size()) - 1;
   if (placed != slots) {
@@ -154,7 +158,7 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
     std::vector<uint8_t> present;
     std::vector<StackSchedule> stacks;               // of our slots
     std::vector<std::unique_ptr<SlotFold>> folds;    // of our slots
-    std::vector<int> last_leaf;                      // of each slot, -1: none
+    std::vector<int> last_leaf;                      // that each slot writes, -1: none
     FoldProgram member_fold;                         // our slots' subtrees -> our member's
     std::vector<int> member_inputs, member_outputs;  // buffers
     bool member_trivial = true;                      // nothing to add or move
@@ -240,7 +244,7 @@ absl::Status CanonicalOnCommunicator::Initialize() {
   int buffers = 0;
   for (int slot = 0; slot < slots_count_; ++slot) {
     first_buffer_.push_back(buffers);
-    buffers += SlotBuffers(placement_.leaves, bounds_[slot], bounds_[slot + 1]);
+    buffers += SlotBuffers(placement_, bounds_[slot], bounds_[slot + 1]);
     slots_[slot].bucket_left.resize(buckets_.size());
     // A fold of n values needs at most ceil(log2 n) blocks; there are fewer values than leaves.
     int64_t blocks = 2;
@@ -332,10 +336,10 @@ const CanonicalOnCommunicator::Pattern& CanonicalOnCommunicator::FindPattern(
   // Our slots, and from their subtrees our member's.
   std::vector<Node> inputs;
   for (int slot = 0; slot < slots_count_; ++slot) {
-    StackSchedule stack =
-        MakeStackSchedule(placement_.leaves, bounds_[slot], bounds_[slot + 1], present);
+    StackSchedule stack = MakeStackSchedule(placement_.leaves, bounds_[slot], bounds_[slot + 1],
+                                            present, placement_.interleaved);
     int last = -1;
-    for (int leaf = bounds_[slot]; leaf < bounds_[slot + 1]; ++leaf) {
+    for (int leaf : WriteOrder(bounds_[slot], bounds_[slot + 1], placement_.interleaved)) {
       if (present[leaf]) last = leaf;
     }
     pattern->last_leaf.push_back(last);
@@ -434,7 +438,7 @@ void CanonicalOnCommunicator::Done(int slot, device::Stream& stream, int leaf, i
 
 const device::LeafFold* CanonicalOnCommunicator::LeafFold(int slot) {
   const device::LeafFold& fold = slots_[slot].pattern->folds[slot]->fold;
-  return fold.leaves == 0 ? nullptr : &fold;
+  return fold.leaves == 0 || placement_.interleaved > 1 ? nullptr : &fold;
 }
 
 float* CanonicalOnCommunicator::Part(int slot, int part) {

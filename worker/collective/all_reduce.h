@@ -31,6 +31,7 @@ namespace lockstep::collective {
 struct Placement {
   int leaves = 0;
   std::vector<std::vector<int>> bounds;
+  int interleaved = 1;  // the order in which a slot writes its leaves (tree.h, WriteOrder)
 };
 
 struct Bucket {
@@ -55,13 +56,13 @@ class CanonicalAllReduce {
   // before).
   virtual absl::Status Begin(int slot, absl::Span<const uint8_t> present, absl::Time deadline) = 0;
   // Where the leaf's vector (whole flat vector) is to be written; and that [begin, end) of it is.
-  // Leaves of a slot in ascending order for every range; ranges partition [0, size).
+  // Leaves of a slot in the placement's order for every range; ranges partition [0, size).
   virtual float* Leaf(int slot, int leaf) = 0;
   virtual void Done(int slot, device::Stream& stream, int leaf, int64_t begin, int64_t end) = 0;
   // The other way, for a kernel that folds a range itself, over all of a slot's present leaves at
   // once: how, where each of the parts lies (a whole flat vector), and that [begin, end) of all
   // parts is complete. A range goes one way or the other. The fold is null for a slot without
-  // leaves, and valid until the next Begin.
+  // leaves or with interleaved ones, and valid until the next Begin.
   virtual const device::LeafFold* LeafFold(int slot) = 0;
   virtual float* Part(int slot, int part) = 0;
   virtual void DoneFolded(int slot, device::Stream& stream, int64_t begin, int64_t end) = 0;

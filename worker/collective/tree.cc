@@ -1,5 +1,8 @@
 #include "worker/collective/tree.h"
 
+#include <algorithm>
+#include <numeric>
+
 namespace lockstep::collective {
 
 int SplitPoint(Node node) {
@@ -22,42 +25,75 @@ void AppendSubtrees(Node node, int begin, int end, std::vector<Node>* out) {
   AppendSubtrees({split, node.end}, begin, end, out);
 }
 
-// Plays the leaves in order; a value takes the lowest free buffer.
+// Plays the leaves in the order in which they are written: a value takes the lowest free buffer,
+// and two siblings are folded as soon as the later is there.
 class StackBuilder {
  public:
-  StackBuilder(int begin, absl::Span<const uint8_t> present, StackSchedule* schedule)
-      : begin_(begin), present_(present), schedule_(schedule) {}
+  StackBuilder(int begin, int end, absl::Span<const uint8_t> present, StackSchedule* schedule)
+      : begin_(begin), present_(present), schedule_(*schedule), value_of_(end - begin, kNone) {}
 
-  int Evaluate(Node node) {
-    if (node.end - node.begin == 1) return Write(node.begin);
+  // Returns the value that stands for `node`, or kNone where no leaf of it exists.
+  int Add(Node node) {
+    if (node.end - node.begin == 1) {
+      if (!present_[node.begin]) return kNone;
+      return value_of_[node.begin - begin_] = NewValue();
+    }
     const int split = SplitPoint(node);
-    const int left = Evaluate({node.begin, split});
-    const int right = Evaluate({split, node.end});
-    if (left < 0) return right;
-    if (right < 0) return left;
-    schedule_->leaves[newest_ - begin_].combines.push_back({left, right});
-    used_[right] = false;
-    return left;
+    const int left = Add({node.begin, split}), right = Add({split, node.end});
+    if (left == kNone || right == kNone) return left == kNone ? right : left;
+    const int sum = NewValue();
+    values_[left].sum = values_[right].sum = sum;
+    values_[left].sibling = right;
+    values_[right].sibling = left;
+    values_[left].is_left = true;
+    return sum;
   }
 
+  void Write(int leaf) {
+    int value = value_of_[leaf - begin_];
+    if (value == kNone) return;
+    StackSchedule::Leaf& written = schedule_.leaves[leaf - begin_];
+    written.buffer = values_[value].buffer = TakeBuffer();
+    while (values_[value].sum != kNone && values_[values_[value].sibling].buffer != kNone) {
+      const Value& sibling = values_[values_[value].sibling];
+      const int left = values_[value].is_left ? values_[value].buffer : sibling.buffer;
+      const int right = values_[value].is_left ? sibling.buffer : values_[value].buffer;
+      written.combines.push_back({left, right});
+      used_[right] = false;
+      value = values_[value].sum;
+      values_[value].buffer = left;
+    }
+  }
+
+  int BufferOf(int value) const { return value == kNone ? -1 : values_[value].buffer; }
+
  private:
-  int Write(int leaf) {
-    if (!present_[leaf]) return -1;
+  static constexpr int kNone = -1;
+  struct Value {
+    int buffer = kNone;
+    int sum = kNone, sibling = kNone;  // of the fold that takes it
+    bool is_left = false;
+  };
+
+  int NewValue() {
+    values_.emplace_back();
+    return static_cast<int>(values_.size()) - 1;
+  }
+  int TakeBuffer() {
     int buffer = 0;
     while (buffer < static_cast<int>(used_.size()) && used_[buffer]) ++buffer;
     if (buffer == static_cast<int>(used_.size())) used_.push_back(false);
     used_[buffer] = true;
-    schedule_->leaves[leaf - begin_].buffer = buffer;
-    schedule_->buffers = static_cast<int>(used_.size());
-    newest_ = leaf;
+    schedule_.buffers = static_cast<int>(used_.size());
     return buffer;
   }
 
   const int begin_;
   const absl::Span<const uint8_t> present_;
-  StackSchedule* const schedule_;
+  StackSchedule& schedule_;
+  std::vector<int> value_of_;  // by own leaf
+  std::vector<Value> values_;
   std::vector<bool> used_;
-  int newest_ = -1;  // the leaf written last
 };
 
 // The value of `node` from parts [first, last), which lie inside it; -1 where there is none.
@@ -84,13 +120,23 @@ std::vector<Node> MaximalSubtrees(int leaves, int begin, int end) {
   return subtrees;
 }
 
-StackSchedule MakeStackSchedule(int leaves, int begin, int end, absl::Span<const uint8_t> present) {
+std::vector<int> WriteOrder(int begin, int end, int interleaved) {
+  std::vector<int> order(end - begin);
+  std::iota(order.begin(), order.end(), begin);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return a % interleaved < b % interleaved; });
+  return order;
+}
+
+StackSchedule MakeStackSchedule(int leaves, int begin, int end, absl::Span<const uint8_t> present,
+                                int interleaved) {
   StackSchedule schedule;
   schedule.leaves.resize(end - begin);
-  StackBuilder builder(begin, present, &schedule);
-  for (const Node& part : MaximalSubtrees(leaves, begin, end)) {
-    schedule.part_buffer.push_back(builder.Evaluate(part));
-  }
+  StackBuilder builder(begin, end, present, &schedule);
+  std::vector<int> parts;
+  for (const Node& part : MaximalSubtrees(leaves, begin, end)) parts.push_back(builder.Add(part));
+  for (const int leaf : WriteOrder(begin, end, interleaved)) builder.Write(leaf);
+  for (const int part : parts) schedule.part_buffer.push_back(builder.BufferOf(part));
   return schedule;
 }
 

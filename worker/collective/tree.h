@@ -28,10 +28,16 @@ struct Combine {
   int dst = 0, src = 0;
 };
 
-// How the owner of leaves [begin, end) folds them in order with as few buffers as whole vectors
-// allow: one for each finished subtree that waits for its sibling, as in a binary counter. At most
-// ceil(log2 n) + 1 of n leaves where `begin` is a multiple of the next power of two (as for slots
-// that own equal powers of two); at most 2 ceil(log2 n) + 1 for any range.
+// The order in which the owner of leaves [begin, end) writes them: ascending; or, where groups of
+// `interleaved` adjoining leaves are written side by side (the microbatches of several shards), the
+// first leaf of every group before the second of any: by leaf % interleaved, then ascending.
+std::vector<int> WriteOrder(int begin, int end, int interleaved);
+
+// How the owner of leaves [begin, end) folds them, in the order in which it writes them, with as
+// few buffers as whole vectors allow: one for each finished subtree that waits for its sibling, as
+// in a binary counter. In ascending order at most ceil(log2 n) + 1 of n leaves where `begin` is a
+// multiple of the next power of two (as for slots that own equal powers of two), at most 2
+// ceil(log2 n) + 1 for any range; interleaved, that many for each group.
 struct StackSchedule {
   struct Leaf {
     int buffer = -1;                // where leaf begin + i is written; -1: absent
@@ -42,8 +48,9 @@ struct StackSchedule {
   std::vector<int>
       part_buffer;  // for each MaximalSubtrees(leaves, begin, end): where it ends up; -1: absent
 };
-// present[i] != 0: leaf i of 0..leaves-1 exists.
-StackSchedule MakeStackSchedule(int leaves, int begin, int end, absl::Span<const uint8_t> present);
+// present[i] != 0: leaf i of 0..leaves-1 exists. `interleaved` as in WriteOrder.
+StackSchedule MakeStackSchedule(int leaves, int begin, int end, absl::Span<const uint8_t> present,
+                                int interleaved = 1);
 
 // Folds values that stand for `parts` (disjoint subtrees, left to right, absent ones already left
 // out) up to the subtrees `targets`; part i is buffer i. Each target's value ends in target_buffer

@@ -60,14 +60,23 @@ ShardRange RangeOfShard(int64_t batch, int64_t shards, int64_t actual, int64_t s
   return {std::min(first, actual), std::clamp<int64_t>(actual - first, 0, full)};
 }
 
-std::vector<int64_t> RowCounts(int64_t samples, int64_t batch, int64_t shards, int64_t first_shard,
+ShardRange RangeOfMicrobatch(const BatchCut& cut, int64_t actual, int64_t shard,
+                             int64_t microbatch) {
+  const int64_t full = RangeOfShard(cut.batch, cut.shards, cut.batch, shard).count;
+  const int64_t rows = RangeOfShard(cut.batch, cut.shards, actual, shard).count;
+  return RangeOfShard(full, cut.microbatches, rows, microbatch);
+}
+
+std::vector<int64_t> RowCounts(int64_t samples, const BatchCut& cut, int64_t first_shard,
                                int64_t last_shard) {
   std::vector<int64_t> counts;
   // Only the last batch differs from the others.
-  for (const int64_t actual : {std::min(batch, samples), (samples - 1) % batch + 1}) {
+  for (const int64_t actual : {std::min(cut.batch, samples), (samples - 1) % cut.batch + 1}) {
     for (int64_t shard = first_shard; shard < last_shard; ++shard) {
-      const int64_t count = RangeOfShard(batch, shards, actual, shard).count;
-      if (count > 0) counts.push_back(count);
+      for (int64_t microbatch = 0; microbatch < cut.microbatches; ++microbatch) {
+        const int64_t count = RangeOfMicrobatch(cut, actual, shard, microbatch).count;
+        if (count > 0) counts.push_back(count);
+      }
     }
   }
   std::sort(counts.begin(), counts.end());

@@ -43,13 +43,22 @@ struct ShardRange {
 };
 // Of a full batch the first batch % shards shards have ceil(batch / shards) samples, the others
 // floor. A batch of `actual` <= batch samples fills the same shards in order: full ones, at most
-// one partial, the rest empty. Requires 0 <= shard < shards <= batch.
+// one partial, the rest empty. Requires 0 <= shard < shards; with more shards than samples the last
+// are always empty.
 ShardRange RangeOfShard(int64_t batch, int64_t shards, int64_t actual, int64_t shard);
 
-// Every number of rows above 0 that one of the shards [first_shard, last_shard) can have while
-// batches of `samples` samples are walked through, ascending: what prepared operations must be made
-// for.
-std::vector<int64_t> RowCounts(int64_t samples, int64_t batch, int64_t shards, int64_t first_shard,
+// How a batch is cut: into shards, and each of those in the same way into microbatches.
+struct BatchCut {
+  int64_t batch = 0, shards = 1, microbatches = 1;
+};
+// Positions within the shard.
+ShardRange RangeOfMicrobatch(const BatchCut& cut, int64_t actual, int64_t shard,
+                             int64_t microbatch);
+
+// Every number of rows above 0 that a microbatch of one of the shards [first_shard, last_shard) can
+// have while batches of `samples` samples are walked through, ascending: what prepared operations
+// must be made for.
+std::vector<int64_t> RowCounts(int64_t samples, const BatchCut& cut, int64_t first_shard,
                                int64_t last_shard);
 
 }  // namespace lockstep::data

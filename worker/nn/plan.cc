@@ -17,6 +17,7 @@ namespace {
 size_t AtLeastOne(size_t bytes) { return std::max<size_t>(bytes, 1); }
 
 int64_t SlotRows(int shards, int64_t max_rows) { return std::max(shards, 1) * max_rows; }
+
 }  // namespace
 
 struct Plan::Impl {
@@ -36,7 +37,7 @@ struct Plan::Impl {
   ShardResult* result(int position) const {
     return static_cast<ShardResult*>(results->data()) + position;
   }
-  absl::Status Bind(absl::Span<const ShardInput> shards);
+  absl::Status Bind(absl::Span<const ShardInput> shards, bool training);
   absl::Status RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
                            MomentExchange& exchange);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
@@ -58,6 +59,8 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   p.program = program;
   p.device = &device;
   p.options = options;
+  if (p.options.evaluation_rows == 0) p.options.evaluation_rows = options.max_rows;
+  if (p.options.together == 0) p.options.together = static_cast<int>(options.shards.size());
   const int shards = static_cast<int>(options.shards.size());
   const size_t positions = static_cast<size_t>(std::max(shards, 1));
   for (const MomentsSlice& slice : program->moments()) {
@@ -68,10 +71,11 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   Lowering inference = Lower(*program, false);
   MemoryPlan train_memory;
   if (options.training) {
-    train_memory = PlanMemory(train, options.max_rows, SlotRows(shards, options.max_rows));
+    train_memory =
+        PlanMemory(train, options.max_rows, SlotRows(p.options.together, options.max_rows));
   }
   MemoryPlan inference_memory =
-      PlanMemory(inference, options.max_rows, SlotRows(shards, options.max_rows));
+      PlanMemory(inference, p.options.evaluation_rows, SlotRows(shards, p.options.evaluation_rows));
   p.arena_bytes = std::max(train_memory.bytes, inference_memory.bytes);
 
   const size_t record = sizeof(float) * static_cast<size_t>(program->moments_size());
@@ -103,16 +107,17 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
 }
 
 // Gives each shard its memory.
-absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards) {
-  if (shards.size() > options.shards.size()) {
-    return absl::InternalError(
-        fmt::format("{} shards for a plan of {}", shards.size(), options.shards.size()));
+absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training) {
+  const size_t count = training ? options.together : options.shards.size();
+  if (shards.size() > count) {
+    return absl::InternalError(fmt::format("{} shards for a plan of {}", shards.size(), count));
   }
   int64_t first_row = 0;
   for (size_t i = 0; i < shards.size(); ++i) {
-    if (shards[i].rows < 1 || shards[i].rows > options.max_rows) {
+    const int64_t most = training ? options.max_rows : options.evaluation_rows;
+    if (shards[i].rows < 1 || shards[i].rows > most) {
       return absl::InternalError(fmt::format("shard {} has {} rows in a plan of 1 to {}",
-                                             shards[i].shard, shards[i].rows, options.max_rows));
+                                             shards[i].shard, shards[i].rows, most));
     }
     Frame& frame = frames[i];
     frame.input = &shards[i];
@@ -156,7 +161,7 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
                              MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards));
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
   p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
   const absl::Span<const Frame> frames = absl::MakeConstSpan(p.frames.data(), shards.size());
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
@@ -179,7 +184,7 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
 void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,
                     absl::Span<const ShardInput> shards) {
   Impl& p = *impl_;
-  const absl::Status bound = p.Bind(shards);
+  const absl::Status bound = p.Bind(shards, /*training=*/false);
   assert(bound.ok());
   if (!bound.ok()) return;
   p.context = {&stream, &state, nullptr, 0, nullptr};
@@ -211,7 +216,7 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
                                                 MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards));
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
   p.context = {&stream, &state, scalars, 0, nullptr};
   std::string first_parameter;
   for (const optim::TensorView& tensor : p.program->parameters().tensors) {

@@ -108,10 +108,12 @@ class Plan {
  public:
   ~Plan();
   struct Options {
-    std::vector<int> shards;  // that the slot holds
-    int64_t max_rows = 0;     // of a shard, in training and evaluation
-    bool training = true;     // false: evaluation only
-    uint64_t seed = 0;        // of the job, for dropout
+    std::vector<int> shards;      // that the slot holds
+    int64_t max_rows = 0;         // of a shard
+    int64_t evaluation_rows = 0;  // of a shard in evaluation; 0: max_rows
+    int together = 0;             // most shards of one TrainStep; 0: all
+    bool training = true;         // false: evaluation only
+    uint64_t seed = 0;            // of the job, for dropout
   };
   static absl::StatusOr<std::unique_ptr<Plan>> Make(std::shared_ptr<const Program> program,
                                                     device::Device& device,

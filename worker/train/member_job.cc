@@ -50,6 +50,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     member_ = &prepare.members(prepare.rank());
     bounds_.assign(member_->bounds().begin(), member_->bounds().end());
     shards_ = spec_.train().shards();
+    accumulate_ = spec_.train().accumulate();
     output_dir_ = prepare.output_dir().empty() ? JoinPath(options_.work_dir, prepare.job())
                                                : prepare.output_dir();
     ASSIGN_OR_RETURN(spec::Graph graph, spec::BuildGraph(spec_));
@@ -199,21 +200,25 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
   absl::Status MakePlans() {
+    const data::BatchCut cut{length_.batch, shards_, accumulate_};
     std::vector<int64_t> rows =
-        data::RowCounts(length_.samples, length_.batch, shards_, bounds_.front(), bounds_.back());
-    const std::vector<int64_t> evaluation_rows = data::RowCounts(
-        evaluation_.samples, evaluation_.batch, shards_, bounds_.front(), bounds_.back());
-    rows.insert(rows.end(), evaluation_rows.begin(), evaluation_rows.end());
+        data::RowCounts(length_.samples, cut, bounds_.front(), bounds_.back());
     // The probe must be the same on every member, whatever rows its own shards have.
-    probe_rows_ = data::RangeOfShard(length_.batch, shards_, length_.batch, shards_ - 1).count;
+    probe_rows_ = data::RangeOfMicrobatch(cut, length_.batch, shards_ - 1, 0).count;
     rows.push_back(probe_rows_);
+    const int64_t max_rows = *std::max_element(rows.begin(), rows.end());
+    const std::vector<int64_t> evaluation_rows = data::RowCounts(
+        evaluation_.samples, {evaluation_.batch, shards_}, bounds_.front(), bounds_.back());
+    rows.insert(rows.end(), evaluation_rows.begin(), evaluation_rows.end());
     std::sort(rows.begin(), rows.end());
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
     ASSIGN_OR_RETURN(operations_, nn::Operations::Make(program_, *device_, rows));
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
       nn::Plan::Options options;
       for (int shard = bounds_[i]; shard < bounds_[i + 1]; ++shard) options.shards.push_back(shard);
-      options.max_rows = rows.back();
+      options.max_rows = max_rows;
+      options.evaluation_rows = evaluation_rows.empty() ? 0 : evaluation_rows.back();
+      if (accumulate_ > 1 && !interleaved()) options.together = 1;
       options.training = !options_.evaluate_only;
       options.seed = spec_.train().seed();
       ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program_, *device_, *operations_, options));
@@ -221,6 +226,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     }
     return absl::OkStatus();
   }
+
+  // A synchronized norm needs the moments of all shards' microbatches before any goes on.
+  bool interleaved() const { return program_->has_synchronized_norm(); }
 
   absl::Status MakeState() {
     const device::OptimizerCoefficients coefficients = MakeCoefficients(spec_.optimizer());
@@ -262,6 +270,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     RETURN_IF_ERROR(differs("train.batch", then.batch(), now.batch()));
     RETURN_IF_ERROR(differs("train.shards", then.shards(), now.shards()));
     RETURN_IF_ERROR(differs("train.seed", then.seed(), now.seed()));
+    // A checkpoint of a version before there was one has 0.
+    RETURN_IF_ERROR(differs("train.accumulate", std::max(1, then.accumulate()), now.accumulate()));
     // Compared as they are written: both are complete.
     const auto same = [&](const char* field, const std::string& a,
                           const std::string& b) -> absl::Status {
@@ -291,13 +301,15 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
 
   absl::Status OpenEnd() {
     const v1::Prepare& prepare = options_.prepare;
-    placement_.leaves = shards_;
+    placement_.leaves = shards_ * accumulate_;
+    if (interleaved()) placement_.interleaved = accumulate_;
     collective::RendezvousOptions rendezvous;
     rendezvous.rank = prepare.rank();
     rendezvous.address = options_.address;
     rendezvous.slots = static_cast<int>(plans_.size());
     for (const v1::Member& m : prepare.members()) {
       placement_.bounds.emplace_back(m.bounds().begin(), m.bounds().end());
+      for (int& bound : placement_.bounds.back()) bound *= accumulate_;
       rendezvous.members.push_back({m.worker(), m.host_id()});
     }
     rendezvous.shared_bytes =
@@ -405,6 +417,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.rank = options_.prepare.rank();
     o.bounds = bounds_;
     o.shards = shards_;
+    o.accumulate = accumulate_;
+    o.interleaved = interleaved();
     o.length = length_;
     o.evaluation = evaluation_;
     o.first_step = from.step() + 1;
@@ -516,7 +530,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   v1::JobSpec spec_;
   const v1::Member* member_ = nullptr;
   std::vector<int> bounds_;
-  int shards_ = 0;
+  int shards_ = 0, accumulate_ = 1;
   int64_t probe_rows_ = 0;
   bool has_accuracy_ = true;
   std::string output_dir_;

@@ -45,15 +45,18 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   ASSIGN_OR_RETURN(auto device, device::MakeCpuDevice());
   const int shards = spec.train().shards();
   // Without the data, short batches are unknown; full ones decide the memory.
-  const int64_t rows =
-      data::RangeOfShard(spec.train().batch(), shards, spec.train().batch(), 0).count;
+  const int accumulate = spec.train().accumulate();
+  const int64_t batch = spec.train().batch();
+  const int64_t rows = data::RangeOfMicrobatch({batch, shards, accumulate}, batch, 0, 0).count;
   const int64_t evaluation_batch = spec.train().evaluate().batch();
   const int64_t evaluation_rows =
       data::RangeOfShard(evaluation_batch, shards, evaluation_batch, 0).count;
   ASSIGN_OR_RETURN(auto operations, nn::Operations::Make(program, *device, {rows}));
   nn::Plan::Options options;
   for (int shard = 0; shard < shards; ++shard) options.shards.push_back(shard);
-  options.max_rows = std::max(rows, evaluation_rows);
+  options.max_rows = rows;
+  options.evaluation_rows = evaluation_rows;
+  if (accumulate > 1 && !program->has_synchronized_norm()) options.together = 1;
   ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program, *device, *operations, options));
 
   Json json;
@@ -96,10 +99,12 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
     offsets.push_back(tensor.offset);
   const int64_t size = program->parameters().size;
   const int64_t flat_bytes = size * static_cast<int64_t>(sizeof(float));
-  // The stack of partial sums that folds all shards' gradients in order.
-  const std::vector<uint8_t> present(shards, 1);
+  // The stack of partial sums that folds all leaves' gradients in order.
+  const int leaves = shards * accumulate;
+  const std::vector<uint8_t> present(leaves, 1);
+  const int interleaved = program->has_synchronized_norm() ? accumulate : 1;
   const int64_t gradients =
-      flat_bytes * collective::MakeStackSchedule(shards, 0, shards, present).buffers;
+      flat_bytes * collective::MakeStackSchedule(leaves, 0, leaves, present, interleaved).buffers;
   const int64_t optimizer =
       flat_bytes *
       static_cast<int64_t>(optim::SlotNames(MakeCoefficients(spec.optimizer()).type).size());

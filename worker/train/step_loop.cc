@@ -9,7 +9,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "common/status_macros.h"
-#include "worker/data/sampler.h"
 
 namespace lockstep::train {
 namespace {
@@ -31,7 +30,10 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     loop->parts_.all_reduce->Done(index, *stream, shard, begin, end);
   }
 
-  const device::LeafFold* Fold() override { return loop->parts_.all_reduce->LeafFold(index); }
+  // A pass over some of the leaves cannot fold all.
+  const device::LeafFold* Fold() override {
+    return loop->options_.accumulate > 1 ? nullptr : loop->parts_.all_reduce->LeafFold(index);
+  }
   float* Part(int part) override { return loop->parts_.all_reduce->Part(index, part); }
   void DoneFolded(int64_t begin, int64_t end) override {
     loop->parts_.all_reduce->DoneFolded(index, *stream, begin, end);
@@ -45,11 +47,10 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     const size_t bytes = sizeof(int64_t) + sizeof(float) * 2 * channels;
     std::fill(record_pointers.begin(), record_pointers.end(), nullptr);
     for (size_t i = 0; i < shards.size(); ++i) {
-      const int local = shards[i].shard - first_shard;
-      uint8_t* record = exchange_records.data() + local * exchange_stride;
+      uint8_t* record = exchange_records.data() + i * exchange_stride;
       std::memcpy(record, &shards[i].rows, sizeof(int64_t));
       std::memcpy(record + sizeof(int64_t), leaf_records[i], sizeof(float) * 2 * channels);
-      record_pointers[local] = record;
+      record_pointers[shards[i].shard - first_leaf] = record;
     }
     device::Device& device = *loop->parts_.device;
     const auto fold = [&](void* left, const void* right) {
@@ -74,6 +75,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   StepLoop* const loop;
   const int index;
   int first_shard = 0, shard_count = 0;
+  int first_leaf = 0, leaf_count = 0;
   nn::Plan* plan = nullptr;
   std::unique_ptr<device::Stream> stream;
   // Host-visible: written by the host and read by kernels, or the other way round.
@@ -86,9 +88,11 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   device::StepScalars* scalars = nullptr;
   absl::Span<Digest> digests;                // this slot's part of every tensor's
   std::vector<uint8_t> present;              // by leaf of the job
-  std::vector<nn::ShardInput> shards;        // of the current batch
-  std::vector<const void*> record_pointers;  // by own shard
-  std::vector<uint8_t> records;              // trailers with moments
+  std::vector<nn::ShardInput> shards;        // of the current evaluation batch
+  std::vector<nn::ShardInput> leaves;        // of the current batch, in the order of computation
+  std::vector<int> passes;                   // where each forward and backward pass ends in it
+  std::vector<const void*> record_pointers;  // by own leaf
+  std::vector<uint8_t> records;              // trailers with moments, by own leaf
   size_t record_bytes = 0;
   std::vector<uint8_t> exchange_records;
   size_t exchange_stride = 0;
@@ -128,6 +132,8 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     auto slot = std::make_unique<Slot>(loop.get(), i);
     slot->first_shard = o.bounds[i];
     slot->shard_count = o.bounds[i + 1] - o.bounds[i];
+    slot->first_leaf = slot->first_shard * o.accumulate;
+    slot->leaf_count = slot->shard_count * o.accumulate;
     slot->plan = p.plans[i];
     ASSIGN_OR_RETURN(slot->stream, p.device->MakeStream());
     ASSIGN_OR_RETURN(slot->shared_memory, p.device->AllocateHostVisible(sizeof(Slot::Shared)));
@@ -136,11 +142,13 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     const size_t tensors = p.state->named().size();
     ASSIGN_OR_RETURN(slot->digests_memory, p.device->AllocateHostVisible(sizeof(Digest) * tensors));
     slot->digests = absl::MakeSpan(static_cast<Digest*>(slot->digests_memory->data()), tensors);
-    slot->present.resize(o.shards);
+    slot->present.resize(o.shards * o.accumulate);
     slot->shards.reserve(slot->shard_count);
-    slot->record_pointers.resize(slot->shard_count);
+    slot->leaves.reserve(slot->leaf_count);
+    slot->passes.reserve(std::max(slot->leaf_count, o.accumulate));
+    slot->record_pointers.resize(slot->leaf_count);
     slot->record_bytes = round_up(sizeof(Trailer) + sizeof(float) * p.program->moments_size());
-    slot->records.resize(slot->record_bytes * slot->shard_count);
+    slot->records.resize(slot->record_bytes * slot->leaf_count);
     slot->exchange_stride = round_up(sizeof(int64_t) + sizeof(float) * 2 * widest_norm);
     slot->exchange_records.resize(slot->exchange_stride * slot->shard_count);
     slot->shard_loss.resize(slot->shard_count);
@@ -194,13 +202,52 @@ absl::Status StepLoop::Run(int index) {
 absl::Status StepLoop::NextShards(Slot& slot) {
   slot.step_began = absl::Now();
   ASSIGN_OR_RETURN(const data::Batch* batch, parts_.train->Acquire(slot.step));
-  TakeShards(slot, *batch);
-  for (int shard = 0; shard < options_.shards; ++shard) {
-    slot.present[shard] =
-        data::RangeOfShard(options_.length.batch, options_.shards, batch->samples, shard).count > 0;
+  for (int leaf = 0; leaf < options_.shards * options_.accumulate; ++leaf) {
+    slot.present[leaf] =
+        Microbatch(batch->samples, leaf / options_.accumulate, leaf % options_.accumulate).count >
+        0;
   }
+  TakeMicrobatches(slot, *batch);
   parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
   return parts_.all_reduce->Begin(slot.index, slot.present, Deadline());
+}
+
+data::ShardRange StepLoop::Microbatch(int64_t samples, int shard, int microbatch) const {
+  return data::RangeOfMicrobatch({options_.length.batch, options_.shards, options_.accumulate},
+                                 samples, shard, microbatch);
+}
+
+// This slot's microbatches that have samples, as passes. Interleaved, a pass is one microbatch of
+// all shards, the same on every slot: also one that has nothing in it takes part in its exchanges.
+// Otherwise it is one microbatch, and a shard's follow each other: gradients then need few partial
+// sums.
+void StepLoop::TakeMicrobatches(Slot& slot, const data::Batch& batch) {
+  const int64_t features = spec::ElementCount(parts_.program->graph().data_shape);
+  slot.leaves.clear();
+  slot.passes.clear();
+  const auto take = [&](const data::ShardBatch& s, int microbatch) {
+    const int local = s.shard - slot.first_shard;
+    const data::ShardRange range = Microbatch(batch.samples, s.shard, microbatch);
+    if (range.count == 0 || local < 0 || local >= slot.shard_count) return false;
+    slot.leaves.push_back({s.shard * options_.accumulate + microbatch, range.count,
+                           s.data + range.first * features, s.labels + range.first,
+                           s.first_position + range.first});
+    return true;
+  };
+  const auto end_pass = [&] { slot.passes.push_back(static_cast<int>(slot.leaves.size())); };
+  if (options_.accumulate == 1 || options_.interleaved) {
+    // No shard has more microbatches than the first.
+    for (int m = 0; m < options_.accumulate && slot.present[m] != 0; ++m) {
+      for (const data::ShardBatch& s : batch.shards) take(s, m);
+      end_pass();
+    }
+  } else {
+    for (const data::ShardBatch& s : batch.shards) {
+      for (int m = 0; m < options_.accumulate; ++m) {
+        if (take(s, m)) end_pass();
+      }
+    }
+  }
 }
 
 // This slot's shards of a batch that have samples.
@@ -215,27 +262,39 @@ void StepLoop::TakeShards(Slot& slot, const data::Batch& batch) {
 }
 
 absl::Status StepLoop::ForwardBackward(Slot& slot) {
-  RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.scalars,
-                                       options_.length.BatchSize(slot.step), slot.shards, slot,
-                                       slot));
-  for (const nn::ShardInput& shard : slot.shards) ++shard_steps_[shard.shard];
+  int begin = 0;
+  for (const int end : slot.passes) {
+    const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
+    RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.scalars,
+                                         options_.length.BatchSize(slot.step), leaves, slot, slot));
+    RETURN_IF_ERROR(slot.stream->Synchronize());
+    KeepRecords(slot, leaves);
+    begin = end;
+  }
   return absl::OkStatus();
 }
 
-absl::Status StepLoop::FinishReduce(Slot& slot) {
-  std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
+// The next pass reuses the plan's memory.
+void StepLoop::KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves) {
   const size_t moments_bytes = sizeof(float) * parts_.program->moments_size();
-  RETURN_IF_ERROR(slot.stream->Synchronize());
-  for (size_t i = 0; i < slot.shards.size(); ++i) {
-    const int local = slot.shards[i].shard - slot.first_shard;
-    uint8_t* record = slot.records.data() + local * slot.record_bytes;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const int leaf = leaves[i].shard;
+    uint8_t* record = slot.records.data() + (leaf - slot.first_leaf) * slot.record_bytes;
     const nn::ShardResult& result = slot.plan->result(static_cast<int>(i));
-    new (record) Trailer{slot.shards[i].rows, result.loss_sum, result.correct,
+    new (record) Trailer{leaves[i].rows, result.loss_sum, result.correct,
                          stop_requested_.load(std::memory_order_relaxed) ? 1 : 0};
     if (moments_bytes > 0) {
       std::memcpy(record + sizeof(Trailer), slot.plan->moments(static_cast<int>(i)), moments_bytes);
     }
-    slot.record_pointers[local] = record;
+    if (leaf % options_.accumulate == 0) ++shard_steps_[leaf / options_.accumulate];
+  }
+}
+
+absl::Status StepLoop::FinishReduce(Slot& slot) {
+  std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
+  for (const nn::ShardInput& leaf : slot.leaves) {
+    const int local = leaf.shard - slot.first_leaf;
+    slot.record_pointers[local] = slot.records.data() + local * slot.record_bytes;
   }
   const auto fold = [&](void* left, const void* right) {
     auto* a = static_cast<Trailer*>(left);
@@ -388,9 +447,10 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
   std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
   for (int i = 0; i < slot.shard_count; ++i) {
     if (slot.shard_rows[i] == 0) continue;
-    uint8_t* record = slot.records.data() + i * slot.record_bytes;
+    const int leaf = i * options_.accumulate;  // the shard's first stands for it
+    uint8_t* record = slot.records.data() + leaf * slot.record_bytes;
     new (record) Trailer{slot.shard_rows[i], slot.shard_loss[i], slot.shard_correct[i], 0};
-    slot.record_pointers[i] = record;
+    slot.record_pointers[leaf] = record;
   }
   const auto fold = [](void* left, const void* right) {
     auto* a = static_cast<Trailer*>(left);
@@ -474,15 +534,21 @@ absl::Status StepLoop::DigestState(Slot& slot) {
 absl::Status StepLoop::NameNonFinite(Slot& slot) {
   // The exchanges below reuse the trailer's memory.
   const double loss = slot.trailer->loss_sum / static_cast<double>(slot.trailer->rows);
-  ASSIGN_OR_RETURN(
-      const std::string found,
-      slot.plan->FindNonFinite(*slot.stream, *parts_.state, slot.scalars, slot.shards, slot));
   std::vector<std::string> order;
   for (const optim::TensorView& t : parts_.program->parameters().tensors) order.push_back(t.name);
   for (size_t i = 0; i < parts_.program->nodes().size(); ++i) {
     order.push_back(parts_.program->node_name(static_cast<int>(i)));
   }
-  slot.blamed = static_cast<int64_t>(std::find(order.begin(), order.end(), found) - order.begin());
+  slot.blamed = static_cast<int64_t>(order.size());
+  int begin = 0;
+  for (const int end : slot.passes) {
+    const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
+    ASSIGN_OR_RETURN(const std::string found, slot.plan->FindNonFinite(*slot.stream, *parts_.state,
+                                                                       slot.scalars, leaves, slot));
+    slot.blamed = std::min<int64_t>(slot.blamed,
+                                    std::find(order.begin(), order.end(), found) - order.begin());
+    begin = end;
+  }
   RETURN_IF_ERROR(Barrier(slot));
   int64_t first = static_cast<int64_t>(order.size());
   for (const auto& other : slots_) first = std::min(first, other->blamed);

@@ -24,6 +24,7 @@
 #include "lockstep/v1/job.pb.h"
 #include "worker/collective/all_reduce.h"
 #include "worker/data/batch_loader.h"
+#include "worker/data/sampler.h"
 #include "worker/device/device.h"
 #include "worker/nn/plan.h"
 #include "worker/optim/gradient_norm.h"
@@ -53,8 +54,10 @@ class StepLoop {
   // All borrowed but the options' values; the recorder is null but at rank 0.
   struct Options {
     int rank = 0;
-    std::vector<int> bounds;  // slot i has shards [bounds[i], bounds[i+1])
-    int shards = 0;           // of the job
+    std::vector<int> bounds;   // slot i has shards [bounds[i], bounds[i+1])
+    int shards = 0;            // of the job
+    int accumulate = 1;        // microbatches of a shard; leaf = shard * accumulate + microbatch
+    bool interleaved = false;  // a microbatch of all shards together, then the next
     RunLength length;
     RunLength evaluation;    // of the validation set: one "epoch" of evaluation batches
     int64_t first_step = 1;  // state version + 1
@@ -117,6 +120,9 @@ class StepLoop {
 
   absl::Status NextShards(Slot& slot);
   static void TakeShards(Slot& slot, const data::Batch& batch);
+  void TakeMicrobatches(Slot& slot, const data::Batch& batch);
+  void KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves);
+  data::ShardRange Microbatch(int64_t samples, int shard, int microbatch) const;
   absl::Status ForwardBackward(Slot& slot);
   absl::Status FinishReduce(Slot& slot);
   absl::Status Gate(Slot& slot);
