@@ -102,8 +102,9 @@ class Core {
     std::string worker;  // empty: has not registered
     absl::Time opened;
   };
-  // How a failure weighs when another one is known already.
-  enum class Cause { kPrimary, kSecondary, kLost };
+  // How a failure weighs when another one is known already. The replicas' digests are evidence
+  // however late they come; what else is primary must come soon after its echo.
+  enum class Cause { kPrimary, kSecondary, kLost, kDigests };
   struct PendingReply {
     Ticket after;
     Reply reply;

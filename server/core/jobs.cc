@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "server/core/core.h"
 #include "server/core/planted_bugs.h"
 #include "server/core/reason.h"
@@ -164,7 +165,9 @@ void Core::StartTraining(JobEntry& job) {
   if (newest < 0 && !job.record.job.resume_from().empty()) {
     return Fail(job,
                 OneLine(absl::StrCat("no worker has a checkpoint to go on from at ",
-                                     job.record.job.resume_from())),
+                                     job.record.job.resume_from(),
+                                     "; accepted: the folder of a run, its checkpoints folder, or "
+                                     "one step-N folder, on some worker's host")),
                 Cause::kPrimary);
   }
   for (const Member& member : generation.members) {
@@ -244,7 +247,8 @@ void Core::Leave(JobEntry& job, Member& member) {
   SettleWorker(worker);
 }
 
-// Fails the job where the replicas of one step differ. `digests`: by rank.
+// Fails the job where the replicas of one step differ. `digests`: by rank. Named are those that
+// differ from a strict majority; without one nobody can tell who is wrong, and all are named.
 void Core::CompareDigests(JobEntry& job, int64_t step, const std::map<int, std::string>& digests) {
   std::map<std::string, int> votes;
   for (const auto& [rank, digest] : digests) {
@@ -252,20 +256,32 @@ void Core::CompareDigests(JobEntry& job, int64_t step, const std::map<int, std::
     ++votes[digest];
   }
   if (votes.size() <= 1) return;
-  // The lowest rank of the most voted: rank 0 where there is no majority.
   const std::string* expected = nullptr;
-  for (const auto& [rank, digest] : digests) {
-    if (expected == nullptr || votes[digest] > votes[*expected]) expected = &digest;
+  for (const auto& [digest, count] : votes) {
+    if (2 * count > static_cast<int>(digests.size())) expected = &digest;
   }
+  std::vector<std::string> named, theirs;
   for (const auto& [rank, digest] : digests) {
-    if (digest == *expected) continue;
+    if (expected != nullptr && digest == *expected) continue;
     const MemberPlacement& place = job.generation->members[rank].place;
-    return Fail(job,
-                OneLine(absl::StrCat("worker ", place.worker, " (", DescribeSlots(place.slots),
-                                     ") differs from the other replicas at step ", step,
-                                     ": state digest ", digest, ", theirs is ", *expected)),
-                Cause::kPrimary);
+    named.push_back(absl::StrCat(place.worker, " (", DescribeSlots(place.slots), ")"));
+    theirs.push_back(digest);
   }
+  std::string text = named.size() == 1 ? "worker " : "workers ";
+  for (size_t i = 0; i < named.size(); ++i) {
+    absl::StrAppend(&text, i == 0 ? "" : i + 1 == named.size() ? " and " : ", ", named[i]);
+  }
+  absl::StrAppend(&text, named.size() == 1 ? " differs" : " differ");
+  if (expected != nullptr) absl::StrAppend(&text, " from the other replicas");
+  absl::StrAppend(&text, " at step ", step, ": state digest ", absl::StrJoin(theirs, ", "));
+  if (expected != nullptr) {
+    absl::StrAppend(&text, ", theirs is ", *expected);
+  } else if (digests.size() == 2) {
+    text += "; two replicas cannot tell which is wrong";
+  } else {
+    text += "; no majority tells which is wrong";
+  }
+  Fail(job, OneLine(text), Cause::kDigests);
 }
 
 void Core::FinishIfAllLeft(JobEntry& job) {

@@ -246,7 +246,8 @@ void Core::OnProgress(Worker& worker, const v1::Progress& message) {
 void Core::OnDigest(Worker& worker, const v1::ReplicaDigest& message) {
   const auto [job, rank] = FindMember(worker, message.job(), message.generation());
   if (job == nullptr) return RefuseStale(worker, message.job(), message.generation());
-  if (job->record.job.state() != v1::RUNNING) return;
+  // Members that find a difference themselves may have failed the job before all have reported it.
+  if (job->record.job.state() == v1::STARTING) return;
   auto& digests = job->generation->digests;
   digests[message.step()][rank] = message.state_digest();
   if (digests[message.step()].size() == job->generation->members.size()) {

@@ -277,11 +277,46 @@ TEST_F(ServiceTest, AReplicaThatDivergesFailsTheJobAndIsNamed) {
   programs_.StartWorker("w1", 1, {"--flip-bit-at-step", "2"});
   programs_.StartWorker("w2", 1);
   programs_.WaitForWorkers(3);
-  const nlohmann::json end = programs_.End(programs_.Submit(
-      programs_.Spec("small", "resources: {slots: 3}\n"), {"--set", "checkpoint.every_steps=4"}));
+  const std::string job = programs_.Submit(programs_.Spec("small", "resources: {slots: 3}\n"),
+                                           {"--set", "checkpoint.every_steps=4"});
+  const nlohmann::json end = programs_.End(job);
   EXPECT_EQ(end["state"], "FAILED");
-  EXPECT_THAT(end["reason"].get<std::string>(), HasSubstr("worker w1"));
-  EXPECT_THAT(end["reason"].get<std::string>(), HasSubstr("step 4"));
+  EXPECT_THAT(end["reason"].get<std::string>(),
+              HasSubstr("worker w1 (slot 0) differs from the other replicas at step 4"));
+  EXPECT_EQ(programs_.Job(job).value("checkpoints", nlohmann::json::array()).size(), 0u);
+}
+
+// Of two replicas nobody can say which is wrong; and what they did not share is not kept.
+TEST_F(ServiceTest, TwoReplicasThatDivergeAreBothNamedAndLeaveNoCheckpoint) {
+  programs_.StartWorker("w0", 1, {"--flip-bit-at-step", "6"});
+  programs_.StartWorker("w1", 1);
+  programs_.WaitForWorkers(2);
+  const std::string out = programs_.JoinedPath("out");
+  const std::string spec = programs_.Spec("small", "resources: {slots: 2}\n");
+  const std::string job =
+      programs_.Submit(spec, {"--set", "checkpoint.every_steps=4", "--out", out});
+  const nlohmann::json end = programs_.End(job);
+  EXPECT_EQ(end["state"], "FAILED");
+  EXPECT_THAT(end["reason"].get<std::string>(),
+              MatchesRegex("workers w0 \\(slot 0\\) and w1 \\(slot 0\\) differ at step 8: state "
+                           "digest .+; two replicas cannot tell which is wrong"));
+  const nlohmann::json checkpoints = programs_.Job(job)["checkpoints"];
+  ASSERT_EQ(checkpoints.size(), 1u) << checkpoints;
+  EXPECT_FALSE(std::filesystem::exists(out + "/checkpoints/step-00000008"));
+  EXPECT_EQ(programs_.Lockstep({"evaluate", out, "-o", "json"}).json()["step"], 4);
+}
+
+TEST_F(ServiceTest, NoWorkerHasTheCheckpoint) {
+  programs_.StartWorker("w0", 1);
+  programs_.StartWorker("w1", 1);
+  programs_.WaitForWorkers(2);
+  const nlohmann::json end =
+      programs_.End(programs_.Submit(programs_.Spec("small", "resources: {slots: 2}\n"),
+                                     {"--resume", programs_.JoinedPath("none")}));
+  EXPECT_EQ(end["state"], "FAILED");
+  EXPECT_THAT(end["reason"].get<std::string>(),
+              HasSubstr("no worker has a checkpoint to go on from at " +
+                        programs_.JoinedPath("none") + "; accepted: the folder of a run"));
 }
 
 TEST_F(ServiceTest, WorkersWithDifferentDataFailTheJob) {

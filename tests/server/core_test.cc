@@ -172,7 +172,9 @@ TEST_F(CoreTest, AResumeThatNobodyCanSupplyFails) {
   const std::string id = SubmitJob(1, "/old");
   SayReady(w0, id);
   EXPECT_EQ(job(id).state(), v1::STOPPING);
-  EXPECT_EQ(job(id).reason(), "no worker has a checkpoint to go on from at /old");
+  EXPECT_THAT(job(id).reason(),
+              HasSubstr("no worker has a checkpoint to go on from at /old; accepted: the folder of "
+                        "a run"));
 }
 
 TEST_F(CoreTest, OtherDataOrAnotherDeviceFailsAndNamesBoth) {
@@ -367,12 +369,55 @@ TEST_F(CoreTest, TheReplicaThatDiffersFromTheMajorityIsNamed) {
             "theirs is good");
 }
 
-TEST_F(CoreTest, RankZeroWinsWhereThereIsNoMajority) {
+TEST_F(CoreTest, AllAreNamedWhereThereIsNoMajority) {
   std::string id;
-  const auto w = RunningJob(2, &id);
+  auto w = RunningJob(2, &id);
   SayDigest(w[1], id, 10, "b");
   SayDigest(w[0], id, 10, "a");
-  EXPECT_THAT(job(id).reason(), HasSubstr("worker w1 (slot 0) differs"));
+  EXPECT_EQ(
+      job(id).reason(),
+      "workers w0 (slot 0) and w1 (slot 0) differ at step 10: state digest a, b; two replicas "
+      "cannot tell which is wrong");
+  EXPECT_EQ(job(id).target(), v1::FAILED);
+}
+
+TEST_F(CoreTest, AHalfIsNoMajority) {
+  std::string id;
+  const auto w = RunningJob(4, &id);
+  for (int rank = 0; rank < 4; ++rank) SayDigest(w[rank], id, 2, rank < 2 ? "a" : "b");
+  EXPECT_EQ(job(id).reason(),
+            "workers w0 (slot 0), w1 (slot 0), w2 (slot 0) and w3 (slot 0) differ at step 2: state "
+            "digest a, a, b, b; no majority tells which is wrong");
+}
+
+TEST_F(CoreTest, EveryReplicaThatDiffersFromTheMajorityIsNamed) {
+  std::string id;
+  const auto w = RunningJob(5, &id);
+  for (int rank = 0; rank < 5; ++rank) {
+    SayDigest(w[rank], id, 2, rank == 1 ? "x" : rank == 4 ? "y" : "good");
+  }
+  EXPECT_EQ(job(id).reason(),
+            "workers w1 (slot 0) and w4 (slot 0) differ from the other replicas at step 2: state "
+            "digest x, y, theirs is good");
+}
+
+// The members compare too: their own errors may be the first that the coordinator hears of it, and
+// whole seconds before the last digest.
+TEST_F(CoreTest, TheReplicaIsNamedAlsoWhenAMembersErrorComesFirst) {
+  std::string id;
+  const auto w = RunningJob(3, &id);
+  SayDigest(w[0], id, 10, "good");
+  SayDigest(w[1], id, 10, "good");
+  SayEnded(w[0], id, v1::Ended::ERRORED, "step 10: the replicas differ", /*secondary=*/true);
+  EXPECT_EQ(job(id).state(), v1::STOPPING);
+  now += options.primary_wait + absl::Seconds(1);
+  SayDigest(w[2], id, 10, "bad");
+  SayEnded(w[2], id, v1::Ended::ERRORED, "step 10: the replicas differ", /*secondary=*/true);
+  SayEnded(w[1], id, v1::Ended::STOPPED);
+  EXPECT_EQ(job(id).state(), v1::FAILED);
+  EXPECT_EQ(job(id).reason(),
+            "worker w2 (slot 0) differs from the other replicas at step 10: state digest bad, "
+            "theirs is good");
 }
 
 TEST_F(CoreTest, ReplicasThatDifferAtTheEndDoNotSucceed) {
@@ -382,8 +427,7 @@ TEST_F(CoreTest, ReplicasThatDifferAtTheEndDoNotSucceed) {
   SayEnded(w[0], id, v1::Ended::COMPLETED, "", false, "a");
   SayEnded(w[1], id, v1::Ended::COMPLETED, "", false, "b");
   EXPECT_EQ(job(id).state(), v1::FAILED);
-  EXPECT_THAT(job(id).reason(), HasSubstr("worker w1 (slot 0) differs from the other replicas at "
-                                          "step 7"));
+  EXPECT_THAT(job(id).reason(), HasSubstr("workers w0 (slot 0) and w1 (slot 0) differ at step 7"));
 }
 
 TEST_F(CoreTest, AMemberThatEndsOutOfTurnFailsTheJob) {

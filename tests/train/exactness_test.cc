@@ -1,4 +1,5 @@
 // DESIGN section 1 as equalities: a job's result is a function of its spec, never of the cluster.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <fstream>
@@ -7,7 +8,9 @@
 #include <tuple>
 
 #include "absl/strings/str_cat.h"
+#include "common/fs.h"
 #include "tests/train/members.h"
+#include "worker/train/checkpoint.h"
 
 namespace lockstep::train {
 namespace {
@@ -166,6 +169,21 @@ INSTANTIATE_TEST_SUITE_P(All, Resume,
                                                std::get<1>(info.param).second);
                          });
 
+// The checkpoint lies on the second host alone: its worker hands the state to the first.
+TEST(ResumeOnTwoHosts, TakesTheCheckpointFromWhoeverHasIt) {
+  const Cluster whole{.workers = 2, .slots = 1, .output_dir = TemporaryFolder()};
+  const std::string digest = AgreedDigest(RunMembers(MlpYaml(), whole));
+  const Training resumed =
+      RunMembers(MlpYaml(), {.workers = 2,
+                             .host_ids = {"a", "b"},
+                             .addresses = {"127.0.0.1", "127.0.0.2"},
+                             .resume_from = whole.output_dir + "/checkpoints/step-00000013",
+                             .resume_rank = 1});
+  EXPECT_THAT(resumed.offered, testing::ElementsAre(-1, 13));
+  EXPECT_EQ(AgreedDigest(resumed), digest);
+  EXPECT_EQ(resumed.steps.size(), 17u);
+}
+
 TEST(Digest, IsTheSameRunAfterRunAndAnotherForAnotherSeed) {
   const std::string first = AgreedDigest(RunMembers(MlpYaml(), {.workers = 1, .slots = 2}));
   EXPECT_EQ(AgreedDigest(RunMembers(MlpYaml(), {.workers = 1, .slots = 2})), first);
@@ -174,15 +192,28 @@ TEST(Digest, IsTheSameRunAfterRunAndAnotherForAnotherSeed) {
   EXPECT_NE(AgreedDigest(RunMembers(other, {.workers = 1, .slots = 2})), first);
 }
 
-// One flipped bit in one replica shows in its digest at the next checkpoint and at the end.
+// One flipped bit in one replica shows in its digest at the next checkpoint, which nobody writes.
 TEST(Digest, ShowsAFlippedBit) {
-  const Training run = RunMembers(MlpYaml(), {.workers = 2, .slots = 1, .flip_bit_at_step = 5});
+  const std::string out = TemporaryFolder();
+  const Training run =
+      RunMembers(MlpYaml(), {.workers = 2, .slots = 2, .output_dir = out, .flip_bit_at_step = 15});
   ASSERT_EQ(run.ended.size(), 2u);
+  for (const v1::Ended& ended : run.ended) {
+    EXPECT_EQ(ended.outcome(), v1::Ended::ERRORED);
+    EXPECT_TRUE(ended.secondary());  // the coordinator's line names who
+  }
   EXPECT_NE(run.ended[0].state_digest(), run.ended[1].state_digest());
   std::map<int64_t, std::vector<std::string>> by_step;
   for (const v1::ReplicaDigest& d : run.digests) by_step[d.step()].push_back(d.state_digest());
   ASSERT_EQ(by_step[13].size(), 2u);
-  EXPECT_NE(by_step[13][0], by_step[13][1]);
+  EXPECT_EQ(by_step[13][0], by_step[13][1]);
+  ASSERT_EQ(by_step[26].size(), 2u);
+  EXPECT_NE(by_step[26][0], by_step[26][1]);
+  ASSERT_EQ(run.checkpoints.size(), 1u);
+  EXPECT_EQ(run.checkpoints[0].step(), 13);
+  const auto found = FindNewestCheckpoint(RealFileSystem(), out);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->manifest.step(), 13);
 }
 
 }  // namespace

@@ -93,9 +93,12 @@ TEST_F(ResumeRefused, WithAnotherBatchSeedShardsModelOptimizerOrData) {
               HasSubstr("other data"));
 }
 
-TEST_F(ResumeRefused, FromNowhere) {
-  const Training run = RunMembers(MlpYaml(), {.workers = 1, .resume_from = "/nowhere/at/all"});
-  EXPECT_THAT(run.prepare_error, HasSubstr("/nowhere/at/all"));
+// A member that sees no checkpoint offers none; the coordinator knows whether another does.
+TEST_F(ResumeRefused, NotByAMemberThatSeesNoCheckpoint) {
+  const Training run = RunMembers(
+      MlpYaml(), {.workers = 2, .host_ids = {"a", "b"}, .resume_from = folder_, .resume_rank = 1});
+  EXPECT_EQ(run.prepare_error, "");
+  EXPECT_THAT(run.offered, testing::ElementsAre(-1, 30));
 }
 
 // The newest checkpoint is damaged: the one before it is used, and the end is that of the

@@ -65,6 +65,9 @@ Training RunMembers(const std::string& yaml, const Cluster& cluster) {
     options.prepare = prepare;
     options.prepare.set_rank(rank);
     options.address = prepare.members(rank).address();
+    if (cluster.resume_rank >= 0 && rank != cluster.resume_rank) {
+      options.prepare.set_resume_from("/nowhere/on/this/host");
+    }
     if (rank == cluster.workers - 1) options.flip_bit_at_step = cluster.flip_bit_at_step;
     options.send = [&](v1::WorkerMessage message) {
       absl::MutexLock lock(&mutex);
@@ -81,6 +84,7 @@ Training RunMembers(const std::string& yaml, const Cluster& cluster) {
       return run;
     }
     start.add_rendezvous(ready->rendezvous());
+    run.offered.push_back(ready->state_version());
     if (ready->state_version() > best_version) {
       best_version = ready->state_version();
       start.set_source_rank(rank);

@@ -17,6 +17,7 @@ struct Training {
   std::vector<v1::CheckpointInfo> checkpoints;
   std::vector<v1::ReplicaDigest> digests;  // of all ranks
   std::string prepare_error;               // of the first member whose Prepare failed
+  std::vector<int64_t> offered;            // state versions of the members' Ready, by rank
 };
 
 struct Cluster {
@@ -25,6 +26,7 @@ struct Cluster {
   std::vector<std::string> host_ids = {};   // by rank; default: all one host
   std::vector<std::string> addresses = {};  // by rank; default 127.0.0.1
   std::string resume_from = {};
+  int resume_rank = -1;          // the only rank that sees resume_from; default: all do
   std::string output_dir = {};   // default: a fresh folder
   int64_t flip_bit_at_step = 0;  // of the last rank
 };

@@ -123,10 +123,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   void Abort(const std::string& reason) { Fail(absl::AbortedError(reason)); }
 
   // ---- StepLoop::CheckpointSink: slot 0, all others waiting.
-  absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
-                          const std::optional<v1::Evaluation>& evaluation,
-                          absl::Span<const Digest> tensors, const Digest& parameters,
-                          const Digest& state) override {
+  void ReplicaDigest(int64_t step, const Digest& state) override {
     v1::WorkerMessage message;
     v1::ReplicaDigest* digest = message.mutable_digest();
     digest->set_job(options_.prepare.job());
@@ -134,8 +131,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     digest->set_step(step);
     digest->set_state_digest(ToHex(state));
     options_.send(std::move(message));
-    if (options_.prepare.rank() != 0) return absl::OkStatus();
+  }
 
+  absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
+                          const std::optional<v1::Evaluation>& evaluation,
+                          absl::Span<const Digest> tensors, const Digest& parameters,
+                          const Digest& state) override {
+    if (options_.prepare.rank() != 0) return absl::OkStatus();
     CheckpointSnapshot snapshot;
     v1::CheckpointManifest& manifest = snapshot.manifest;
     manifest.set_format_version(1);
@@ -249,7 +251,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     for (const auto& named : state_->named()) expected.push_back({named.name, *named.shape});
     absl::StatusOr<LoadedCheckpoint> loaded =
         LoadNewestCheckpoint(RealFileSystem(), from, expected);
-    if (absl::IsNotFound(loaded.status()) && options_.prepare.rank() != 0) return absl::OkStatus();
+    if (absl::IsNotFound(loaded.status()) && !options_.evaluate_only) return absl::OkStatus();
     if (!loaded.ok()) return loaded.status();
     loaded_ = *std::move(loaded);
     for (const std::string& note : loaded_->notes) Log("WARNING", note);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "common/status_macros.h"
 
@@ -493,13 +494,31 @@ absl::Status StepLoop::Checkpoint(Slot& slot) {
     return absl::OkStatus();
   }
   RETURN_IF_ERROR(DigestState(slot));
-  absl::Status status;
+  if (slot.index == 0) checkpoints_->ReplicaDigest(slot.step, state_digest_);
+  RETURN_IF_ERROR(CompareReplicas(slot));
   if (slot.index == 0) {
-    status = checkpoints_->Checkpoint(slot.step, epoch_, evaluation_, tensor_digests_,
-                                      parameter_digest_, state_digest_);
+    RETURN_IF_ERROR(checkpoints_->Checkpoint(slot.step, epoch_, evaluation_, tensor_digests_,
+                                             parameter_digest_, state_digest_));
   }
-  RETURN_IF_ERROR(status);
   return Barrier(slot);  // the state may change again
+}
+
+// Aborted, which makes it an echo: the coordinator has all digests and names the replica to blame.
+absl::Status StepLoop::CompareReplicas(Slot& slot) {
+  const std::string mine = ToHex(state_digest_);
+  ASSIGN_OR_RETURN(const void* all,
+                   parts_.all_reduce->AllGather(slot.index, mine.data(), mine.size(), Deadline()));
+  std::vector<absl::string_view> digests;
+  for (int m = 0; m < parts_.communicator->size(); ++m) {
+    digests.emplace_back(static_cast<const char*>(all) + m * mine.size(), mine.size());
+  }
+  if (std::all_of(digests.begin(), digests.end(), [&](auto d) { return d == mine; })) {
+    return absl::OkStatus();
+  }
+  return absl::AbortedError(absl::StrCat("step ", slot.step,
+                                         ": the replicas differ, so no checkpoint"
+                                         " was written; state digests by rank: ",
+                                         absl::StrJoin(digests, ", ")));
 }
 
 // Collective within the member. The digest is a sum over parts, so slots take disjoint parts.

@@ -87,11 +87,13 @@ class StepLoop {
     data::BatchLoader* validation = nullptr;
     Recorder* recorder = nullptr;
   };
-  // Called by slot 0, with all slots waiting: replica digest of the state at `step`; the state may
-  // be read.
+  // Called by slot 0, with all slots waiting, when a checkpoint is due after `step`.
   class CheckpointSink {
    public:
     virtual ~CheckpointSink() = default;
+    // First, on every member: the digest of its replica.
+    virtual void ReplicaDigest(int64_t step, const Digest& state) = 0;
+    // Then, where the replicas of all members are equal; the state may be read.
     virtual absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
                                     const std::optional<v1::Evaluation>& evaluation,
                                     absl::Span<const Digest> tensors, const Digest& parameters,
@@ -133,6 +135,7 @@ class StepLoop {
   absl::Status Report(Slot& slot);
   absl::Status Evaluate(Slot& slot);
   absl::Status Checkpoint(Slot& slot);
+  absl::Status CompareReplicas(Slot& slot);
   absl::Status DigestState(Slot& slot);
   absl::Status NameNonFinite(Slot& slot);
   absl::Status Barrier(const Slot& slot);
