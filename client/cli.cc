@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <functional>
+#include <sstream>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
@@ -193,7 +194,12 @@ int RunCli(int argc, char** argv, const std::string& version) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // help, version
+    if (error.get_exit_code() == 0) {  // help, version
+      std::ostringstream text;
+      app.exit(error, text, text);
+      WriteAll(STDOUT_FILENO, text.str());
+      return CheckOutput(kExitOk);
+    }
     std::string help = "lockstep --help";
     for (const CLI::App* parsed : app.get_subcommands()) {
       help = "lockstep " + parsed->get_name() + " --help";
@@ -201,7 +207,7 @@ int RunCli(int argc, char** argv, const std::string& version) {
     return Fail(
         absl::InvalidArgumentError(absl::StrCat(OneLine(error.what()), "; see `", help, "`")));
   }
-  return chosen();
+  return CheckOutput(chosen());
 }
 
 }  // namespace lockstep::client

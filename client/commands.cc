@@ -2,21 +2,39 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
+#include <cstring>
 #include <filesystem>
 
+#include "absl/strings/str_cat.h"
 #include "client/format.h"
 #include "client/terminal.h"
 
 namespace lockstep::client {
+namespace {
+
+std::atomic<int> output_error = 0;  // errno of the first failed write to standard output
+
+}  // namespace
 
 void WriteAll(int fd, const std::string& text) {
   for (size_t done = 0; done < text.size();) {
     const ssize_t n = write(fd, text.data() + done, text.size() - done);
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return;
+    if (n < 0) {
+      int none = 0;
+      if (fd == STDOUT_FILENO && errno != EPIPE) output_error.compare_exchange_strong(none, errno);
+      return;
+    }
     done += n;
   }
+}
+
+int CheckOutput(int code) {
+  if (output_error == 0) return code;
+  Fail(absl::UnknownError(absl::StrCat("cannot write standard output: ", strerror(output_error))));
+  return code == kExitOk ? kExitFailed : code;
 }
 
 int Fail(const absl::Status& status) {

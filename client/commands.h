@@ -70,6 +70,9 @@ int Diff(const DiffOptions& options);
 
 // Shared by the commands.
 void WriteAll(int fd, const std::string& text);  // whatever happens to the reader
+// The command's exit code; where something of standard output could not be written (other than for
+// a reader that left), says so and turns success into kExitFailed.
+int CheckOutput(int code);
 int Fail(
     const absl::Status& status);  // prints it; kExitUsage for InvalidArgument, else kExitFailed
 void Warn(const std::string& text);

@@ -51,9 +51,7 @@ absl::StatusOr<std::map<int64_t, Record>> ReadRun(const std::string& run) {
   absl::StatusOr<std::string> text = ReadFile(path, kMaxBytes);
   if (absl::IsNotFound(text.status())) {
     return absl::NotFoundError(
-        absl::StrCat(path,
-                     " does not exist; give the folder of a run (`lockstep run --out DIR`) "
-                     "whose spec has train.digest_every of at least 1"));
+        absl::StrCat(path, " does not exist; give the folder of a run (`lockstep run --out DIR`)"));
   }
   if (!text.ok()) return text.status();
   std::map<int64_t, Record> records;
@@ -78,7 +76,9 @@ absl::StatusOr<std::map<int64_t, Record>> ReadRun(const std::string& run) {
   }
   if (records.empty()) {
     return absl::InvalidArgumentError(
-        absl::StrCat(path, " holds no complete record; did the run commit a step?"));
+        absl::StrCat(path,
+                     " holds no complete record; did the run commit a step (with "
+                     "train.digest_every: 0, write a checkpoint)?"));
   }
   return records;
 }

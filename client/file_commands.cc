@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "client/commands.h"
 #include "client/diff.h"
@@ -91,6 +92,11 @@ int Evaluate(const EvaluateOptions& options, Interrupts& interrupts) {
   }
   const absl::StatusOr<ordered_json> json = AskWorker(arguments, "", absl::Hours(1), interrupts);
   if (!json.ok()) return FailOrInterrupt(json.status());
+  if (json->contains("notes")) {
+    Warn(absl::StrCat(absl::StrJoin((*json)["notes"].get<std::vector<std::string>>(), "; "),
+                      "; scoring ", json->value("checkpoint", ""), ", step ",
+                      json->value("step", int64_t{0})));
+  }
   if (options.json) {
     Print(Dump(*json) + "\n");
     return kExitOk;

@@ -1,6 +1,7 @@
 #include "client/follow.h"
 
 #include "absl/time/clock.h"
+#include "client/commands.h"
 #include "client/format.h"
 
 namespace lockstep::client {
@@ -9,7 +10,14 @@ absl::StatusOr<v1::Job> FollowJob(JobClient& client, const std::string& job,
                                   absl::Duration patience, Progress& progress,
                                   const std::function<void(const v1::JobEvent&)>& on_event) {
   absl::Time asked = absl::InfinitePast();
+  int warned = 0;
+  const auto warn = [&](const v1::Job& now) {
+    for (; warned < now.warnings_size(); ++warned) {
+      progress.Aside([&] { Warn(now.warnings(warned)); });
+    }
+  };
   const absl::Status status = client.Watch(job, 0, patience, [&](const v1::JobEvent& event) {
+    if (event.has_job()) warn(event.job());
     progress.Add(event);
     on_event(event);
     // The number of steps is known once the data is read, after the last event about the job

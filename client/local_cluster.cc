@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "common/fs.h"
@@ -21,7 +22,9 @@ constexpr absl::Duration kStopTimeout = absl::Seconds(3);
 constexpr char kServerName[] = "the coordinator";
 
 std::string EndOf(const std::string& name, const Child& child) {
-  const std::string line = LastLineOfFile(child.log_path());
+  // The programs' last words begin with their name; a line of the log says nothing about the end.
+  std::string line = LastLineOfFile(child.log_path());
+  if (!absl::StartsWith(line, "lockstep-")) line.clear();
   return absl::StrCat(name, " stopped (", child.EndText(), ")", line.empty() ? "" : ": ", line,
                       "; log: ", child.log_path());
 }

@@ -1,5 +1,14 @@
 #include "client/metrics_log.h"
 
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "client/format.h"
 #include "client/json.h"
 #include "client/table.h"
@@ -7,11 +16,44 @@
 
 namespace lockstep::client {
 
-std::string MetricsLog::Csv() const {
-  std::string csv =
-      "step,epoch,train_loss,train_accuracy,samples,learning_rate,gradient_norm,seconds,"
-      "validation_loss,validation_accuracy,validation_samples,state_digest\n";
+namespace {
+
+constexpr char kHeader[] =
+    "step,epoch,train_loss,train_accuracy,samples,learning_rate,gradient_norm,seconds,"
+    "validation_loss,validation_accuracy,validation_samples,state_digest";
+
+// The rows of steps before `first`, by step, under kHeader; a column that a file of an earlier
+// version lacks is empty.
+std::map<int64_t, std::string> RowsBefore(const std::string& csv, int64_t first) {
+  const std::vector<std::string> columns = absl::StrSplit(kHeader, ',');
+  const std::vector<std::string> lines = absl::StrSplit(csv, '\n');
+  const std::vector<std::string> own_columns = absl::StrSplit(lines[0], ',');
+  std::map<int64_t, std::string> rows;
+  for (const std::string& line : lines) {
+    const std::vector<std::string> cells = absl::StrSplit(line, ',');
+    int64_t number = 0;
+    if (!absl::SimpleAtoi(cells[0], &number) || number >= first) continue;
+    std::vector<std::string> row;
+    for (const std::string& column : columns) {
+      const size_t at =
+          std::find(own_columns.begin(), own_columns.end(), column) - own_columns.begin();
+      row.push_back(at < cells.size() ? cells[at] : "");
+    }
+    rows.emplace(number, absl::StrCat(absl::StrJoin(row, ","), "\n"));
+  }
+  return rows;
+}
+
+}  // namespace
+
+std::string MetricsLog::CsvAfter(const std::string& earlier) const {
+  int64_t first = std::numeric_limits<int64_t>::max();
   for (const auto& [number, row] : rows_) {
+    if (row.step.has_train()) first = std::min(first, number);
+  }
+  std::map<int64_t, std::string> lines = RowsBefore(earlier, first);
+  for (const auto& [number, row] : rows_) {
+    std::string csv;
     const bool trained = row.step.has_train();
     const bool evaluated = row.evaluation.has_validation();
     const v1::Score& train = row.step.train();
@@ -26,7 +68,10 @@ std::string MetricsLog::Csv() const {
     csv += evaluated && validation.has_accuracy() ? fmt::format(",{}", validation.accuracy()) : ",";
     csv += evaluated ? fmt::format(",{}", validation.samples()) : ",";
     csv += "," + row.step.state_digest() + "\n";
+    lines.emplace(number, std::move(csv));
   }
+  std::string csv = absl::StrCat(kHeader, "\n");
+  for (const auto& [number, line] : lines) csv += line;
   return csv;
 }
 

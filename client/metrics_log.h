@@ -24,7 +24,10 @@ class MetricsLog {
   // step,epoch,train_loss,train_accuracy,samples,learning_rate,gradient_norm,seconds,validation_loss,
   // validation_accuracy,validation_samples,state_digest: numbers in the shortest form that reads
   // back to the same bits; empty where there is none.
-  std::string Csv() const;
+  std::string Csv() const { return CsvAfter(""); }
+  // The same with the rows of `earlier`, the CSV of a run that this one goes on from: those before
+  // its first step. An earlier row stays where this log only has an evaluation of its step.
+  std::string CsvAfter(const std::string& earlier) const;
   std::string TableText(const Terminal& terminal) const;
   // {"job":…, "steps":[…], "evaluations":[…]}, elements as on the wire.
   nlohmann::ordered_json Json(const std::string& job) const;

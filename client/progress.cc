@@ -167,6 +167,14 @@ void Progress::Print(const std::string& line) {
   Line(line);
 }
 
+void Progress::Aside(const std::function<void()>& print) {
+  absl::MutexLock lock(&mutex_);
+  if (line_open_) writer_("\r\x1b[K");
+  line_open_ = false;
+  changed_ = true;
+  print();
+}
+
 void Progress::Finish() {
   absl::MutexLock lock(&mutex_);
   Redraw(/*force=*/true);

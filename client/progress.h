@@ -38,6 +38,8 @@ class Progress {
   // Redraws where that is due; at most ten times a second.
   void Tick();
   // A line of text, above the progress line.
+  // Calls `print`, which writes elsewhere on the same screen, with the bar out of its way.
+  void Aside(const std::function<void()>& print);
   void Print(const std::string& line);
   // The last state of the line stays; nothing is drawn after it.
   void Finish();

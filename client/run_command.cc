@@ -9,7 +9,10 @@
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "client/commands.h"
@@ -33,6 +36,7 @@ namespace {
 constexpr absl::Duration kCancelTimeout = absl::Seconds(2);
 // A lost worker's job is failed by the coordinator, who knows slot and step, within 10 seconds.
 constexpr absl::Duration kVerdictTimeout = absl::Seconds(12);
+constexpr int64_t kMaxMetricsBytes = int64_t{1} << 30;
 
 // Submits the job and follows it on a thread of its own, so that the main thread is free for
 // signals and children.
@@ -179,6 +183,10 @@ End Supervise(LocalCluster& cluster, Follower& follower, Progress& progress, Int
     end.failure = absl::OkStatus();
   } else if (end.failure.ok()) {
     end.failure = follower.status();
+    if (absl::IsUnavailable(end.failure) || absl::IsDeadlineExceeded(end.failure)) {
+      // It is our own: to start another, as the client's error advises, would not help.
+      end.failure = absl::UnavailableError("the coordinator no longer answers");
+    }
     // A coordinator that died is found by its connection first; its log says more.
     if (const std::optional<LocalCluster::Loss> loss = cluster.NextLoss();
         absl::IsUnavailable(end.failure) && loss.has_value()) {
@@ -201,9 +209,39 @@ absl::StatusOr<v1::JobSpec> LoadSpec(const RunOptions& options, int slots_offere
   return spec;
 }
 
-absl::Status WriteResults(const std::string& folder, const v1::Job& job, const JobView& view) {
-  RETURN_IF_ERROR(WriteFileAtomically(JoinPath(folder, "metrics.csv"), view.metrics().Csv()));
+// A run that goes on in the folder of an earlier one keeps the rows before its own.
+absl::Status WriteResults(const std::string& folder, bool resumed, const v1::Job& job,
+                          const JobView& view) {
+  const std::string path = JoinPath(folder, "metrics.csv");
+  std::string earlier;
+  if (resumed && RealFileSystem().Open(path).ok()) {
+    ASSIGN_OR_RETURN(earlier, ReadFile(path, kMaxMetricsBytes));
+  }
+  RETURN_IF_ERROR(WriteFileAtomically(path, view.metrics().CsvAfter(earlier)));
   return WriteFileAtomically(JoinPath(folder, "result.json"), Dump(ResultJson(job, folder)) + "\n");
+}
+
+// A word of a command line as a shell reads it back.
+std::string Quoted(const std::string& word) {
+  const bool plain = std::all_of(word.begin(), word.end(), [](char c) {
+    return absl::ascii_isalnum(c) || absl::StrContains("/._-+:,=@%", c);
+  });
+  return plain && !word.empty()
+             ? word
+             : absl::StrCat("'", absl::StrReplaceAll(word, {{"'", "'\\''"}}), "'");
+}
+
+// `lockstep run` with the spec as it was run, every --set included, on as many slots.
+std::string RunAgain(const RunOptions& options, const std::string& folder) {
+  std::string text =
+      absl::StrCat("lockstep run ", Quoted(JoinPath(ShortPath(folder), "spec.yaml")));
+  if (options.workers != 1) absl::StrAppend(&text, " --workers ", options.workers);
+  if (options.slots > 0) absl::StrAppend(&text, " --slots ", options.slots);
+  return text;
+}
+
+std::string GoOn(const RunOptions& options, const std::string& folder) {
+  return absl::StrCat(RunAgain(options, folder), " --resume ", Quoted(ShortPath(folder)));
 }
 
 std::string Closing(const RunOptions& options, const v1::Job& job, const std::string& folder,
@@ -219,16 +257,23 @@ std::string Closing(const RunOptions& options, const v1::Job& job, const std::st
   text += "\n" + ListText("Files", places, terminal);
   std::vector<std::pair<std::string, std::string>> next;
   if (!job.checkpoints().empty()) {
-    next.emplace_back("lockstep evaluate " + shown, "score the checkpoint");
-    std::string resume = "lockstep run " + options.spec + " --resume " + shown;
-    if (job.state() == v1::SUCCEEDED && job.spec().train().has_epochs()) {
-      resume += absl::StrCat(" --set train.epochs=", 2 * job.spec().train().epochs());
+    next.emplace_back("lockstep evaluate " + Quoted(shown), "score the checkpoint");
+    std::string resume = GoOn(options, folder);
+    const v1::TrainSpec& train = job.spec().train();
+    if (job.state() == v1::SUCCEEDED && train.has_epochs()) {
+      absl::StrAppend(&resume, " --set train.epochs=", 2 * train.epochs());
+    }
+    if (job.state() == v1::SUCCEEDED && train.has_steps()) {
+      absl::StrAppend(&resume, " --set train.steps=", 2 * train.steps());
     }
     next.emplace_back(resume, "go on from it");
   }
-  next.emplace_back("lockstep run " + options.spec + " --set train.seed=2", "another seed");
+  next.emplace_back(
+      absl::StrCat(RunAgain(options, folder), " --set train.seed=", job.spec().train().seed() + 1),
+      "another seed");
   if (job.state() == v1::SUCCEEDED) {
-    next.emplace_back("lockstep diff " + shown + " OTHER_RUN", "compare two runs bit by bit");
+    next.emplace_back("lockstep diff " + Quoted(shown) + " OTHER_RUN",
+                      "compare two runs bit by bit");
   }
   return text + "\n" + ListText("Try next", next, terminal);
 }
@@ -310,7 +355,7 @@ int Run(const RunOptions& options, Interrupts& interrupts) {
   }
   if (end.interrupted && end.job.state() == v1::CANCELLED) end.job.set_reason("interrupted");
 
-  const absl::Status written = WriteResults(folder->path(), end.job, view);
+  const absl::Status written = WriteResults(folder->path(), !options.resume.empty(), end.job, view);
   if (!written.ok()) Fail(written);
   if (!options.json) WriteAll(STDOUT_FILENO, Closing(options, end.job, folder->path(), terminal));
   int code = kExitOk;
@@ -319,8 +364,7 @@ int Run(const RunOptions& options, Interrupts& interrupts) {
     Fail(absl::CancelledError(
         end.job.checkpoints().empty()
             ? "interrupted before the first checkpoint; run it again to start over"
-            : absl::StrCat("interrupted; go on with: lockstep run ", options.spec, " --resume ",
-                           ShortPath(folder->path()))));
+            : absl::StrCat("interrupted; go on with: ", GoOn(options, folder->path()))));
   } else if (absl::IsInvalidArgument(end.failure)) {
     code = Fail(end.failure);  // the coordinator found what we could not
   } else if (end.job.state() != v1::SUCCEEDED) {

@@ -80,6 +80,7 @@ std::string DescriptionText(const v1::Job& job, const Terminal& terminal) {
   times.AddRow({"batch", fmt::format("{} samples in {} shards", job.spec().train().batch(),
                                      job.spec().train().shards())});
   if (!job.resume_from().empty()) times.AddRow({"resumed from", job.resume_from()});
+  for (const std::string& warning : job.warnings()) times.AddRow({"warning", OneLine(warning)});
   if (!job.output_dir().empty()) times.AddRow({"output", job.output_dir()});
   text += times.Render(terminal, "  ");
   if (!job.placement().empty()) {

@@ -166,9 +166,9 @@ void Core::On(const Cancel& event) {
     record.set_reason("cancelled on request before it started");
     End(job, v1::CANCELLED);
   } else if (record.state() != v1::STOPPING) {
-    record.set_reason(record.state() == v1::RUNNING
-                          ? absl::StrCat("cancelled on request at step ", record.step())
-                          : "cancelled on request while starting");
+    // Which step it stops after, its members agree on; End says it.
+    record.set_reason(record.state() == v1::RUNNING ? "cancelled on request"
+                                                    : "cancelled on request while starting");
     record.set_target(v1::CANCELLED);
     StopPolitely(job);
   }

@@ -149,6 +149,7 @@ class Core {
   void SendPrepare(JobEntry& job);
   void StartTraining(JobEntry& job);
   std::string CompareReady(const JobEntry& job) const;
+  void WarnOfDamage(JobEntry& job, int source_rank);
   void StopPolitely(JobEntry& job);
   void Fail(JobEntry& job, const std::string& reason, Cause cause);
   void AbortMembers(JobEntry& job);

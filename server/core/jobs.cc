@@ -170,12 +170,30 @@ void Core::StartTraining(JobEntry& job) {
                                      "one step-N folder, on some worker's host")),
                 Cause::kPrimary);
   }
+  WarnOfDamage(job, start.source_rank());
   for (const Member& member : generation.members) {
     actions_.emplace_back(SendToWorker{member.stream, message});
   }
   generation.started = true;
   Move(job, v1::RUNNING);
   for (const Member& member : generation.members) SettleWorker(workers_.at(member.place.worker));
+}
+
+// Tells people where damaged checkpoints made the job go on from an older one.
+void Core::WarnOfDamage(JobEntry& job, int source_rank) {
+  std::vector<std::string> notes;  // once each: hosts may share the folder
+  for (const Member& member : job.generation->members) {
+    for (const std::string& note : member.ready->notes()) {
+      if (std::find(notes.begin(), notes.end(), note) == notes.end()) notes.push_back(note);
+    }
+  }
+  if (notes.empty() || source_rank < 0) return;
+  const v1::Ready& source = *job.generation->members[source_rank].ready;
+  const std::string text =
+      absl::StrCat(OneLine(absl::StrJoin(notes, "; ")), "; going on from ",
+                   OneLine(source.checkpoint()), ", step ", source.state_version());
+  job.record.job.add_warnings(text);
+  Log(job.record.number, "WARNING", text);
 }
 
 void Core::StopPolitely(JobEntry& job) {
@@ -337,6 +355,10 @@ void Core::End(JobEntry& job, v1::JobState state) {
     if (record.has_last_evaluation()) {
       *result.mutable_validation() = record.last_evaluation().validation();
     }
+  }
+  record.set_step(std::max(record.step(), result.steps()));
+  if (state == v1::CANCELLED && job.generation.has_value() && job.generation->started) {
+    record.set_reason(absl::StrCat("cancelled on request after step ", record.step()));
   }
   record.set_target(v1::JOB_STATE_UNSPECIFIED);
   record.set_ended_unix_ms(absl::ToUnixMillis(now_));

@@ -245,6 +245,19 @@ TEST_F(ProgressTest, LinesGoAboveTheBarAndNothingAfterTheEnd) {
   EXPECT_EQ(Take(), "");
 }
 
+TEST_F(ProgressTest, TheBarMakesRoomForWhatOthersWrite) {
+  Progress progress = Make(true);
+  progress.Add(JobEventOf(v1::RUNNING));
+  progress.Add(StepEvent(50));
+  Take();
+  std::string before;
+  progress.Aside([&] { before = Take(); });
+  EXPECT_EQ(before, "\r\x1b[K");
+  clock_.Advance(absl::Milliseconds(101));
+  progress.Tick();
+  EXPECT_THAT(Take(), HasSubstr("step 50/100"));  // and comes back
+}
+
 TEST(Summary, NamesScoresAndDigests) {
   v1::Job job;
   job.set_id("mlp-1");

@@ -167,6 +167,23 @@ TEST_F(CoreTest, TheRankWithTheNewestStateIsTheSource) {
   EXPECT_EQ(Last(w0, Message::kStart).start().source_rank(), 1);
 }
 
+TEST_F(CoreTest, ADamagedCheckpointIsAWarningThatNamesTheOneUsed) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const StreamId w1 = AddWorker("w1", 1);
+  const std::string id = SubmitJob(2, "/old");
+  v1::Ready ready = MakeReady(id);
+  ready.set_state_version(12);
+  ready.set_checkpoint("/old/checkpoints/step-00000012");
+  ready.add_notes("checkpoint step-00000016 is not used: damaged");
+  Say(w0, ready);  // two workers that see one folder say the same
+  Say(w1, ready);
+  ASSERT_EQ(job(id).state(), v1::RUNNING);
+  ASSERT_EQ(job(id).warnings_size(), 1);
+  EXPECT_EQ(job(id).warnings(0),
+            "checkpoint step-00000016 is not used: damaged; going on from "
+            "/old/checkpoints/step-00000012, step 12");
+}
+
 TEST_F(CoreTest, AResumeThatNobodyCanSupplyFails) {
   const StreamId w0 = AddWorker("w0", 1);
   const std::string id = SubmitJob(1, "/old");
@@ -305,6 +322,7 @@ TEST_F(CoreTest, ACancelledJobStopsPolitelyThenByAbort) {
   EXPECT_EQ(replies.count(call), 0u);
   Persist();
   EXPECT_EQ(replies.at(call)->target(), v1::CANCELLED);
+  SayStep(w[0], id, 5);  // that the members agreed to stop after
   EXPECT_TRUE(Last(w[0], Message::kControl).control().stop());
   EXPECT_FALSE(Last(w[0], Message::kAbort).has_abort());
   SayEnded(w[0], id, v1::Ended::STOPPED);
@@ -313,7 +331,7 @@ TEST_F(CoreTest, ACancelledJobStopsPolitelyThenByAbort) {
   EXPECT_TRUE(Last(w[1], Message::kAbort).has_abort());
   SayEnded(w[1], id, v1::Ended::STOPPED, "", false, "another step's");
   EXPECT_EQ(job(id).state(), v1::CANCELLED);
-  EXPECT_EQ(job(id).reason(), "cancelled on request at step 3");
+  EXPECT_EQ(job(id).reason(), "cancelled on request after step 5");
   EXPECT_EQ(FreeSlots(), 2);
 }
 

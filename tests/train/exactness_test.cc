@@ -169,6 +169,53 @@ INSTANTIATE_TEST_SUITE_P(All, Resume,
                                                std::get<1>(info.param).second);
                          });
 
+// A run that goes on from its own end trains nothing: it scores and saves once more, and reports
+// what the undisturbed run did.
+TEST(ResumeAtTheEnd, ReportsWhatTheWholeRunDid) {
+  const Cluster whole{.workers = 1, .slots = 2, .output_dir = TemporaryFolder()};
+  const Training undisturbed = RunMembers(MlpYaml(), whole);
+  const std::string digest = AgreedDigest(undisturbed);
+  const Training again =
+      RunMembers(MlpYaml(), {.workers = 2, .slots = 1, .resume_from = whole.output_dir});
+  EXPECT_EQ(AgreedDigest(again), digest);
+  EXPECT_TRUE(again.steps.empty());
+  ASSERT_EQ(again.evaluations.size(), 1u);
+  ASSERT_EQ(again.checkpoints.size(), 1u);
+  EXPECT_EQ(again.checkpoints[0].step(), 30);
+  EXPECT_EQ(again.checkpoints[0].state_digest(), digest);
+  const v1::JobResult& expected = undisturbed.ended[0].result();
+  const v1::JobResult& result = again.ended[0].result();
+  EXPECT_EQ(result.steps(), 30);
+  EXPECT_EQ(result.epochs(), 2);
+  EXPECT_EQ(result.train().SerializeAsString(), expected.train().SerializeAsString());
+  EXPECT_EQ(result.validation().SerializeAsString(), expected.validation().SerializeAsString());
+  EXPECT_EQ(result.parameter_digest(), expected.parameter_digest());
+}
+
+// 11 steps an epoch: those inside an epoch belong to it.
+TEST(Evaluations, NameTheEpochTheyAreIn) {
+  const Training run = RunMembers(MlpYaml(), {.workers = 1, .slots = 2});
+  std::vector<std::pair<int64_t, int64_t>> epochs;
+  for (const v1::Evaluation& e : run.evaluations) epochs.emplace_back(e.step(), e.epoch());
+  EXPECT_THAT(epochs, testing::ElementsAre(std::pair(7, 1), std::pair(14, 2), std::pair(21, 2),
+                                           std::pair(28, 3), std::pair(30, 3)));
+}
+
+// digest_every: 0 records the steps of checkpoints, and no other.
+TEST(Digest, IsRecordedWithEveryCheckpoint) {
+  std::string yaml = MlpYaml();
+  yaml.replace(yaml.find("seed: 7"), 7, "seed: 7, digest_every: 0");
+  const std::string out = TemporaryFolder();
+  const Training run = RunMembers(yaml, {.workers = 1, .slots = 2, .output_dir = out});
+  std::ifstream file(out + "/digests.jsonl");
+  std::vector<std::string> steps;
+  for (std::string line; std::getline(file, line);) steps.push_back(line.substr(0, line.find(',')));
+  EXPECT_THAT(steps, testing::ElementsAre("{\"step\":13", "{\"step\":26", "{\"step\":30"));
+  ASSERT_EQ(run.steps.size(), 30u);
+  EXPECT_EQ(run.steps[12].state_digest(), run.checkpoints[0].state_digest());
+  EXPECT_EQ(run.steps[11].state_digest(), "");
+}
+
 // The checkpoint lies on the second host alone: its worker hands the state to the first.
 TEST(ResumeOnTwoHosts, TakesTheCheckpointFromWhoeverHasIt) {
   const Cluster whole{.workers = 2, .slots = 1, .output_dir = TemporaryFolder()};

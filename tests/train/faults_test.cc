@@ -111,6 +111,8 @@ TEST_F(ResumeRefused, NotWhereOnlyTheNewestIsDamaged) {
   const Training run = RunMembers(MlpYaml(), {.workers = 1, .resume_from = folder_});
   ASSERT_EQ(run.prepare_error, "");
   ASSERT_EQ(run.steps.size(), 4u);  // from step 26
+  ASSERT_EQ(run.notes.size(), 1u);
+  EXPECT_THAT(run.notes[0], AllOf(HasSubstr("step-00000030 is not used"), HasSubstr(newest)));
   EXPECT_EQ(AgreedDigest(run), AgreedDigest(RunMembers(MlpYaml(), {.workers = 1})));
 }
 

@@ -85,6 +85,7 @@ Training RunMembers(const std::string& yaml, const Cluster& cluster) {
     }
     start.add_rendezvous(ready->rendezvous());
     run.offered.push_back(ready->state_version());
+    run.notes.insert(run.notes.end(), ready->notes().begin(), ready->notes().end());
     if (ready->state_version() > best_version) {
       best_version = ready->state_version();
       start.set_source_rank(rank);

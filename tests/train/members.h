@@ -18,6 +18,7 @@ struct Training {
   std::vector<v1::ReplicaDigest> digests;  // of all ranks
   std::string prepare_error;               // of the first member whose Prepare failed
   std::vector<int64_t> offered;            // state versions of the members' Ready, by rank
+  std::vector<std::string> notes;          // of all members' Ready
 };
 
 struct Cluster {

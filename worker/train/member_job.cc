@@ -67,6 +67,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
 
     v1::Ready ready;
     ready.set_state_version(loaded_.has_value() ? loaded_->manifest.step() : -1);
+    if (loaded_.has_value()) {
+      ready.set_checkpoint(loaded_->path);
+      ready.mutable_notes()->Add(loaded_->notes.begin(), loaded_->notes.end());
+    }
     ASSIGN_OR_RETURN(const std::string probe, ProbeDigest(program_, *device_, *operations_,
                                                           probe_rows_, spec_.train().seed()));
     ready.set_fingerprint(absl::StrCat(device_->fingerprint(), ", probe ", probe));
@@ -133,7 +137,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     options_.send(std::move(message));
   }
 
-  absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
+  absl::Status Checkpoint(int64_t step, const EpochSums& epoch, const EpochSums& last_epoch,
                           const std::optional<v1::Evaluation>& evaluation,
                           absl::Span<const Digest> tensors, const Digest& parameters,
                           const Digest& state) override {
@@ -151,6 +155,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     manifest.set_epoch_loss_sum(epoch.loss_sum);
     manifest.set_epoch_correct(epoch.correct);
     manifest.set_epoch_samples(epoch.samples);
+    manifest.set_last_epoch_loss_sum(last_epoch.loss_sum);
+    manifest.set_last_epoch_correct(last_epoch.correct);
+    manifest.set_last_epoch_samples(last_epoch.samples);
     if (evaluation.has_value()) *manifest.mutable_last_evaluation() = *evaluation;
     manifest.set_version(options_.version);
     const auto& named = state_->named();
@@ -167,9 +174,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
 
  private:
   absl::Status LoadData() {
-    std::string folder = options_.data_path;
-    if (folder.empty() && !spec_.data().path().empty()) {
-      ASSIGN_OR_RETURN(folder, spec::ResolveDataPath(spec_.data().path()));
+    // Synthetic data has no path.
+    std::string folder = options_.data_path.empty() ? spec_.data().path() : options_.data_path;
+    if (!folder.empty()) {
+      ASSIGN_OR_RETURN(folder, spec::ResolveDataPath(folder));
     }
     const data::DataOptions options = MakeDataOptions(spec_, folder);
     ASSIGN_OR_RETURN(train_set_, data::LoadDataset(RealFileSystem(), options, data::Split::kTrain));
@@ -425,6 +433,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.evaluation = evaluation_;
     o.first_step = from.step() + 1;
     o.epoch = {from.epoch_loss_sum(), from.epoch_correct(), from.epoch_samples()};
+    o.last_epoch = {from.last_epoch_loss_sum(), from.last_epoch_correct(),
+                    from.last_epoch_samples()};
+    if (from.has_last_evaluation()) o.last_evaluation = from.last_evaluation();
     o.has_accuracy = has_accuracy_;
     o.digest_every = spec_.train().digest_every();
     o.evaluate_every_steps = spec_.train().evaluate().every_steps();

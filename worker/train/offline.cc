@@ -1,5 +1,6 @@
 #include "worker/train/offline.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -11,7 +12,7 @@
 #include "worker/collective/all_reduce.h"
 #include "worker/collective/tree.h"
 #include "worker/data/sampler.h"
-#include "worker/device/cpu/cpu_device.h"
+#include "worker/nn/lowering.h"
 #include "worker/nn/plan.h"
 #include "worker/train/checkpoint.h"
 #include "worker/train/member_job.h"
@@ -42,7 +43,6 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   ASSIGN_OR_RETURN(const v1::JobSpec spec, spec::LoadText(yaml, "standard input", {}));
   ASSIGN_OR_RETURN(spec::Graph graph, spec::BuildGraph(spec));
   ASSIGN_OR_RETURN(auto program, nn::Program::Compile(std::move(graph)));
-  ASSIGN_OR_RETURN(auto device, device::MakeCpuDevice());
   const int shards = spec.train().shards();
   // Without the data, short batches are unknown; full ones decide the memory.
   const int accumulate = spec.train().accumulate();
@@ -51,13 +51,6 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   const int64_t evaluation_batch = spec.train().evaluate().batch();
   const int64_t evaluation_rows =
       data::RangeOfShard(evaluation_batch, shards, evaluation_batch, 0).count;
-  ASSIGN_OR_RETURN(auto operations, nn::Operations::Make(program, *device, {rows}));
-  nn::Plan::Options options;
-  for (int shard = 0; shard < shards; ++shard) options.shards.push_back(shard);
-  options.max_rows = rows;
-  options.evaluation_rows = evaluation_rows;
-  if (accumulate > 1 && !program->has_synchronized_norm()) options.together = 1;
-  ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program, *device, *operations, options));
 
   Json json;
   int64_t parameters = 0, flops = 0;
@@ -108,13 +101,18 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   const int64_t optimizer =
       flat_bytes *
       static_cast<int64_t>(optim::SlotNames(MakeCoefficients(spec.optimizer()).type).size());
-  const int64_t activations = plan->activation_bytes();
+  // As a plan of all shards would have them, without making one: what is too large is what people
+  // want explained.
+  const int together = accumulate > 1 && !program->has_synchronized_norm() ? 1 : shards;
+  const int64_t activations =
+      std::max(nn::PlannedActivationBytes(*program, shards, evaluation_rows, /*training=*/false),
+               nn::PlannedActivationBytes(*program, together, rows, /*training=*/true));
   json["memory"] = {{"parameters_bytes", flat_bytes},
                     {"gradients_bytes", gradients},
                     {"optimizer_bytes", optimizer},
                     {"activations_bytes", activations},
                     {"total_bytes", flat_bytes + gradients + optimizer + activations}};
-  json["segments"] = plan->segments();
+  json["segments"] = nn::Lower(*program, /*training=*/true).segments.size();
   json["buckets"] = collective::MakeBuckets(size, offsets, kBucketBytes).size();
   return json.dump();
 }
@@ -147,6 +145,7 @@ absl::StatusOr<std::string> EvaluateCheckpoint(const std::string& folder,
   Json json;
   json["checkpoint"] = found.path;
   json["step"] = found.manifest.step();
+  if (!found.notes.empty()) json["notes"] = found.notes;
   const v1::Score& score = ended.result().validation();
   json["validation"] = {{"loss", score.loss()}};
   if (score.has_accuracy()) json["validation"]["accuracy"] = score.accuracy();

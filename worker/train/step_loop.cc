@@ -115,7 +115,14 @@ StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
       checkpoints_(checkpoints),
       tensor_digests_(parts_.state->named().size()),
       epoch_(options_.epoch),
-      shard_steps_(options_.shards, 0) {}
+      last_epoch_(options_.last_epoch),
+      evaluation_(options_.last_evaluation),
+      shard_steps_(options_.shards, 0) {
+  result_.set_steps(options_.first_step - 1);
+  result_.set_epochs(result_.steps() / options_.length.steps_per_epoch);
+  SummarizeTraining();
+  if (evaluation_.has_value()) *result_.mutable_validation() = evaluation_->validation();
+}
 
 StepLoop::~StepLoop() = default;
 
@@ -165,10 +172,14 @@ absl::Status StepLoop::Run(int index) {
   parts_.operations->Pack(*slot.stream, parts_.state->parameters(), index, parts_.team->slots());
   RETURN_IF_ERROR(Barrier(slot));
   if (index == 0) started_ = absl::Now();
+  slot.step = options_.first_step - 1;
   if (options_.evaluate_only) {
-    slot.step = options_.first_step - 1;
     RETURN_IF_ERROR(Evaluate(slot));
     return DigestState(slot);
+  }
+  if (slot.step == options_.length.total_steps) {  // resumed at its end, perhaps for another folder
+    RETURN_IF_ERROR(Evaluate(slot));
+    RETURN_IF_ERROR(Checkpoint(slot));
   }
   // ---- the step loop --------------------------------------------------------------------------
   for (slot.step = options_.first_step; slot.step <= options_.length.total_steps; ++slot.step) {
@@ -368,7 +379,8 @@ absl::Status StepLoop::Commit(Slot& slot) {
   RETURN_IF_ERROR(Barrier(slot));  // all parameters are updated
   parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index,
                           parts_.team->slots());
-  if (options_.digest_every > 0 && slot.step % options_.digest_every == 0) {
+  if ((options_.digest_every > 0 && slot.step % options_.digest_every == 0) ||
+      CheckpointDue(slot.step)) {
     return DigestState(slot);  // its barriers also order packing before the next forward
   }
   return Barrier(slot);
@@ -383,13 +395,6 @@ absl::Status StepLoop::Report(Slot& slot) {
   epoch_.loss_sum += t.loss_sum;
   epoch_.correct += t.correct;
   epoch_.samples += t.rows;
-  const auto set_score = [&](v1::Score* score, const EpochSums& sums) {
-    score->set_loss(sums.loss_sum / static_cast<double>(sums.samples));
-    score->set_samples(sums.samples);
-    if (options_.has_accuracy) {
-      score->set_accuracy(static_cast<double>(sums.correct) / static_cast<double>(sums.samples));
-    }
-  };
   result_.set_steps(slot.step);
   result_.set_seconds(absl::ToDoubleSeconds(now - started_));
   result_.set_samples_per_second(static_cast<double>(trained_samples_) /
@@ -399,7 +404,7 @@ absl::Status StepLoop::Report(Slot& slot) {
     last_epoch_ = epoch_;
     epoch_ = EpochSums();
   }
-  set_score(result_.mutable_train(), last_epoch_.samples > 0 ? last_epoch_ : epoch_);
+  SummarizeTraining();
   if (parts_.recorder == nullptr) return absl::OkStatus();
   StepRecord record;
   record.step = slot.step;
@@ -417,6 +422,17 @@ absl::Status StepLoop::Report(Slot& slot) {
   parts_.recorder->PushStep(record, record.has_digests ? absl::MakeConstSpan(tensor_digests_)
                                                        : absl::Span<const Digest>());
   return parts_.recorder->status();
+}
+
+void StepLoop::SummarizeTraining() {
+  const EpochSums& sums = last_epoch_.samples > 0 ? last_epoch_ : epoch_;
+  if (sums.samples == 0) return;
+  v1::Score& score = *result_.mutable_train();
+  score.set_loss(sums.loss_sum / static_cast<double>(sums.samples));
+  score.set_samples(sums.samples);
+  if (options_.has_accuracy) {
+    score.set_accuracy(static_cast<double>(sums.correct) / static_cast<double>(sums.samples));
+  }
 }
 
 absl::Status StepLoop::Evaluate(Slot& slot) {
@@ -468,7 +484,8 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
   if (slot.index == 0) {
     v1::Evaluation evaluation;
     evaluation.set_step(slot.step);
-    evaluation.set_epoch(slot.step / options_.length.steps_per_epoch);
+    const int64_t per_epoch = options_.length.steps_per_epoch;
+    evaluation.set_epoch((slot.step + per_epoch - 1) / per_epoch);
     evaluation.mutable_validation()->set_loss(total->loss_sum / static_cast<double>(total->rows));
     evaluation.mutable_validation()->set_samples(total->rows);
     if (options_.has_accuracy) {
@@ -487,18 +504,20 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
   return absl::OkStatus();
 }
 
+bool StepLoop::CheckpointDue(int64_t step) const {
+  return step == options_.length.total_steps ||
+         Due(options_.checkpoint_every_steps, options_.checkpoint_every_epochs, options_.length,
+             step);
+}
+
 absl::Status StepLoop::Checkpoint(Slot& slot) {
-  const bool last = slot.step == options_.length.total_steps;
-  if (!last && !Due(options_.checkpoint_every_steps, options_.checkpoint_every_epochs,
-                    options_.length, slot.step)) {
-    return absl::OkStatus();
-  }
+  if (!CheckpointDue(slot.step)) return absl::OkStatus();
   RETURN_IF_ERROR(DigestState(slot));
   if (slot.index == 0) checkpoints_->ReplicaDigest(slot.step, state_digest_);
   RETURN_IF_ERROR(CompareReplicas(slot));
   if (slot.index == 0) {
-    RETURN_IF_ERROR(checkpoints_->Checkpoint(slot.step, epoch_, evaluation_, tensor_digests_,
-                                             parameter_digest_, state_digest_));
+    RETURN_IF_ERROR(checkpoints_->Checkpoint(slot.step, epoch_, last_epoch_, evaluation_,
+                                             tensor_digests_, parameter_digest_, state_digest_));
   }
   return Barrier(slot);  // the state may change again
 }

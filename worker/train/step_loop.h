@@ -61,7 +61,10 @@ class StepLoop {
     RunLength length;
     RunLength evaluation;    // of the validation set: one "epoch" of evaluation batches
     int64_t first_step = 1;  // state version + 1
-    EpochSums epoch;         // of the epoch that first_step is in
+    // As the state before first_step left them; for a new run empty.
+    EpochSums epoch;       // of the epoch that first_step is in
+    EpochSums last_epoch;  // of the last completed one
+    std::optional<v1::Evaluation> last_evaluation;
     bool has_accuracy = true;
     int64_t digest_every = 1;
     int64_t evaluate_every_steps = 0, evaluate_every_epochs = 1;
@@ -95,6 +98,7 @@ class StepLoop {
     virtual void ReplicaDigest(int64_t step, const Digest& state) = 0;
     // Then, where the replicas of all members are equal; the state may be read.
     virtual absl::Status Checkpoint(int64_t step, const EpochSums& epoch,
+                                    const EpochSums& last_epoch,
                                     const std::optional<v1::Evaluation>& evaluation,
                                     absl::Span<const Digest> tensors, const Digest& parameters,
                                     const Digest& state) = 0;
@@ -139,6 +143,8 @@ class StepLoop {
   absl::Status DigestState(Slot& slot);
   absl::Status NameNonFinite(Slot& slot);
   absl::Status Barrier(const Slot& slot);
+  bool CheckpointDue(int64_t step) const;
+  void SummarizeTraining();  // the result's train score from the epochs' sums
   absl::Time Deadline() const { return absl::Now() + options_.collective_timeout; }
 
   const Options options_;
