@@ -1,4 +1,5 @@
 // lockstep-worker: joins the agent (the stream to the coordinator) and train (what jobs do).
+#include <arpa/inet.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -190,6 +191,13 @@ int main(int argc, char** argv) {
   if (slots == 0) {
     std::cerr << "lockstep-worker: --slots " << flags.slots
               << ": accepted: cpu:N with N from 1 to 1024" << std::endl;
+    return 2;
+  }
+  unsigned char address[sizeof(in6_addr)];
+  if (!flags.advertise.empty() && inet_pton(AF_INET, flags.advertise.c_str(), address) != 1 &&
+      inet_pton(AF_INET6, flags.advertise.c_str(), address) != 1) {
+    std::cerr << "lockstep-worker: --advertise " << flags.advertise
+              << ": accepted: an IP address such as 10.0.0.2 (no name, no port)" << std::endl;
     return 2;
   }
   return Serve(flags, slots);

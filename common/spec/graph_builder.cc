@@ -376,7 +376,8 @@ class GraphBuilder {
     if (!convolution) return std::nullopt;
     const Shape weight = {spec.filters(), kernel, kernel, input[2]};
     if (TooLarge(weight)) {
-      return At(index, "filters",
+      const bool kernel_alone = TooLarge({kernel, kernel, input[2]});
+      return At(index, kernel_alone ? "kernel" : "filters",
                 fmt::format("the weight {} would have more than 2^31 elements", Text(weight)));
     }
     const int64_t window = kernel * kernel;

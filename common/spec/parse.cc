@@ -319,6 +319,16 @@ absl::Status ResolveElement(const Parser& parser, const std::string& component, 
         0, cursor->path,
         fmt::format("no element {}{}; accepted: {}", Quoted(component), hint, accepted));
   };
+  const auto* model = dynamic_cast<const v1::ModelSpec*>(&message);
+  if (model != nullptr && cursor->field->name() == "layers" && size == 0 &&
+      !model->preset().empty()) {
+    return parser.Refuse(
+        0, cursor->path,
+        fmt::format("no element {}: model.preset is {}; accepted: the preset's own "
+                    "fields, or, in place of the preset, the layers that "
+                    "`lockstep explain` shows",
+                    Quoted(component), model->preset()));
+  }
   const std::string numbers =
       size == 0 ? "nothing, the list is empty" : fmt::format("0 to {}", size - 1);
   absl::int128 number;
@@ -326,7 +336,6 @@ absl::Status ResolveElement(const Parser& parser, const std::string& component, 
     if (number < 0 || number >= size) return refuse(numbers);
     cursor->index = static_cast<int>(number);
   } else {
-    const auto* model = dynamic_cast<const v1::ModelSpec*>(&message);
     if (model == nullptr || cursor->field->name() != "layers" || size == 0) return refuse(numbers);
     const std::vector<std::string> names = LayerNames(*model);
     for (int i = 0; i < size; ++i) {

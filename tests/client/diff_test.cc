@@ -115,7 +115,7 @@ TEST_F(DiffTest, AMissingFileSaysWhatToGive) {
   const auto result = CompareRuns(folder_ + "/nothing", Run("b", Line(1, 'a', 'a', 'a', 'a')));
   EXPECT_EQ(result.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(result.status().message()), HasSubstr("nothing"));
-  EXPECT_THAT(std::string(result.status().message()), HasSubstr("digest_every"));
+  EXPECT_THAT(std::string(result.status().message()), HasSubstr("lockstep run --out"));
 }
 
 TEST_F(DiffTest, MalformedLinesAreNamed) {

@@ -153,6 +153,32 @@ TEST(MetricsLog, CsvHasOneRowPerStepAndEveryBit) {
             "2,1,0.2,,64,0.05,1.5,0.25,2.5,0.125,1000,\n");
 }
 
+TEST(MetricsLog, CsvAfterAnEarlierRunKeepsTheRowsBeforeItsOwn) {
+  const auto log = [](int64_t first, int64_t last, double loss) {
+    MetricsLog made;
+    for (int64_t number = first; number <= last; ++number) {
+      v1::StepMetrics step;
+      step.set_step(number);
+      step.mutable_train()->set_loss(loss);
+      made.Add(step);
+    }
+    return made;
+  };
+  const std::string earlier = log(1, 9, 1).Csv();
+  const std::string undisturbed = log(1, 5, 1).Csv();
+  const std::string own = log(6, 8, 2).Csv();
+  EXPECT_EQ(log(6, 8, 2).CsvAfter(earlier), undisturbed + own.substr(own.find('\n') + 1));
+  EXPECT_EQ(log(6, 8, 2).CsvAfter("no such file"), own);
+  EXPECT_EQ(MetricsLog().CsvAfter(earlier), earlier);
+  // A run that was resumed at its end only evaluates.
+  MetricsLog evaluated;
+  v1::Evaluation evaluation;
+  evaluation.set_step(9);
+  evaluation.mutable_validation()->set_loss(3);
+  evaluated.Add(evaluation);
+  EXPECT_EQ(evaluated.CsvAfter(earlier), earlier);
+}
+
 TEST(MetricsLog, CsvNumbersReadBackToTheSameBits) {
   MetricsLog log;
   v1::StepMetrics step;

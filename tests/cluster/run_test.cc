@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <sstream>
 
 #include "absl/time/clock.h"
 #include "common/fs.h"
@@ -23,6 +24,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::MatchesRegex;
 using ::testing::Not;
 
 class RunTest : public ::testing::Test {
@@ -318,8 +320,18 @@ TEST_F(RunTest, AKilledCoordinatorFailsTheRun) {
   kill(PidOf("lockstep-server"), SIGKILL);
   ASSERT_TRUE(run.WaitUntil(absl::Now() + absl::Seconds(20)));
   EXPECT_EQ(run.exit_code(), 1);
+  // Nothing of its log stands between: it had no last words.
   EXPECT_THAT(LastJson()["reason"].get<std::string>(),
-              HasSubstr("the coordinator stopped (killed by signal 9"));
+              MatchesRegex("the coordinator stopped \\(killed by signal 9[^)]*\\); log: .*"));
+  ExpectNothingLeft();
+}
+
+TEST_F(RunTest, ACoordinatorThatHangsFailsTheRun) {
+  client::Child run = StartEndless();
+  kill(PidOf("lockstep-server"), SIGSTOP);
+  ASSERT_TRUE(run.WaitUntil(absl::Now() + absl::Seconds(60)));
+  EXPECT_EQ(run.exit_code(), 1);
+  EXPECT_EQ(LastJson()["reason"], "the coordinator no longer answers");
   ExpectNothingLeft();
 }
 
@@ -345,6 +357,18 @@ TEST_F(RunTest, ResumesEvaluatesAndCompares) {
   EXPECT_EQ(resumed.json()["state_digest"], whole["state_digest"]);
   EXPECT_EQ(resumed.json()["validation"], whole["validation"]);
 
+  // The metrics of the first part are still there.
+  const auto column = [&](const std::string& run) {
+    std::istringstream csv(Content(Out(run) + "/metrics.csv"));
+    std::vector<std::string> digests;
+    for (std::string line; std::getline(csv, line);) {
+      digests.push_back(line.substr(line.rfind(',') + 1));
+    }
+    return digests;
+  };
+  EXPECT_EQ(column("whole").size(), 17u);
+  EXPECT_EQ(column("part"), column("whole"));
+
   const Programs::Result equal = programs_.Lockstep({"diff", Out("whole"), Out("part")});
   EXPECT_EQ(equal.code, 0) << equal.err;
   EXPECT_THAT(equal.out, HasSubstr("equal over 16 steps"));
@@ -366,6 +390,65 @@ TEST_F(RunTest, ResumesEvaluatesAndCompares) {
   EXPECT_EQ(different.code, 1);
   EXPECT_EQ(different.json()["step"], 1);
   EXPECT_FALSE(different.json()["tensors"].empty());
+}
+
+TEST_F(RunTest, AtItsEndResumesToTheSameResult) {
+  const std::string spec = programs_.Spec("small");
+  nlohmann::json whole = programs_.Lockstep({"run", spec, "--out", Out(), "-o", "json"}).json();
+  const std::string csv = Content(Out() + "/metrics.csv");
+  nlohmann::json again =
+      programs_.Lockstep({"run", spec, "--resume", Out(), "--out", Out(), "-o", "json"}).json();
+  for (const char* field : {"steps", "epochs", "train", "validation", "parameter_digest",
+                            "state_digest", "checkpoint", "state"}) {
+    EXPECT_EQ(again[field], whole[field]) << field;
+  }
+  EXPECT_EQ(Content(Out() + "/metrics.csv"), csv);
+}
+
+TEST_F(RunTest, ADamagedCheckpointIsPassedOverWithAWarning) {
+  const std::string spec =
+      programs_.Spec("small", "checkpoint: {every_steps: 4}\nresources: {slots: 2}\n");
+  ASSERT_EQ(programs_.Lockstep({"run", spec, "--slots", "2", "--out", Out("first")}).code, 0);
+  const std::string newest = Out("first") + "/checkpoints/step-00000016";
+  std::ofstream(newest + "/model.safetensors", std::ios::app) << "x";
+  const Programs::Result resumed = programs_.Lockstep(
+      {"run", spec, "--slots", "2", "--resume", Out("first"), "--out", Out("second")});
+  ASSERT_EQ(resumed.code, 0) << resumed.err;
+  EXPECT_EQ(std::count(resumed.err.begin(), resumed.err.end(), '\n'), 1) << resumed.err;
+  EXPECT_THAT(resumed.err, MatchesRegex("lockstep: warning: checkpoint step-00000016 is not used: "
+                                        ".*; going on from .*/step-00000012, step 12\n"));
+  const Programs::Result scored = programs_.Lockstep({"evaluate", Out("first")});
+  ASSERT_EQ(scored.code, 0) << scored.err;
+  EXPECT_THAT(scored.err, MatchesRegex("lockstep: warning: checkpoint step-00000016 is not used: "
+                                       ".*; scoring .*/step-00000012, step 12\n"));
+}
+
+TEST_F(RunTest, WhatItPrintsToDoNextRunsTheSpecAsItWas) {
+  const Programs::Result result =
+      programs_.Lockstep({"run", programs_.Spec("small"), "--set", "train.steps=3", "--slots", "3",
+                          "--out", Out("it's")});
+  ASSERT_EQ(result.code, 0) << result.err;
+  const std::string folder = programs_.folder() + "/it'\\''s";
+  EXPECT_THAT(result.out, HasSubstr("lockstep run '" + folder + "/spec.yaml' --slots 3 --resume '" +
+                                    folder + "' --set train.epochs=4 --set train.steps=6"));
+  EXPECT_THAT(result.out, HasSubstr("lockstep evaluate '" + folder + "'"));
+  EXPECT_THAT(Content(Out("it's") + "/spec.yaml"), HasSubstr("steps: 3"));
+}
+
+TEST_F(RunTest, StandardOutputThatCannotBeWrittenIsAnError) {
+  const std::string lockstep = std::string(LOCKSTEP_BIN_DIR) + "/lockstep ";
+  for (const std::string& command :
+       {"explain " + programs_.Spec("small"), std::string("--help"), std::string("--version"),
+        "run " + programs_.Spec("small") + " -o json --out " + Out()}) {
+    const Programs::Result result =
+        programs_.Execute({"/bin/sh", "-c", "exec " + lockstep + command + " > /dev/full"});
+    EXPECT_EQ(result.code, 1) << command;
+    EXPECT_THAT(result.err,
+                HasSubstr("lockstep: cannot write standard output: No space left on device\n"));
+    EXPECT_EQ(ErrorLines(result.err), 1) << result.err;
+  }
+  // A reader that has seen enough is no error.
+  EXPECT_EQ(programs_.Execute({"/bin/sh", "-c", lockstep + "--help | true"}).err, "");
 }
 
 TEST_F(RunTest, AnEarlierRunIsMovedAside) {

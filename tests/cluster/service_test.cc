@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <sstream>
 
 #include "absl/time/clock.h"
@@ -74,9 +75,18 @@ TEST_F(ServiceTest, EveryCommandOnAJobAlsoAfterARestart) {
 TEST_F(ServiceTest, SubmitAndFollowHasTheJobsExitCode) {
   programs_.StartWorker("w0", 1);
   const Programs::Result good =
-      programs_.Lockstep({"submit", programs_.Spec("good"), "--follow", "-o", "json"});
+      programs_.Lockstep({"submit", programs_.Spec("good"), "--follow", "-o", "json", "--out",
+                          programs_.JoinedPath("good")});
   EXPECT_EQ(good.code, 0) << good.err;
   EXPECT_EQ(good.json()["state"], "SUCCEEDED");
+  // A damaged checkpoint is passed over, and people are told.
+  const std::string out = good.json()["out"];
+  std::ofstream(out + "/checkpoints/step-00000016/manifest.json", std::ios::app) << "x";
+  const Programs::Result resumed = programs_.Lockstep(
+      {"submit", programs_.Spec("good"), "--follow", "--resume", out, "-o", "json"});
+  EXPECT_EQ(resumed.code, 0) << resumed.err;
+  EXPECT_THAT(resumed.err, HasSubstr("lockstep: warning: checkpoint step-00000016 is not used: "));
+  EXPECT_THAT(resumed.err, HasSubstr("/step-00000008, step 8\n"));
   const Programs::Result bad = programs_.Lockstep(
       {"submit", programs_.Spec("bad"), "--follow", "--set", "data.path=/nowhere/at/all"});
   EXPECT_EQ(bad.code, 1);
@@ -108,6 +118,8 @@ TEST_F(ServiceTest, CancelFreesTheSlotsWithinTwoSeconds) {
   const Programs::Result result = programs_.Lockstep({"cancel", job, "-o", "json"});
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(result.json()["state"], "CANCELLED");
+  EXPECT_EQ(result.json()["reason"],
+            "cancelled on request after step " + std::to_string(result.json().value("step", 0)));
   programs_.WaitForWorkers(2);
   EXPECT_LT(absl::Now() - asked, absl::Seconds(2));
   // Again is an error that says so; and the slots serve the next job.
@@ -257,6 +269,29 @@ TEST_F(ServiceTest, TheDataFolderInUseIsOneClearLine) {
   EXPECT_NE(result.code, 0);
   EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
   EXPECT_THAT(result.err, HasSubstr(programs_.JoinedPath("server")));
+}
+
+TEST_F(ServiceTest, AnAddressThatIsNoneIsRefusedAtTheStart) {
+  for (const char* address : {"foo", "localhost", "10.0.0.1:7", "1.2.3"}) {
+    const Programs::Result result = programs_.Execute(
+        {std::string(LOCKSTEP_BIN_DIR) + "/lockstep-worker", "--coordinator", programs_.address(),
+         "--advertise", address, "--work-dir", programs_.JoinedPath("w")});
+    EXPECT_EQ(result.code, 2) << address;
+    EXPECT_EQ(std::count(result.err.begin(), result.err.end(), '\n'), 1) << result.err;
+    EXPECT_THAT(result.err, HasSubstr(std::string("--advertise ") + address));
+  }
+}
+
+// A worker that has long had no coordinator is back soon after the coordinator is.
+TEST_F(ServiceTest, AnIdleWorkerComesBackWithinThreeSeconds) {
+  programs_.StartWorker("w0", 1);
+  programs_.WaitForWorkers(1);
+  programs_.KillServer(SIGKILL);
+  absl::SleepFor(absl::Seconds(8));  // the time that is tested: its pauses have grown by then
+  programs_.StartServer();
+  const absl::Time started = absl::Now();
+  programs_.WaitForWorkers(1);
+  EXPECT_LT(absl::Now() - started, absl::Seconds(3));
 }
 
 TEST_F(ServiceTest, TwoWorkersOfOneName) {

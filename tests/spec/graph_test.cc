@@ -396,10 +396,9 @@ TEST(Graph, RefusesTensorsBeyondTheCap) {
       Refused({"type: conv2d, filters: 1, kernel: 1, padding: 2147483647"}),
       "model.layers.0: its output {4294967322, 4294967322, 1} has more than 2^31 elements per "
       "sample");
-  EXPECT_EQ(
-      Refused({"type: conv2d, filters: 1, kernel: 2147483647, padding: 2147483647"}),
-      "model.layers.0.filters: the weight {1, 2147483647, 2147483647, 1} would have more than "
-      "2^31 elements");
+  EXPECT_EQ(Refused({"type: conv2d, filters: 1, kernel: 2147483647, padding: 2147483647"}),
+            "model.layers.0.kernel: the weight {1, 2147483647, 2147483647, 1} would have more than "
+            "2^31 elements");
   // 28 x 28 outputs, each from almost 2^62 elements.
   EXPECT_EQ(Refused({"type: average_pool, kernel: 2147483647, padding: 1073741823, stride: 1"}),
             "model.layers.0: needs more than 2^63 operations per sample");

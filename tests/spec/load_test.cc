@@ -494,6 +494,16 @@ TEST(Override, RefusalsNameTheArgument) {
     EXPECT_EQ(LoadMessage(text, {c.text}), "--set " + c.text + ": " + c.message);
 }
 
+TEST(Override, OfAPresetsLayerSaysWhatToDo) {
+  const std::string text =
+      Document::Valid().Remove("model").Set("model.preset", "fashion-cnn").Text();
+  EXPECT_EQ(
+      LoadMessage(text, {"model.layers.conv1.filters=8"}),
+      "--set model.layers.conv1.filters=8: model.layers: no element \"conv1\": model.preset is "
+      "fashion-cnn; accepted: the preset's own fields, or, in place of the preset, the layers "
+      "that `lockstep explain` shows");
+}
+
 TEST(Override, AnErrorInTheFileStillNamesItsLine) {
   EXPECT_EQ(LoadMessage(Compact("{preset: mlp}", "{learning_rate: 1, beta1: 0.5}"),
                         {"optimizer.type=momentum"}),

@@ -29,7 +29,7 @@ namespace lockstep::agent {
 namespace {
 
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(100);
-constexpr absl::Duration kLastBackoff = absl::Seconds(3);
+constexpr absl::Duration kLastBackoff = absl::Seconds(1);
 // A killed predecessor of the same name may still be known to the coordinator for a moment.
 constexpr absl::Duration kNamePatience = absl::Seconds(8);
 constexpr absl::Duration kComplaintInterval = absl::Seconds(30);
