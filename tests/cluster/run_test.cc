@@ -321,8 +321,9 @@ TEST_F(RunTest, AKilledCoordinatorFailsTheRun) {
   ASSERT_TRUE(run.WaitUntil(absl::Now() + absl::Seconds(20)));
   EXPECT_EQ(run.exit_code(), 1);
   // Nothing of its log stands between: it had no last words.
-  EXPECT_THAT(LastJson()["reason"].get<std::string>(),
-              MatchesRegex("the coordinator stopped \\(killed by signal 9[^)]*\\); log: .*"));
+  EXPECT_THAT(
+      LastJson()["reason"].get<std::string>(),
+      MatchesRegex("the coordinator stopped \\(killed by signal 9 \\(Killed\\)\\); log: .*"));
   ExpectNothingLeft();
 }
 
