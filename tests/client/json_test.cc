@@ -43,9 +43,10 @@ v1::Job EndedJob() {
 
 TEST(ResultJson, HasTheAgreedKeys) {
   const ordered_json json = ResultJson(EndedJob(), "/out");
-  EXPECT_THAT(Keys(json), ElementsAre("job", "name", "state", "reason", "steps", "epochs", "train",
-                                      "validation", "samples_per_second", "data_wait_share", "seconds",
-                                      "parameter_digest", "state_digest", "checkpoint", "out"));
+  EXPECT_THAT(Keys(json),
+              ElementsAre("job", "name", "state", "reason", "steps", "epochs", "train",
+                          "validation", "samples_per_second", "data_wait_share", "seconds",
+                          "parameter_digest", "state_digest", "checkpoint", "out"));
   EXPECT_EQ(json["job"], "mlp-1");
   EXPECT_EQ(json["state"], "SUCCEEDED");
   EXPECT_EQ(json["steps"], 30);
@@ -170,6 +171,9 @@ TEST(MetricsLog, CsvAfterAnEarlierRunKeepsTheRowsBeforeItsOwn) {
   EXPECT_EQ(log(6, 8, 2).CsvAfter(earlier), undisturbed + own.substr(own.find('\n') + 1));
   EXPECT_EQ(log(6, 8, 2).CsvAfter("no such file"), own);
   EXPECT_EQ(MetricsLog().CsvAfter(earlier), earlier);
+  // Of a version that had fewer columns.
+  EXPECT_THAT(log(6, 6, 2).CsvAfter("step,epoch,train_loss,state_digest\n5,1,0.5,d5\n"),
+              ::testing::HasSubstr("\n5,1,0.5,,,,,,,,,d5\n6,"));
   // A run that was resumed at its end only evaluates.
   MetricsLog evaluated;
   v1::Evaluation evaluation;
