@@ -282,18 +282,6 @@ TEST_F(ServiceTest, AnAddressThatIsNoneIsRefusedAtTheStart) {
   }
 }
 
-// A worker that has long had no coordinator is back soon after the coordinator is.
-TEST_F(ServiceTest, AnIdleWorkerComesBackSoon) {
-  programs_.StartWorker("w0", 1);
-  programs_.WaitForWorkers(1);
-  programs_.KillServer(SIGKILL);
-  absl::SleepFor(absl::Seconds(5));  // the time that is tested: its pauses have grown by then
-  programs_.StartServer();
-  const absl::Time started = absl::Now();
-  programs_.WaitForWorkers(1);
-  EXPECT_LT(absl::Now() - started, absl::Seconds(3));
-}
-
 TEST_F(ServiceTest, TwoWorkersOfOneName) {
   programs_.StartWorker("w0", 1);
   programs_.WaitForWorkers(1);
