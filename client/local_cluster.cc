@@ -22,9 +22,13 @@ constexpr absl::Duration kStopTimeout = absl::Seconds(3);
 constexpr char kServerName[] = "the coordinator";
 
 std::string EndOf(const std::string& name, const Child& child) {
-  // The programs' last words begin with their name; a line of the log says nothing about the end.
+  // A program's last words, and the loader's about it, have its name before a colon; a line of the
+  // log says nothing about the end.
   std::string line = LastLineOfFile(child.log_path());
-  if (!absl::StartsWith(line, "lockstep-")) line.clear();
+  if (!absl::StrContains(line, "lockstep-server: ") &&
+      !absl::StrContains(line, "lockstep-worker: ")) {
+    line.clear();
+  }
   return absl::StrCat(name, " stopped (", child.EndText(), ")", line.empty() ? "" : ": ", line,
                       "; log: ", child.log_path());
 }

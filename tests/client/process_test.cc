@@ -287,16 +287,18 @@ TEST_F(LocalClusterTest, StartsAndStopsAll) {
 }
 
 TEST_F(LocalClusterTest, AServerThatFailsIsNamedWithItsLastWords) {
-  options_.server_program = Script("broken", "echo 'disk on fire' >&2; exit 4");
+  options_.server_program = Script("broken", "echo 'lockstep-server: disk on fire' >&2; exit 4");
   const auto cluster = LocalCluster::Start(options_, interrupts_);
   EXPECT_EQ(cluster.status().code(), absl::StatusCode::kUnavailable);
-  EXPECT_THAT(std::string(cluster.status().message()),
-              HasSubstr("the coordinator stopped (exit code 4): disk on fire; log: "));
+  EXPECT_THAT(
+      std::string(cluster.status().message()),
+      HasSubstr("the coordinator stopped (exit code 4): lockstep-server: disk on fire; log: "));
   EXPECT_EQ(waitpid(-1, nullptr, WNOHANG), -1) << "a child is left";
 }
 
 TEST_F(LocalClusterTest, ALostWorkerIsReportedOnce) {
-  options_.worker_program = Script("broken", "echo 'no such device' >&2; exit 1");
+  options_.worker_program = Script(
+      "broken", "echo '[info] training'; echo 'lockstep-worker: no such device' >&2; exit 1");
   auto cluster = LocalCluster::Start(options_, interrupts_);
   ASSERT_TRUE(cluster.ok()) << cluster.status();
   std::optional<LocalCluster::Loss> loss;
@@ -308,7 +310,8 @@ TEST_F(LocalClusterTest, ALostWorkerIsReportedOnce) {
   }
   ASSERT_TRUE(loss.has_value());
   EXPECT_EQ(loss->worker, "worker-0");
-  EXPECT_THAT(loss->text, HasSubstr("worker-0 stopped (exit code 1): no such device"));
+  EXPECT_THAT(loss->text,
+              HasSubstr("worker-0 stopped (exit code 1): lockstep-worker: no such device"));
   EXPECT_FALSE((*cluster)->NextLoss().has_value());
 }
 

@@ -308,6 +308,30 @@ TEST_F(FindNonFiniteTest, NamesTheFirstParameterBeforeAnyOutput) {
   EXPECT_THAT(runner.FindNonFinite(batch, 1), Each("layer2.bias"));  // the first in layout order
 }
 
+// Also where shards walk layer by layer in memory that a convolution's segment shares.
+TEST(FindNonFiniteWideTest, NamesTheFirstOutputOfEitherWalk) {
+  GraphMaker maker({4, 4, 2}, 3);
+  maker.Conv2d(8, 3, 1, 1);
+  maker.Tanh();
+  maker.Flatten();
+  maker.Dense(260);
+  maker.BatchNorm(Sync::kShard);
+  maker.Tanh();
+  maker.Dense(3);
+  PlanRunner runner(maker.graph(), OptionsOf(4, 12));
+  ASSERT_EQ(runner.plan(0).segments(), 3);
+  SampleBatch batch = RandomBatch(maker.graph(), 12, 1);
+  EXPECT_THAT(runner.FindNonFinite(batch, 1), ElementsAre(""));
+  batch.data[4 * 4 * 2 * 4] = std::numeric_limits<float>::quiet_NaN();  // of shard 1
+  EXPECT_THAT(runner.FindNonFinite(batch, 1), ElementsAre("layer0"));
+  SampleBatch finite = RandomBatch(maker.graph(), 12, 2);
+  for (const auto& named : runner.state().named()) {
+    if (named.name == "layer6.weight") std::fill_n(named.data, named.size, 3e38f);
+  }
+  runner.Pack();
+  EXPECT_THAT(runner.FindNonFinite(finite, 1), ElementsAre("layer6"));
+}
+
 TEST_F(FindNonFiniteTest, NamesTheFirstOutputOfTheSlotsShards) {
   PlanRunner runner(maker_.graph(), OptionsOf(2, 4, {0, 1, 2}));
   SampleBatch batch = RandomBatch(maker_.graph(), 4, 1);

@@ -155,7 +155,9 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
        message("units", "lstm",
                ", hidden, layers, bidirectional, output, dropout, bias, weight_init, bias_init")},
       {layer("type: dense, units: 3, hidden: 3"),
-       message("hidden", "dense", ", units, bias, weight_init, bias_init")},
+       message(
+           "hidden", "dense",
+           ", units, bias, weight_init, bias_init, learning_rate_multiplier, decay_multiplier")},
       {layer("type: lstm, hidden: 3, dropout: 0.5"),
        "job.yaml:3: model.layers.1.dropout: found 0.5, but it acts between layers and there is "
        "one; "

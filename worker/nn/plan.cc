@@ -41,7 +41,26 @@ struct Plan::Impl {
   absl::Status RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
                            MomentExchange& exchange);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
+  // Calls visit(call, frame) for the segment's calls before `end`, in the order that its memory was
+  // planned for.
+  template <class Visit>
+  absl::Status Walk(const Segment& segment, int end, size_t shards, Visit visit) const;
 };
+
+template <class Visit>
+absl::Status Plan::Impl::Walk(const Segment& segment, int end, size_t shards, Visit visit) const {
+  end = std::min(end, segment.end);
+  if (segment.layerwise) {
+    for (int call = segment.begin; call < end; ++call) {
+      for (size_t i = 0; i < shards; ++i) RETURN_IF_ERROR(visit(call, frames[i]));
+    }
+    return absl::OkStatus();
+  }
+  for (size_t i = 0; i < shards; ++i) {
+    for (int call = segment.begin; call < end; ++call) RETURN_IF_ERROR(visit(call, frames[i]));
+  }
+  return absl::OkStatus();
+}
 
 Plan::Plan(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Plan::~Plan() = default;
@@ -166,12 +185,15 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
   const absl::Span<const Frame> frames = absl::MakeConstSpan(p.frames.data(), shards.size());
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
   for (const Segment& segment : p.train->lowering().segments) {
-    for (int call = segment.begin; segment.layerwise && call < segment.end; ++call) {
-      if (!frames.empty()) p.train->RunAll(call, p.context, p.merged, frames);
-    }
-    for (size_t i = 0; !segment.layerwise && i < shards.size(); ++i) {
-      for (int call = segment.begin; call < segment.end; ++call) {
-        p.train->Run(call, p.context, p.merged, p.frames[i]);
+    if (segment.layerwise) {
+      for (int call = segment.begin; call < segment.end && !frames.empty(); ++call) {
+        p.train->RunAll(call, p.context, p.merged, frames);
+      }
+    } else {
+      for (const Frame& frame : frames) {
+        for (int call = segment.begin; call < segment.end; ++call) {
+          p.train->Run(call, p.context, p.merged, frame);
+        }
       }
     }
     if (segment.exchange != Exchange::kNone) {
@@ -231,17 +253,17 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
   const int forward = p.train->lowering().forward_calls;
   for (const Segment& segment : p.train->lowering().segments) {
     if (segment.begin >= forward) break;
-    for (size_t i = 0; i < shards.size(); ++i) {
-      for (int call = segment.begin; call < std::min(segment.end, forward); ++call) {
-        p.train->Run(call, p.context, p.merged, p.frames[i]);
-        const int node = p.train->lowering().calls[call].node;
-        int64_t elements = 0;
-        const float* output = p.train->Output(call, p.frames[i], &elements);
-        if (output == nullptr || node >= first_node) continue;
-        ASSIGN_OR_RETURN(const bool bad, p.IsNonFinite(output, elements));
-        if (bad) first_node = node;
-      }
-    }
+    RETURN_IF_ERROR(
+        p.Walk(segment, forward, shards.size(), [&](int call, const Frame& frame) -> absl::Status {
+          p.train->Run(call, p.context, p.merged, frame);
+          const int node = p.train->lowering().calls[call].node;
+          int64_t elements = 0;
+          const float* output = p.train->Output(call, frame, &elements);
+          if (output == nullptr || node >= first_node) return absl::OkStatus();
+          ASSIGN_OR_RETURN(const bool bad, p.IsNonFinite(output, elements));
+          if (bad) first_node = node;
+          return absl::OkStatus();
+        }));
     if (segment.end <= forward && segment.exchange != Exchange::kNone) {
       RETURN_IF_ERROR(p.RunExchange(segment, shards, exchange));
     }
