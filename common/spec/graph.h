@@ -30,10 +30,21 @@ enum class LayerType {
   kDropout,
   kPad,
   kLstm,
+  kConcat,
+  kMultiply,
+  kLeakyRelu,
+  kElu,
+  kSoftplus,
+  kSoftmax,
+  kLayerNorm,
+  kEmbedding,
+  kReshape,
+  kTranspose,
 };
-constexpr int kLayerTypes = static_cast<int>(LayerType::kLstm) + 1;
+constexpr int kLayerTypes = static_cast<int>(LayerType::kTranspose) + 1;
 
 enum class Sync { kBatch, kShard };
+enum class Statistics { kRunning, kPopulation };
 
 struct Initializer {
   enum class Type { kZeros, kOnes, kNormal, kUniform };
@@ -44,8 +55,9 @@ struct Initializer {
 };
 
 // A trainable tensor, or a batch norm's running average (trainable = false).
-// Layouts: dense weight {out, in}; conv2d weight {out, kh, kw, in}; lstm weight_ih {4 hidden, in},
-// weight_hh {4 hidden, hidden}, biases {4 hidden}, gates in the order i f g o; the rest {channels}.
+// Layouts: dense weight {out, in}; conv2d weight {out, kh, kw, in / groups}; lstm weight_ih {4
+// hidden, in}, weight_hh {4 hidden, hidden}, biases {4 hidden}, gates in the order i f g o;
+// embedding weight {vocabulary, units}; the rest {channels}.
 struct TensorSpec {
   // "<layer>.weight", ".bias", ".running_mean", ".running_var"; of an lstm torch.nn.LSTM's names,
   // ".weight_ih_l0", ".weight_hh_l0", ".bias_ih_l0", ".bias_hh_l0", "..._l0_reverse", "..._l1".
@@ -72,13 +84,20 @@ struct Layer {
   double rate = 0;           // dropout; lstm: between its layers
   Sync sync = Sync::kBatch;  // batch_norm
   double momentum = 0.1, epsilon = 1e-5;
+  Statistics statistics = Statistics::kRunning;     // batch_norm
   int64_t channels_before = 0, channels_after = 0;  // pad, besides padding
   int64_t hidden = 0, layers = 1;                   // lstm
   bool bidirectional = false, sequence = false;
+  int64_t dilation = 1, groups = 1;  // conv2d
+  double slope = 0.01;               // leaky_relu
+  double alpha = 1;                  // elu
+  std::vector<int64_t> order;        // transpose
+  // Of a window along an axis, conv2d and pools.
+  int64_t extent() const { return dilation * (kernel - 1) + 1; }
   int64_t flops = 0;  // of one sample's forward pass; a multiply-add is two
 };
 
-enum class LossType { kSoftmaxCrossEntropy, kMeanSquaredError };
+enum class LossType { kSoftmaxCrossEntropy, kMeanSquaredError, kSigmoidCrossEntropy };
 enum class Target { kLabel, kInput };
 
 struct Graph {
@@ -87,6 +106,7 @@ struct Graph {
   std::vector<Layer> layers;
   LossType loss = LossType::kSoftmaxCrossEntropy;
   Target target = Target::kLabel;
+  double label_smoothing = 0;  // softmax_cross_entropy
 };
 
 // Product of the dimensions; 1 for {}. The shapes of a Graph cannot overflow it.
@@ -99,9 +119,11 @@ inline int64_t ElementCount(const std::vector<int64_t>& shape) {
 // The spec's name of a type, "conv2d".
 inline const char* LayerTypeName(LayerType type) {
   constexpr const char* kNames[] = {
-      "dense",      "conv2d",  "max_pool", "average_pool", "global_average_pool",
-      "batch_norm", "relu",    "tanh",     "sigmoid",      "add",
-      "flatten",    "dropout", "pad",      "lstm"};
+      "dense",      "conv2d",     "max_pool", "average_pool", "global_average_pool",
+      "batch_norm", "relu",       "tanh",     "sigmoid",      "add",
+      "flatten",    "dropout",    "pad",      "lstm",         "concat",
+      "multiply",   "leaky_relu", "elu",      "softplus",     "softmax",
+      "layer_norm", "embedding",  "reshape",  "transpose"};
   return kNames[static_cast<int>(type)];
 }
 

@@ -70,8 +70,11 @@ class GraphBuilder {
     graph_ = Graph{};
     graph_.data_shape.assign(spec_.data().shape().begin(), spec_.data().shape().end());
     graph_.classes = spec_.data().classes();
-    graph_.loss = spec_.loss().type() == "mean_squared_error" ? LossType::kMeanSquaredError
-                                                              : LossType::kSoftmaxCrossEntropy;
+    const std::string& loss = spec_.loss().type();
+    graph_.loss = loss == "mean_squared_error"      ? LossType::kMeanSquaredError
+                  : loss == "sigmoid_cross_entropy" ? LossType::kSigmoidCrossEntropy
+                                                    : LossType::kSoftmaxCrossEntropy;
+    graph_.label_smoothing = spec_.loss().label_smoothing();
     graph_.target = spec_.loss().target() == "input" ? Target::kInput : Target::kLabel;
     LOCKSTEP_RETURN_IF_PROBLEM(Sort());
     LOCKSTEP_RETURN_IF_PROBLEM(CheckOneOutput());
@@ -189,9 +192,10 @@ class GraphBuilder {
       if (!TooLarge(tensor.shape)) continue;
       return At(
           index,
-          layer.type == LayerType::kConv2d ? "filters"
-          : layer.type == LayerType::kLstm ? "hidden"
-                                           : "units",
+          layer.type == LayerType::kConv2d      ? "filters"
+          : layer.type == LayerType::kLstm      ? "hidden"
+          : layer.type == LayerType::kEmbedding ? "vocabulary"
+                                                : "units",
           fmt::format("the weight {} would have more than 2^31 elements", Text(tensor.shape)));
     }
     LOCKSTEP_RETURN_IF_PROBLEM(CountFlops(index, &layer));
@@ -216,6 +220,8 @@ class GraphBuilder {
       case LayerType::kBatchNorm: {
         layer->output = input;
         layer->sync = spec.sync() == "shard" ? Sync::kShard : Sync::kBatch;
+        layer->statistics =
+            spec.statistics() == "population" ? Statistics::kPopulation : Statistics::kRunning;
         layer->momentum = spec.momentum();
         layer->epsilon = spec.epsilon();
         const Shape channels = {input.back()};
@@ -227,6 +233,7 @@ class GraphBuilder {
         return std::nullopt;
       }
       case LayerType::kAdd:
+      case LayerType::kMultiply:
         for (int k = 1; k < static_cast<int>(inputs_[index].size()); ++k) {
           if (InputShape(index, k) == input) continue;
           return At(
@@ -247,9 +254,35 @@ class GraphBuilder {
         return std::nullopt;
       case LayerType::kPad:
         return InferPad(index, spec, layer);
+      case LayerType::kConcat:
+        return InferConcat(index, layer);
+      case LayerType::kReshape:
+        return InferReshape(index, spec, layer);
+      case LayerType::kTranspose:
+        return InferTranspose(index, spec, layer);
+      case LayerType::kEmbedding:
+        return InferEmbedding(index, spec, layer);
+      case LayerType::kLayerNorm: {
+        layer->output = input;
+        layer->epsilon = spec.epsilon();
+        const Initializer ones{Initializer::Type::kOnes, 0}, zeros;
+        layer->tensors = {{layer->name + ".weight", {input.back()}, ones},
+                          {layer->name + ".bias", {input.back()}, zeros}};
+        return std::nullopt;
+      }
+      case LayerType::kLeakyRelu:
+        layer->slope = spec.slope();
+        layer->output = input;
+        return std::nullopt;
+      case LayerType::kElu:
+        layer->alpha = spec.alpha();
+        layer->output = input;
+        return std::nullopt;
       case LayerType::kRelu:
       case LayerType::kTanh:
       case LayerType::kSigmoid:
+      case LayerType::kSoftplus:
+      case LayerType::kSoftmax:
         layer->output = input;
         return std::nullopt;
     }
@@ -370,18 +403,36 @@ class GraphBuilder {
     layer->kernel = kernel;
     layer->stride = stride;
     layer->padding = padding;
+    if (convolution) {
+      layer->dilation = spec.dilation();
+      layer->groups = spec.groups();
+      if (kernel > 1 && layer->dilation > (padded - 1) / (kernel - 1)) {
+        return At(index, "dilation",
+                  fmt::format("found {}: the window would reach beyond the padded input ({} by "
+                              "{}); accepted: 1 to {}",
+                              spec.dilation(), input[0] + 2 * padding, input[1] + 2 * padding,
+                              (padded - 1) / (kernel - 1)));
+      }
+      if (input[2] % layer->groups != 0 || spec.filters() % layer->groups != 0) {
+        return At(index, "groups",
+                  fmt::format("found {}; accepted: a divisor of the input's channels ({}) and of "
+                              "filters ({})",
+                              layer->groups, input[2], spec.filters()));
+      }
+    }
+    const int64_t extent = layer->extent();
     // Rounds down: a window that would reach beyond the padding is left out.
-    const auto out = [&](int64_t in) { return (in + 2 * padding - kernel) / stride + 1; };
+    const auto out = [&](int64_t in) { return (in + 2 * padding - extent) / stride + 1; };
     layer->output = {out(input[0]), out(input[1]), convolution ? spec.filters() : input[2]};
     if (!convolution) return std::nullopt;
-    const Shape weight = {spec.filters(), kernel, kernel, input[2]};
+    const Shape weight = {spec.filters(), kernel, kernel, input[2] / layer->groups};
     if (TooLarge(weight)) {
       const bool kernel_alone = TooLarge({kernel, kernel, input[2]});
       return At(index, kernel_alone ? "kernel" : "filters",
                 fmt::format("the weight {} would have more than 2^31 elements", Text(weight)));
     }
     const int64_t window = kernel * kernel;
-    AddWeights(spec, weight, window * input[2], window * spec.filters(), layer);
+    AddWeights(spec, weight, window * weight[3], window * (spec.filters() / layer->groups), layer);
     return std::nullopt;
   }
 
@@ -396,6 +447,87 @@ class GraphBuilder {
     return std::nullopt;
   }
 
+  MaybeProblem InferConcat(int index, Layer* layer) const {
+    const v1::LayerSpec& spec = layers_[index];
+    layer->output = InputShape(index);
+    for (size_t k = 1; k < inputs_[index].size(); ++k) {
+      Shape other = InputShape(index, static_cast<int>(k));
+      const int64_t channels = other.back();
+      other.back() = InputShape(index).back();
+      if (other != InputShape(index)) {
+        return At(index, fmt::format("inputs.{}", k),
+                  fmt::format("{} is {} and {} is {}; accepted: inputs that differ in the last "
+                              "dimension only",
+                              spec.inputs(0), Text(InputShape(index)), spec.inputs(k),
+                              Text(InputShape(index, static_cast<int>(k)))));
+      }
+      layer->output.back() += channels;
+    }
+    return std::nullopt;
+  }
+
+  MaybeProblem InferReshape(int index, const v1::LayerSpec& spec, Layer* layer) const {
+    const Shape& input = InputShape(index);
+    layer->output.assign(spec.shape().begin(), spec.shape().end());
+    if (!TooLarge(layer->output) && ElementCount(layer->output) == ElementCount(input)) {
+      return std::nullopt;
+    }
+    return At(index, "shape",
+              fmt::format("found {}, but {} is {}; accepted: {} elements", Text(layer->output),
+                          spec.inputs(0), Text(input), ElementCount(input)));
+  }
+
+  MaybeProblem InferTranspose(int index, const v1::LayerSpec& spec, Layer* layer) const {
+    const Shape& input = InputShape(index);
+    layer->order.assign(spec.order().begin(), spec.order().end());
+    Shape sorted = layer->order, all(input.size());
+    std::sort(sorted.begin(), sorted.end());
+    for (size_t d = 0; d < all.size(); ++d) all[d] = static_cast<int64_t>(d);
+    if (sorted != all) {
+      return At(index, "order",
+                fmt::format("found [{}], but {} is {}; accepted: {}", fmt::join(layer->order, ", "),
+                            spec.inputs(0), Text(input),
+                            all.size() < 2 ? "an input of 2 or 3 dimensions"
+                                           : fmt::format("0 to {}, each once", all.size() - 1)));
+    }
+    for (const int64_t from : layer->order) layer->output.push_back(input[from]);
+    return std::nullopt;
+  }
+
+  MaybeProblem InferEmbedding(int index, const v1::LayerSpec& spec, Layer* layer) const {
+    // Its gradient ends here: nothing with weights may be before it.
+    int before = inputs_[index][0];
+    while (before != kData) {
+      const Layer& view = graph_.layers[position_[before]];
+      if (view.type != LayerType::kFlatten && view.type != LayerType::kReshape &&
+          view.type != LayerType::kTranspose) {
+        return At(index, "inputs.0",
+                  fmt::format("found {}, a {}; accepted: data, or a flatten, reshape or transpose "
+                              "of it",
+                              layers_[before].name(), LayerTypeName(view.type)));
+      }
+      before = inputs_[before][0];
+    }
+    const Shape& input = InputShape(index);
+    layer->output = input;
+    if (input.size() == 3) {
+      if (input[2] != 1) {
+        return At(
+            index, "",
+            fmt::format("embedding needs an input {{n}}, {{n, m}} or {{height, width, 1}}, but "
+                        "{} is {}; put a reshape before it",
+                        spec.inputs(0), Text(input)));
+      }
+      layer->output.back() = spec.units();
+    } else {
+      layer->output.push_back(spec.units());
+    }
+    layer->tensors = {{layer->name + ".weight",
+                       {spec.vocabulary(), spec.units()},
+                       Resolve(spec.weight_init(), 1, 1)}};
+    return std::nullopt;
+  }
+
   MaybeProblem CountFlops(int index, Layer* layer) const {
     const int64_t n = ElementCount(layer->output);
     constexpr int64_t kLimit = std::numeric_limits<int64_t>::max();
@@ -405,7 +537,8 @@ class GraphBuilder {
         flops = Product({2, n, InputShape(index)[0]}, kLimit);
         break;
       case LayerType::kConv2d:
-        flops = Product({2, n, layer->kernel, layer->kernel, InputShape(index)[2]}, kLimit);
+        flops = Product({2, n, layer->kernel, layer->kernel, InputShape(index)[2] / layer->groups},
+                        kLimit);
         break;
       case LayerType::kMaxPool:
       case LayerType::kAveragePool:
@@ -418,19 +551,33 @@ class GraphBuilder {
         flops = 2 * n;  // as in inference: one multiply-add
         break;
       case LayerType::kAdd:
+      case LayerType::kMultiply:
         flops = n * (static_cast<int64_t>(layer->inputs.size()) - 1);
         break;
       case LayerType::kRelu:
       case LayerType::kTanh:
       case LayerType::kSigmoid:
       case LayerType::kDropout:
+      case LayerType::kLeakyRelu:
+      case LayerType::kElu:
+      case LayerType::kSoftplus:
         flops = n;
         break;
       case LayerType::kLstm:
         flops = LstmFlops(*layer, InputShape(index), kLimit);
         break;
+      case LayerType::kSoftmax:
+        flops = 3 * n;  // exponential, sum, division
+        break;
+      case LayerType::kLayerNorm:
+        flops = 5 * n;  // mean, squares, and the multiply-add of each
+        break;
       case LayerType::kFlatten:
       case LayerType::kPad:
+      case LayerType::kConcat:
+      case LayerType::kEmbedding:
+      case LayerType::kReshape:
+      case LayerType::kTranspose:
         break;
     }
     if (flops >= 0 && layer->bias && layer->type != LayerType::kLstm)

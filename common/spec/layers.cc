@@ -18,6 +18,11 @@ bool HasWeights(const v1::LayerSpec& layer) {
   return layer.type() == "dense" || layer.type() == "conv2d" || layer.type() == "lstm";
 }
 
+// add, multiply and concat take as many inputs as they are given, but two at least.
+bool TakesSeveral(const v1::LayerSpec& layer) {
+  return layer.type() == "add" || layer.type() == "multiply" || layer.type() == "concat";
+}
+
 std::string AcceptedTypes() {
   return Accepted(*v1::LayerSpec::descriptor()->FindFieldByName("type"));
 }
@@ -35,12 +40,13 @@ MaybeProblem CompleteInitializer(const LayerSource& source, const LayerList& lay
     return source.At(layers, index, Join(attribute, field), text);
   };
   const bool bias = attribute == "bias_init";
+  const bool no_fan = bias || layers[index].type() == "embedding";
   const std::string accepted =
-      bias ? "zeros, normal, uniform"
-           : Accepted(*v1::InitializerSpec::descriptor()->FindFieldByName("type"));
+      no_fan ? "zeros, normal, uniform"
+             : Accepted(*v1::InitializerSpec::descriptor()->FindFieldByName("type"));
   if (init->type().empty()) return at("type", "missing; accepted: " + accepted);
   const bool scaled = init->type() == "xavier" || init->type() == "he";
-  if (bias && scaled) {
+  if (no_fan && scaled) {
     return at("type", fmt::format("found \"{}\", which needs a weight's fan-in; accepted: {}",
                                   init->type(), accepted));
   }
@@ -77,6 +83,22 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
   if (takes("learning_rate_multiplier") && !layer.has_learning_rate_multiplier())
     layer.set_learning_rate_multiplier(1);
   if (takes("decay_multiplier") && !layer.has_decay_multiplier()) layer.set_decay_multiplier(1);
+  if (layer.type() == "conv2d") {
+    if (layer.dilation() == 0) layer.set_dilation(1);
+    if (layer.groups() == 0) layer.set_groups(1);
+  }
+  if (layer.type() == "leaky_relu" && !layer.has_slope()) layer.set_slope(0.01);
+  if (layer.type() == "elu" && !layer.has_alpha()) layer.set_alpha(1);
+  if (layer.type() == "layer_norm" && !layer.has_epsilon()) layer.set_epsilon(1e-5);
+  if (layer.type() == "reshape" && layer.shape().empty()) return missing("shape");
+  if (layer.type() == "transpose" && layer.order().empty()) return missing("order");
+  if (layer.type() == "embedding") {
+    if (layer.vocabulary() == 0) return missing("vocabulary");
+    if (layer.units() == 0) return missing("units");
+    if (!layer.has_weight_init()) layer.mutable_weight_init()->set_type("uniform");
+    LOCKSTEP_RETURN_IF_PROBLEM(
+        CompleteInitializer(source, *layers, index, "weight_init", layer.mutable_weight_init()));
+  }
   if (HasWeights(layer)) {
     if (!layer.has_bias()) layer.set_bias(true);
     if (layer.has_bias_init() && !layer.bias()) {
@@ -110,6 +132,7 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
   }
   if (layer.type() == "batch_norm") {
     if (layer.sync().empty()) layer.set_sync("batch");
+    if (layer.statistics().empty()) layer.set_statistics("running");
     if (!layer.has_momentum()) layer.set_momentum(0.1);
     if (!layer.has_epsilon()) layer.set_epsilon(1e-5);
   }
@@ -124,17 +147,19 @@ MaybeProblem CompleteInputs(const LayerSource& source, const std::map<std::strin
   for (int i = 0; i < layers->size(); ++i) {
     v1::LayerSpec& layer = *layers->Mutable(i);
     if (layer.inputs().empty()) {
-      if (layer.type() == "add") {
-        return source.At(*layers, i, "inputs", "missing; add needs the names of 2 or more layers");
+      if (TakesSeveral(layer)) {
+        return source.At(
+            *layers, i, "inputs",
+            fmt::format("missing; {} needs the names of 2 or more layers", layer.type()));
       }
       layer.add_inputs(i == 0 ? "data" : layers->Get(i - 1).name());
     }
     const int count = layer.inputs_size();
-    if (layer.type() == "add" ? count < 2 : count != 1) {
+    if (TakesSeveral(layer) ? count < 2 : count != 1) {
       return source.At(
           *layers, i, "inputs",
           fmt::format("found {} input{}; accepted: {} for {}", count, count == 1 ? "" : "s",
-                      layer.type() == "add" ? "2 or more" : "1", layer.type()));
+                      TakesSeveral(layer) ? "2 or more" : "1", layer.type()));
     }
     for (int k = 0; k < count; ++k) {
       const std::string& input = layer.inputs(k);

@@ -147,9 +147,10 @@ MaybeProblem CompleteModel(v1::ModelSpec* model) {
   }
   LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*model, "model", "preset", model->preset(), {},
                                              PresetFields(model->preset())));
-  if (model->has_batch_norm() && !model->batch_norm() && !model->sync().empty()) {
-    return Problem{"model.sync",
-                   "given with batch_norm: false; accepted: only with batch_norm: true"};
+  if (model->has_batch_norm() && !model->batch_norm()) {
+    const std::string text = "given with batch_norm: false; accepted: only with batch_norm: true";
+    if (!model->sync().empty()) return Problem{"model.sync", text};
+    if (!model->statistics().empty()) return Problem{"model.statistics", text};
   }
   CompletePreset(model);
   if (model->preset() == "lstm-classifier" && model->dropout() > 0 && model->lstm_layers() == 1) {
@@ -163,11 +164,11 @@ MaybeProblem CompleteModel(v1::ModelSpec* model) {
 
 MaybeProblem CompleteLoss(v1::LossSpec* loss) {
   if (loss->type().empty()) loss->set_type("softmax_cross_entropy");
-  const bool squared = loss->type() == "mean_squared_error";
-  std::vector<std::string> fields;
-  if (squared) fields.push_back("target");
+  const bool classes = loss->type() == "softmax_cross_entropy";
+  const std::vector<std::string> fields = {classes ? "label_smoothing" : "target"};
   LOCKSTEP_RETURN_IF_PROBLEM(CheckApplicable(*loss, "loss", "type", loss->type(), {}, fields));
-  if (squared && loss->target().empty()) loss->set_target("label");
+  if (classes && !loss->has_label_smoothing()) loss->set_label_smoothing(0);
+  if (!classes && loss->target().empty()) loss->set_target("label");
   return std::nullopt;
 }
 

@@ -50,7 +50,9 @@ class Chain {
     return *this;
   }
   Chain& BatchNorm(const std::string& name = "") {
-    Add("batch_norm", name)->set_sync(model_.sync());
+    v1::LayerSpec* layer = Add("batch_norm", name);
+    layer->set_sync(model_.sync());
+    layer->set_statistics(model_.statistics());
     return *this;
   }
   Chain& Sum(const std::string& a, const std::string& b, const std::string& name) {
@@ -199,9 +201,10 @@ LayerList LstmClassifier(const v1::ModelSpec& model, int classes) {
 }  // namespace
 
 const std::vector<std::string>& PresetFields(const std::string& preset) {
-  static const auto& mlp = *new std::vector<std::string>{"hidden", "sync", "dropout", "batch_norm"};
-  static const auto& fashion_cnn = *new std::vector<std::string>{"sync", "dropout"};
-  static const auto& others = *new std::vector<std::string>{"sync"};
+  static const auto& mlp =
+      *new std::vector<std::string>{"hidden", "sync", "statistics", "dropout", "batch_norm"};
+  static const auto& fashion_cnn = *new std::vector<std::string>{"sync", "statistics", "dropout"};
+  static const auto& others = *new std::vector<std::string>{"sync", "statistics"};
   static const auto& lstm =
       *new std::vector<std::string>{"lstm_hidden", "lstm_layers", "bidirectional", "dropout"};
   if (preset == "lstm-classifier") return lstm;
@@ -226,6 +229,7 @@ void CompletePreset(v1::ModelSpec* model) {
   }
   const bool norms = !mlp || model->batch_norm();
   if (norms && model->sync().empty()) model->set_sync("shard");
+  if (norms && model->statistics().empty()) model->set_statistics("running");
 }
 
 LayerList ExpandPreset(const v1::ModelSpec& model, int classes) {

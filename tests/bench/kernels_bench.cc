@@ -160,15 +160,23 @@ void BatchNorm(benchmark::State& state) {
       b.device().BatchNormBackward(b.stream(), shape, n, x, y, dy, mean, m2, n, 1e-5f, w, sum,
                                    sum_x, dx);
     }
+    // At the end of a residual block.
+    if (stage == 4) {
+      b.device().BatchNormAddForward(b.stream(), shape, n, x, mean, m2, n, 1e-5f, w, w, dy, y);
+    }
+    if (stage == 5) {
+      b.device().BatchNormGradient(b.stream(), shape, n, x, y, dy, dx, mean, m2, n, 1e-5f, dx, sum,
+                                   sum_x);
+    }
     benchmark::ClobberMemory();
   }
-  constexpr double kBytes[] = {4, 8, 12, 16};
+  constexpr double kBytes[] = {4, 8, 12, 16, 12, 20};
   ReportBytes(state, static_cast<double>(size), kBytes[stage]);
 }
 BENCHMARK(BatchNorm)
     ->ArgNames({"channels", "pixels", "stage"})
-    ->ArgsProduct({{32}, {784}, {0, 1, 2, 3}})
-    ->ArgsProduct({{64}, {196}, {0, 1, 2, 3}});
+    ->ArgsProduct({{32}, {784}, {0, 1, 2, 3, 4, 5}})
+    ->ArgsProduct({{64}, {196}, {0, 1, 2, 3, 4, 5}});
 
 void MaxPool(benchmark::State& state) {
   Bench b;
@@ -188,6 +196,52 @@ void MaxPool(benchmark::State& state) {
   ReportBytes(state, static_cast<double>(in), 5.25);
 }
 BENCHMARK(MaxPool)->ArgName("backward")->Arg(0)->Arg(1);
+
+void Pad(benchmark::State& state) {
+  Bench b;
+  // Every second pixel of 32 x 32 x 16, or 16 channels into the middle of 32.
+  const bool subsample = state.range(0) == 0;
+  const StridedCopy copy = subsample ? StridedCopy{.size = {16, 16, 16},
+                                                   .from = {1024, 32, 1},
+                                                   .from_row = 16384,
+                                                   .to = {256, 16, 1},
+                                                   .to_row = 4096}
+                                     : StridedCopy{.size = {16, 16, 16},
+                                                   .from = {256, 16, 1},
+                                                   .from_row = 4096,
+                                                   .to_begin = 8,
+                                                   .to = {512, 32, 1},
+                                                   .to_row = 8192};
+  float *x = b.Floats(kRows * 16384), *y = b.Floats(kRows * 8192);
+  for (auto _ : state) {
+    b.device().CopyStrided(b.stream(), copy, kRows, x, y);
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(kRows * copy.elements()), 8);
+}
+BENCHMARK(Pad)->ArgName("channels")->Arg(0)->Arg(1);
+
+void Map(benchmark::State& state) {
+  Bench b;
+  const int64_t n = 1 << 16, features = 256;
+  float *x = b.Floats(n), *y = b.Floats(n), *w = b.Floats(features), *stats = b.Floats(n);
+  const auto which = state.range(0);
+  for (auto _ : state) {
+    if (which == 0) b.device().LeakyReluForward(b.stream(), n, 0.1f, x, y);
+    if (which == 1) b.device().EluForward(b.stream(), n, 1.0f, x, y);
+    if (which == 2) b.device().SoftplusForward(b.stream(), n, x, y);
+    if (which == 3) b.device().SoftmaxForward(b.stream(), n / features, features, x, y);
+    if (which == 4) {
+      b.device().LayerNormForward(b.stream(), n / features, features, x, 1e-5f, w, w, y, stats);
+    }
+    if (which == 5) {
+      b.device().LayerNormBackward(b.stream(), n / features, features, x, stats, w, x, y);
+    }
+    benchmark::ClobberMemory();
+  }
+  ReportBytes(state, static_cast<double>(n), 8);
+}
+BENCHMARK(Map)->ArgName("leaky_elu_softplus_softmax_norm_back")->DenseRange(0, 5);
 
 void Dropout(benchmark::State& state) {
   Bench b;

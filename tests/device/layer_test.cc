@@ -34,13 +34,16 @@ void ForEachProduct(const Conv2dShape& s, int64_t rows, Visit visit) {
       for (int64_t ow = 0; ow < ow_end; ++ow)
         for (int64_t kh = 0; kh < s.kernel; ++kh)
           for (int64_t kw = 0; kw < s.kernel; ++kw) {
-            const int64_t h = oh * s.stride - s.padding + kh, w = ow * s.stride - s.padding + kw;
+            const int64_t h = oh * s.stride - s.padding + kh * s.dilation;
+            const int64_t w = ow * s.stride - s.padding + kw * s.dilation;
             if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
             const int64_t y = ((n * oh_end + oh) * ow_end + ow) * s.out;
             const int64_t x = ((n * s.height + h) * s.width + w) * s.in;
             for (int64_t o = 0; o < s.out; ++o) {
-              const int64_t weight = ((o * s.kernel + kh) * s.kernel + kw) * s.in;
-              for (int64_t i = 0; i < s.in; ++i) visit(y + o, x + i, weight + i);
+              const int64_t part = s.in / s.groups;
+              const int64_t weight = ((o * s.kernel + kh) * s.kernel + kw) * part;
+              const int64_t first = o / (s.out / s.groups) * part;
+              for (int64_t i = 0; i < part; ++i) visit(y + o, x + first + i, weight + i);
             }
           }
 }
@@ -104,7 +107,7 @@ struct ConvKind {
   using Op = Conv2d;
   static int64_t In(const Shape& s) { return s.height * s.width * s.in; }
   static int64_t Out(const Shape& s) { return s.out_height() * s.out_width() * s.out; }
-  static int64_t Weights(const Shape& s) { return s.out * s.kernel * s.kernel * s.in; }
+  static int64_t Weights(const Shape& s) { return s.out * s.kernel * s.kernel * s.in / s.groups; }
   static auto Make(Device& device, const Shape& s, absl::Span<const int64_t> rows) {
     return device.MakeConv2d(s, rows);
   }
@@ -123,9 +126,11 @@ struct ConvKind {
   static std::string Describe(const Shape& s) {
     return std::to_string(s.height) + "x" + std::to_string(s.width) + "x" + std::to_string(s.in) +
            " to " + std::to_string(s.out) + " kernel " + std::to_string(s.kernel) + " stride " +
-           std::to_string(s.stride) + " padding " + std::to_string(s.padding);
+           std::to_string(s.stride) + " padding " + std::to_string(s.padding) + " dilation " +
+           std::to_string(s.dilation) + " groups " + std::to_string(s.groups);
   }
   static std::vector<Shape> Shapes() {
+    constexpr Activation kNone = Activation::kNone, kRelu = Activation::kRelu;
     return {{28, 28, 1, 32, 3, 1, 1, false},
             {14, 14, 32, 64, 3, 1, 1, false},
             {5, 7, 1, 1, 3, 1, 1, true},
@@ -140,12 +145,22 @@ struct ConvKind {
             {3, 3, 4, 5, 3, 1, 2, false},
             {32, 32, 3, 32, 3, 1, 1, true},
             {10, 10, 1, 48, 5, 1, 2, true},
-            {11, 3, 1, 100, 3, 1, 1, false}};
+            {11, 3, 1, 100, 3, 1, 1, false},
+            {9, 11, 3, 16, 3, 1, 2, true, kNone, 2},
+            {13, 12, 5, 7, 3, 2, 1, false, kNone, 3},
+            {8, 8, 16, 32, 3, 1, 1, true, kRelu, 1, 2},
+            {7, 6, 6, 9, 3, 1, 1, false, kNone, 1, 3},
+            {8, 8, 32, 32, 3, 1, 1, true, kNone, 1, 32},
+            {9, 7, 10, 20, 3, 2, 2, true, kRelu, 2, 10},
+            {6, 6, 64, 64, 1, 1, 0, false, kNone, 1, 4}};
   }
   static std::vector<Shape> SmallShapes() {
     return {{4, 5, 1, 3, 3, 1, 1, true},
             {5, 4, 2, 3, 3, 2, 1, false},
-            {3, 3, 17, 2, 2, 1, 0, true, Activation::kRelu}};
+            {3, 3, 17, 2, 2, 1, 0, true, Activation::kRelu},
+            {5, 6, 2, 3, 2, 1, 1, true, Activation::kNone, 2},
+            {4, 4, 4, 6, 3, 1, 1, true, Activation::kNone, 1, 2},
+            {5, 5, 3, 3, 2, 2, 1, false, Activation::kNone, 2, 3}};
   }
 };
 
@@ -329,6 +344,10 @@ TEST_P(LayerTest, ConvRowsDoNotDependOnTheirNumber) {
   RowsAreIndependent<ConvKind>({28, 28, 1, 32, 3, 1, 1, false}, 20);
   RowsAreIndependent<ConvKind>({14, 14, 32, 64, 3, 1, 1, false}, 20);
   RowsAreIndependent<ConvKind>({7, 7, 17, 15, 3, 2, 1, true}, 20);
+  constexpr Activation kNone = Activation::kNone;
+  RowsAreIndependent<ConvKind>({14, 14, 16, 32, 3, 1, 2, true, kNone, 2}, 20);
+  RowsAreIndependent<ConvKind>({14, 14, 32, 32, 3, 1, 1, false, kNone, 1, 32}, 20);
+  RowsAreIndependent<ConvKind>({7, 7, 12, 18, 3, 1, 1, true, kNone, 1, 3}, 20);
 }
 
 // Each leaf's gradient by itself, folded by Add in the order that the fold says, has the bits of

@@ -59,6 +59,119 @@ std::vector<GraphCase> MakeCases() {
     m.Flatten();
     m.Dense(3);
   });
+  add("dilated_conv", {7, 8, 2}, 3, [](GraphMaker& m) {
+    m.Conv2dOfParts(3, 3, 2, 2, 1);
+    m.Relu();
+    m.Conv2dOfParts(2, 2, 0, 3, 1, /*bias=*/false);
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("grouped_conv", {4, 5, 4}, 3, [](GraphMaker& m) {
+    m.Conv2dOfParts(6, 3, 1, 1, 2);
+    m.Tanh();
+    m.Conv2dOfParts(6, 3, 2, 2, 6, /*bias=*/false);
+    m.GlobalAveragePool();
+    m.Dense(3);
+  });
+  add("concat", {3, 4, 2}, 3, [](GraphMaker& m) {
+    const int a = m.Conv2d(3, 3, 1, 1);
+    const int b = m.Tanh();
+    m.Concat({a, kData, b, a});
+    m.Conv2d(2, 3, 1, 1);
+    m.Flatten();
+    const int x = m.Dense(2);
+    const int y = m.Sigmoid();
+    m.Concat({x, y});
+    m.Dense(3);
+  });
+  add("multiply", {4}, 3, [](GraphMaker& m) {
+    const int a = m.Dense(4);
+    const int b = m.Sigmoid();
+    const int c = m.Dense(4, true, kData);
+    m.Multiply({a, kData, b, c});
+    const int d = m.Multiply({m.Last(), c});
+    m.Multiply({d, d});
+    m.Dense(3);
+  });
+  add("multiply_of_data_first", {4}, 4, [](GraphMaker& m) {
+    const int a = m.Dense(4);
+    m.Multiply({kData, kData, a});
+  });
+  add("maps", {5}, 3, [](GraphMaker& m) {
+    m.Dense(6);
+    m.LeakyRelu(0.2);
+    m.Dense(6);
+    m.Elu(1.3);
+    m.Dense(6);
+    const int s = m.Softplus();
+    m.Dense(6);
+    m.LeakyRelu(0);
+    m.AddLayers({s, m.Last()});
+    m.Elu(0.5);
+    m.Dense(3);
+  });
+  add("softmax", {3, 2, 2}, 3, [](GraphMaker& m) {
+    m.Conv2d(4, 2, 1, 1);
+    m.Softmax();
+    m.Flatten();
+    m.Dense(5);
+    m.Softmax();
+    m.Dense(3);
+  });
+  add("layer_norm", {3, 2, 3}, 3, [](GraphMaker& m) {
+    m.LayerNorm();
+    m.Conv2d(5, 2, 1, 1);
+    const int x = m.LayerNorm();
+    m.Tanh();
+    m.AddLayers({x, m.Last()});
+    m.Flatten();
+    m.Dense(6, /*bias=*/false);
+    m.LayerNorm();
+    m.Relu();
+    m.Dense(2);
+    m.LayerNorm();
+    m.Dense(3);
+  });
+  add("embedding", {6, 1, 1}, 3, [](GraphMaker& m) {
+    m.Embedding(4, 5);
+    m.LayerNorm();
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("embedding_of_a_view", {2, 3, 2}, 3, [](GraphMaker& m) {
+    m.Reshape({4, 3});
+    m.Transpose({1, 0});
+    m.Embedding(3, 2);
+    m.Transpose({2, 0, 1});
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("reshape_and_transpose", {3, 4, 2}, 3, [](GraphMaker& m) {
+    const int a = m.Conv2d(2, 3, 1, 1);
+    m.Transpose({1, 2, 0});
+    m.Tanh();
+    m.Reshape({6, 4});
+    m.Transpose({1, 0});
+    m.Reshape({3, 4, 2});
+    m.AddLayers({a, m.Last()});
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("smoothed_labels", {5}, 4, [](GraphMaker& m) {
+    m.Dense(4);
+    m.SmoothLabels(0.1);
+  });
+  add("sigmoid_cross_entropy_of_labels", {5}, 4, [](GraphMaker& m) {
+    m.Dense(4);
+    m.SigmoidCrossEntropy(Target::kLabel);
+  });
+  add("sigmoid_cross_entropy_of_data", {2, 2, 2}, 3, [](GraphMaker& m) {
+    m.Flatten();
+    m.Dense(3);
+    m.Softplus();
+    m.Dense(8);
+    m.SigmoidCrossEntropy(Target::kInput);
+  });
   add("max_pool", {6, 5, 1}, 3, [](GraphMaker& m) {
     m.Conv2d(3, 2);
     m.MaxPool(3, 2, 1);
@@ -307,7 +420,7 @@ spec::Graph RandomGraph(uint64_t seed, int layers) {
   while (m.Last() + 1 < layers) {
     const Sync sync = pick(2) == 0 ? Sync::kBatch : Sync::kShard;
     const int image = images[pick(images.size())], vector = vectors[pick(vectors.size())];
-    switch (pick(14)) {
+    switch (pick(21)) {
       case 0:
         images.push_back(m.Conv2d(2, 3, 1, 1, pick(2) == 0, image));
         break;
@@ -349,6 +462,28 @@ spec::Graph RandomGraph(uint64_t seed, int layers) {
         break;
       case 13:
         vectors.push_back(m.AddLayers({vector, vectors[pick(vectors.size())], vector}));
+        break;
+      case 14:
+        images.push_back(m.Conv2dOfParts(2, 3, 2, 2, 2, pick(2) == 0, image));
+        break;
+      case 15:
+        m.Concat({image, images[pick(images.size())]});
+        images.push_back(m.Conv2d(2, 1));
+        break;
+      case 16:
+        images.push_back(m.Transpose({1, 0, 2}, image));
+        break;
+      case 17:
+        vectors.push_back(m.Multiply({vector, vectors[pick(vectors.size())]}));
+        break;
+      case 18:
+        vectors.push_back(m.Softmax(vector));
+        break;
+      case 19:
+        vectors.push_back(m.LayerNorm(vector));
+        break;
+      case 20:
+        images.push_back(m.Elu(0.7, m.LeakyRelu(0.1, m.Softplus(image))));
         break;
     }
   }

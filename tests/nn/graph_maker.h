@@ -39,6 +39,20 @@ class GraphMaker {
     AddWeights({filters, kernel, kernel, in}, kernel * kernel * in);
     return Last();
   }
+  int Conv2dOfParts(int64_t filters, int64_t kernel, int64_t padding, int64_t dilation,
+                    int64_t groups, bool bias = true, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kConv2d, {input});
+    const int64_t in = ShapeOf(layer.inputs[0])[2];
+    layer.kernel = kernel;
+    layer.padding = padding;
+    layer.dilation = dilation;
+    layer.groups = groups;
+    layer.bias = bias;
+    for (int axis = 0; axis < 2; ++axis) layer.output[axis] += 2 * padding - layer.extent() + 1;
+    layer.output[2] = filters;
+    AddWeights({filters, kernel, kernel, in / groups}, kernel * kernel * in / groups);
+    return Last();
+  }
   int MaxPool(int64_t kernel, int64_t stride, int64_t padding = 0, int input = kPrevious) {
     Window(spec::LayerType::kMaxPool, kernel, stride, padding, input);
     return Last();
@@ -81,6 +95,51 @@ class GraphMaker {
     layer.output[0] += 2 * padding;
     layer.output[1] += 2 * padding;
     layer.output[2] += before + after;
+    return Last();
+  }
+  int Multiply(std::vector<int> inputs) {
+    return Plain(spec::LayerType::kMultiply, std::move(inputs));
+  }
+  int Concat(std::vector<int> inputs) {
+    spec::Layer& layer = Add(spec::LayerType::kConcat, std::move(inputs));
+    layer.output.back() = 0;
+    for (const int input : layer.inputs) layer.output.back() += ShapeOf(input).back();
+    return Last();
+  }
+  int LeakyRelu(double slope, int input = kPrevious) {
+    Add(spec::LayerType::kLeakyRelu, {input}).slope = slope;
+    return Last();
+  }
+  int Elu(double alpha, int input = kPrevious) {
+    Add(spec::LayerType::kElu, {input}).alpha = alpha;
+    return Last();
+  }
+  int Softplus(int input = kPrevious) { return Plain(spec::LayerType::kSoftplus, {input}); }
+  int Softmax(int input = kPrevious) { return Plain(spec::LayerType::kSoftmax, {input}); }
+  int LayerNorm(int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kLayerNorm, {input});
+    const spec::Initializer uniform{spec::Initializer::Type::kUniform, 1.5};
+    layer.tensors = {{layer.name + ".weight", {layer.output.back()}, uniform},
+                     {layer.name + ".bias", {layer.output.back()}, uniform}};
+    return Last();
+  }
+  int Embedding(int64_t vocabulary, int64_t features, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kEmbedding, {input});
+    if (layer.output.size() == 3) layer.output.pop_back();
+    layer.output.push_back(features);
+    layer.tensors = {
+        {layer.name + ".weight", {vocabulary, features}, {spec::Initializer::Type::kUniform, 1.0}}};
+    return Last();
+  }
+  int Reshape(Shape shape, int input = kPrevious) {
+    Add(spec::LayerType::kReshape, {input}).output = std::move(shape);
+    return Last();
+  }
+  int Transpose(Shape order, int input = kPrevious) {
+    spec::Layer& layer = Add(spec::LayerType::kTranspose, {input});
+    const Shape in = layer.output;
+    for (size_t d = 0; d < order.size(); ++d) layer.output[d] = in[order[d]];
+    layer.order = std::move(order);
     return Last();
   }
   int Dropout(double rate, int input = kPrevious) {
@@ -129,6 +188,15 @@ class GraphMaker {
   GraphMaker& MeanSquaredError(spec::Target target) {
     graph_.loss = spec::LossType::kMeanSquaredError;
     graph_.target = target;
+    return *this;
+  }
+  GraphMaker& SigmoidCrossEntropy(spec::Target target) {
+    graph_.loss = spec::LossType::kSigmoidCrossEntropy;
+    graph_.target = target;
+    return *this;
+  }
+  GraphMaker& SmoothLabels(double smoothing) {
+    graph_.label_smoothing = smoothing;
     return *this;
   }
   const Shape& ShapeOf(int layer) const {

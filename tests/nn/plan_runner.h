@@ -60,12 +60,18 @@ struct SampleBatch {
   int64_t size() const { return static_cast<int64_t>(labels.size()); }
 };
 
-// Pixels uniform on [-1, 1), labels uniform.
+// Pixels uniform on [-1, 1), whole numbers from 0 to 2 where an embedding reads them; labels
+// uniform.
 inline SampleBatch RandomBatch(const spec::Graph& graph, int64_t size, uint64_t seed) {
   SampleBatch batch;
   const PhiloxKey data = MakePhiloxKey(seed, "data"), labels = MakePhiloxKey(seed, "labels");
+  bool positions = false;
+  for (const spec::Layer& layer : graph.layers) {
+    positions |= layer.type == spec::LayerType::kEmbedding;
+  }
   for (int64_t i = 0; i < size * spec::ElementCount(graph.data_shape); ++i) {
-    batch.data.push_back(2 * ToUniform(PhiloxAt(data, i, 0)) - 1);
+    const uint32_t word = PhiloxAt(data, i, 0);
+    batch.data.push_back(positions ? static_cast<float>(word % 3) : 2 * ToUniform(word) - 1);
   }
   for (int64_t i = 0; i < size; ++i) {
     batch.labels.push_back(static_cast<int32_t>(PhiloxAt(labels, i, 0) % graph.classes));

@@ -84,7 +84,43 @@ class Interpreter {
           for (size_t i = 0; i < y.size(); ++i) y[i] += ValuesOf(input)[i];
         }
         break;
+      case LayerType::kMultiply:
+        std::fill(y.begin(), y.end(), 1.0);
+        for (const int input : layer.inputs) {
+          for (size_t i = 0; i < y.size(); ++i) y[i] *= ValuesOf(input)[i];
+        }
+        break;
+      case LayerType::kConcat:
+        Concat(layer, &y);
+        break;
+      case LayerType::kLeakyRelu:
+        for (size_t i = 0; i < x.size(); ++i) y[i] = x[i] < 0 ? layer.slope * x[i] : x[i];
+        break;
+      case LayerType::kElu:
+        for (size_t i = 0; i < x.size(); ++i)
+          y[i] = x[i] < 0 ? layer.alpha * std::expm1(x[i]) : x[i];
+        break;
+      case LayerType::kSoftplus:
+        for (size_t i = 0; i < x.size(); ++i) y[i] = std::log1p(std::exp(x[i]));
+        break;
+      case LayerType::kSoftmax:
+      case LayerType::kLayerNorm:
+        for (size_t i = 0; i < x.size(); i += in.back()) Feature(layer, &x[i], in.back(), &y[i]);
+        break;
+      case LayerType::kEmbedding: {
+        const Values& table = Tensor(layer, ".weight");
+        const int64_t features = layer.output.back();
+        for (size_t i = 0; i < x.size(); ++i) {
+          const auto row = static_cast<int64_t>(std::lround(x[i]));
+          std::copy_n(&table.at(row * features), features, &y[i * features]);
+        }
+        break;
+      }
+      case LayerType::kTranspose:
+        Transpose(layer, in, x, &y);
+        break;
       case LayerType::kFlatten:
+      case LayerType::kReshape:
         y = x;
         break;
       case LayerType::kPad:
@@ -176,8 +212,10 @@ class Interpreter {
       for (int64_t oy = 0; oy < layer.output[0]; ++oy) {
         for (int64_t ox = 0; ox < layer.output[1]; ++ox) {
           for (int64_t k = 0; k < layer.kernel * layer.kernel; ++k) {
-            const int64_t iy = oy * layer.stride - layer.padding + k / layer.kernel;
-            const int64_t ix = ox * layer.stride - layer.padding + k % layer.kernel;
+            const int64_t iy =
+                oy * layer.stride - layer.padding + k / layer.kernel * layer.dilation;
+            const int64_t ix =
+                ox * layer.stride - layer.padding + k % layer.kernel * layer.dilation;
             if (iy >= 0 && iy < in[0] && ix >= 0 && ix < in[1]) visit(r, oy, ox, k, iy, ix);
           }
         }
@@ -195,12 +233,56 @@ class Interpreter {
     EachPlace(layer, in, [&](int64_t r, int64_t oy, int64_t ox, int64_t k, int64_t iy, int64_t ix) {
       const int64_t to = ((r * layer.output[0] + oy) * layer.output[1] + ox) * filters;
       const int64_t from = ((r * in[0] + iy) * in[1] + ix) * channels;
+      const int64_t part = channels / layer.groups;
       for (int64_t f = 0; f < filters; ++f) {
-        for (int64_t c = 0; c < channels; ++c) {
-          (*y)[to + f] += w[(f * window + k) * channels + c] * x[from + c];
+        const int64_t first = f / (filters / layer.groups) * part;
+        for (int64_t c = 0; c < part; ++c) {
+          (*y)[to + f] += w[(f * window + k) * part + c] * x[from + first + c];
         }
       }
     });
+  }
+
+  void Concat(const Layer& layer, Values* y) const {
+    const int64_t width = layer.output.back();
+    int64_t begin = 0;
+    for (const int input : layer.inputs) {
+      const int64_t part = ShapeOf(input).back();
+      for (size_t i = 0; i < ValuesOf(input).size(); ++i) {
+        const auto at = static_cast<int64_t>(i);
+        (*y)[at / part * width + begin + at % part] = ValuesOf(input)[i];
+      }
+      begin += part;
+    }
+  }
+
+  // Softmax or layer norm of one vector.
+  void Feature(const Layer& layer, const double* x, int64_t n, double* y) const {
+    double mean = 0, variance = 0, sum = 0;
+    for (int64_t i = 0; i < n; ++i) mean += x[i] / double(n), sum += std::exp(x[i]);
+    for (int64_t i = 0; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean) / double(n);
+    for (int64_t i = 0; i < n; ++i) {
+      y[i] =
+          layer.type == LayerType::kSoftmax
+              ? std::exp(x[i]) / sum
+              : (x[i] - mean) / std::sqrt(variance + layer.epsilon) * Tensor(layer, ".weight")[i] +
+                    Tensor(layer, ".bias")[i];
+    }
+  }
+
+  // Walks the output with an index for each dimension.
+  void Transpose(const Layer& layer, const std::vector<int64_t>& in, const Values& x,
+                 Values* y) const {
+    const size_t rank = in.size();
+    for (size_t i = 0; i < y->size(); ++i) {
+      int64_t rest = static_cast<int64_t>(i);
+      std::vector<int64_t> at(rank);
+      for (size_t d = rank; d-- > 0; rest /= layer.output[d])
+        at[layer.order[d]] = rest % layer.output[d];
+      int64_t from = rest;  // the sample
+      for (size_t d = 0; d < rank; ++d) from = from * in[d] + at[d];
+      (*y)[i] = x[from];
+    }
   }
 
   void Pad(const Layer& layer, const std::vector<int64_t>& in, const Values& x, Values* y) const {
@@ -283,13 +365,20 @@ class Interpreter {
         if (graph_.loss == spec::LossType::kSoftmaxCrossEntropy) {
           double sum = 0;
           for (int64_t i = 0; i < features; ++i) sum += std::exp(row[i] - *largest);
-          loss += std::log(sum) + *largest - row[batch_.labels[r]];
+          for (int64_t i = 0; i < features; ++i) {
+            const double target = (1 - graph_.label_smoothing) * double(i == batch_.labels[r]) +
+                                  graph_.label_smoothing / double(features);
+            loss += target * (std::log(sum) + *largest - row[i]);
+          }
           continue;
         }
         for (int64_t i = 0; i < features; ++i) {
           const double target =
               labels ? double(i == batch_.labels[r]) : batch_.data[r * features + i];
-          loss += (row[i] - target) * (row[i] - target) / double(features);
+          loss += (graph_.loss == spec::LossType::kSigmoidCrossEntropy
+                       ? std::log1p(std::exp(row[i])) - row[i] * target
+                       : (row[i] - target) * (row[i] - target)) /
+                  double(features);
         }
       }
       result_.shard_loss.push_back(loss);

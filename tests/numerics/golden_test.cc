@@ -202,7 +202,11 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"fashion-cnn-ghost", {"4_shards_on_3_slots", 4, {0, 1, 2, 4}}}, Case{"lstm", kOne},
         Case{"lstm", {"8_shards_on_3_slots", 8, {0, 3, 6, 8}}}, Case{"lstm-deep", kOne},
         Case{"lstm-deep", {"5_shards_on_2_slots", 5, {0, 2, 5}}}, Case{"lstm-sequence", kOne},
-        Case{"lstm-sequence", {"3_shards_on_2_slots", 3, {0, 1, 3}}}),
+        Case{"lstm-sequence", {"3_shards_on_2_slots", 3, {0, 1, 3}}}, Case{"residual", kOne},
+        Case{"residual", {"5_shards_on_2_slots", 5, {0, 2, 5}}},
+        Case{"residual-ghost", {"3_shards_on_2_slots", 3, {0, 1, 3}}}, Case{"width", kOne},
+        Case{"width", {"5_shards_on_2_slots", 5, {0, 2, 5}}},
+        Case{"sigmoid", {"8_shards_on_3_slots", 8, {0, 3, 6, 8}}}),
     [](const auto& info) {
       std::string name = std::string(info.param.model) + "_" + info.param.split.name;
       std::replace(name.begin(), name.end(), '-', '_');

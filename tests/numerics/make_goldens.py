@@ -107,11 +107,15 @@ class Model:
         self.seed = spec["train"]["seed"]
         self.layers = spec["model"]["layers"]
         self.parameters, self.statistics, self.decays = {}, {}, set()
-        shape = [28, 28, 1]
+        shapes = {"data": [28, 28, 1]}
         for i, layer in enumerate(self.layers):
             name, kind = layer["name"], layer["type"]
+            inputs = self.inputs(i)
+            shape = list(shapes[inputs[0]])
             following = [l["type"] for l in self.layers[i + 1:i + 3]] + ["", ""]
             to_relu = following[0] == "relu" or following[:2] == ["batch_norm", "relu"]
+            if "weight_init" in layer:
+                to_relu = layer["weight_init"]["type"] == "he"
             if kind == "flatten":
                 shape = [math.prod(shape)]
             elif kind == "dense":
@@ -119,20 +123,34 @@ class Model:
                 shape = [layer["units"]]
                 self.add_bias(layer, shape[0])
             elif kind == "conv2d":
-                k, out = layer["kernel"], layer["filters"]
-                self.add_weight(name, [out, k, k, shape[2]], k * k * shape[2], k * k * out, to_relu)
-                side = [(s + 2 * layer.get("padding", 0) - k) // layer.get("stride", 1) + 1
+                k, out, groups = layer["kernel"], layer["filters"], layer.get("groups", 1)
+                part = shape[2] // groups
+                self.add_weight(name, [out, k, k, part], k * k * part, k * k * out // groups, to_relu)
+                extent = layer.get("dilation", 1) * (k - 1) + 1
+                side = [(s + 2 * layer.get("padding", 0) - extent) // layer.get("stride", 1) + 1
                         for s in shape[:2]]
                 shape = side + [out]
                 self.add_bias(layer, out)
-            elif kind == "max_pool":
-                shape = [s // layer["kernel"] for s in shape[:2]] + [shape[2]]
+            elif kind in ("max_pool", "average_pool"):
+                stride = layer.get("stride", layer["kernel"])
+                shape = [(s - layer["kernel"]) // stride + 1 for s in shape[:2]] + [shape[2]]
+            elif kind == "global_average_pool":
+                shape = [shape[2]]
+            elif kind == "pad":
+                shape = [s + 2 * layer["padding"] for s in shape[:2]] + [
+                    layer["channels_before"] + shape[2] + layer["channels_after"]]
+            elif kind == "concat":
+                shape[-1] = sum(shapes[other][-1] for other in inputs)
+            elif kind == "transpose":
+                shape = [shape[d] for d in layer["order"]]
+            elif kind == "layer_norm":
+                self.add(name + ".weight", np.ones(shape[-1]))
+                self.add(name + ".bias", np.zeros(shape[-1]))
             elif kind == "batch_norm":
                 self.add(name + ".weight", np.ones(shape[-1]))
                 self.add(name + ".bias", np.zeros(shape[-1]))
                 self.statistics[name + ".running_mean"] = torch.zeros(shape[-1], dtype=dtype)
                 self.statistics[name + ".running_var"] = torch.ones(shape[-1], dtype=dtype)
-
             elif kind == "lstm":
                 # An image is a sequence of its rows.
                 shape = [shape[0], math.prod(shape[1:])]
@@ -151,6 +169,11 @@ class Model:
                 shape = [shape[0], hidden * self.directions(layer)]
                 if layer.get("output", "last") == "last":
                     shape = shape[1:]
+            shapes[name] = shape
+
+    def inputs(self, i):
+        before = self.layers[i - 1]["name"] if i > 0 else "data"
+        return self.layers[i].get("inputs", [before])
 
     @staticmethod
     def directions(layer):
@@ -208,9 +231,11 @@ class Model:
 
     def forward(self, x, step, groups):
         """x {n, 28, 28, 1} -> logits. step None: inference."""
-        x = x.permute(0, 3, 1, 2)
-        for layer in self.layers:
+        outputs = {"data": x.permute(0, 3, 1, 2)}
+        for i, layer in enumerate(self.layers):
             name, kind = layer["name"], layer["type"]
+            inputs = [outputs[other] for other in self.inputs(i)]
+            x = inputs[0]
             if kind == "flatten":
                 x = (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(x.shape[0], -1)
             elif kind == "lstm":
@@ -222,9 +247,38 @@ class Model:
             elif kind == "conv2d":
                 x = F.conv2d(x, self.parameters[name + ".weight"].permute(0, 3, 1, 2),
                              self.parameters.get(name + ".bias"), layer.get("stride", 1),
-                             layer.get("padding", 0))
+                             layer.get("padding", 0), layer.get("dilation", 1),
+                             layer.get("groups", 1))
             elif kind == "max_pool":
                 x = F.max_pool2d(x, layer["kernel"])
+            elif kind == "average_pool":
+                x = F.avg_pool2d(x, layer["kernel"], layer.get("stride"))
+            elif kind == "global_average_pool":
+                x = x.mean((2, 3))
+            elif kind == "pad":
+                p = layer["padding"]
+                x = F.pad(x, (p, p, p, p, layer["channels_before"], layer["channels_after"]))
+            elif kind == "add":
+                x = sum(inputs[1:], inputs[0])
+            elif kind == "multiply":
+                x = math.prod(inputs[1:], start=inputs[0])
+            elif kind == "concat":
+                x = torch.cat(inputs, 1)
+            elif kind == "transpose":
+                x = x.permute(0, 2, 3, 1).permute(0, *[d + 1 for d in layer["order"]])
+                x = x.permute(0, 3, 1, 2)
+            elif kind == "layer_norm":
+                features = self.parameters[name + ".weight"]
+                x = F.layer_norm(x.movedim(1, -1), features.shape, features,
+                                 self.parameters[name + ".bias"], 1e-5).movedim(-1, 1)
+            elif kind == "softmax":
+                x = F.softmax(x, 1)
+            elif kind == "leaky_relu":
+                x = F.leaky_relu(x, layer["slope"])
+            elif kind == "elu":
+                x = F.elu(x, layer["alpha"])
+            elif kind == "softplus":
+                x = F.softplus(x, threshold=100)
             elif kind == "batch_norm":
                 x = self.norm(layer, x, None if step is None else
                               [x.shape[0]] if layer["sync"] == "batch" else groups)
@@ -237,7 +291,15 @@ class Model:
                 kept = torch.tensor(uniform24(words) >= np.float32(layer["rate"])).reshape(nhwc.shape)
                 kept = kept if x.dim() < 4 else kept.permute(0, 3, 1, 2)
                 x = x * kept / (1 - layer["rate"])
+            outputs[name] = x
         return x
+
+
+def loss_of(spec, logits, labels):
+    loss = spec.get("loss", {"type": "softmax_cross_entropy"})
+    if loss["type"] == "sigmoid_cross_entropy":
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 10).to(logits.dtype))
+    return F.cross_entropy(logits, labels, label_smoothing=loss.get("label_smoothing", 0.0))
 
 
 # ---- training
@@ -300,7 +362,7 @@ def train(spec, dtype=torch.float64):
     for t in range(1, STEPS + 1):
         chosen = slice((t - 1) * batch, t * batch)
         logits = model.forward(x[chosen], t, groups)
-        loss = F.cross_entropy(logits, labels[chosen])
+        loss = loss_of(spec, logits, labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -313,7 +375,7 @@ def train(spec, dtype=torch.float64):
     rest = slice(batch * STEPS, None)
     with torch.no_grad():
         logits = model.forward(x[rest], None, None)
-        evaluation = dict(loss=F.cross_entropy(logits, labels[rest]).item(),
+        evaluation = dict(loss=loss_of(spec, logits, labels[rest]).item(),
                           correct=int((logits.argmax(1) == labels[rest]).sum()))
     return dict(
         source=f"PyTorch {torch.__version__}, float64, tests/numerics/make_goldens.py", spec=spec,
@@ -387,12 +449,61 @@ def sequence_lstm():
                      dict(type="flatten"), dict(type="dense", units=10)])
 
 
-def spec(layers, mean, batch, shards, optimizer, schedule=None):
+XAVIER = dict(type="xavier", distribution="uniform")
+
+
+def residual(sync):
+    """A block with a shortcut of option A and one without, as in resnet-20."""
+    def conv(name, filters, stride=1, **more):
+        return dict(type="conv2d", name=name, filters=filters, kernel=3, stride=stride, padding=1,
+                    bias=False, weight_init=dict(type="he", distribution="normal"), **more)
+
+    def norm(name):
+        return dict(type="batch_norm", name=name, sync=sync)
+
+    return [conv("conv0", 6, 2), norm("norm0"), dict(type="relu", name="relu0"),
+            conv("conv1", 10, 2), norm("norm1"), dict(type="relu", name="relu1"),
+            conv("conv2", 10), norm("norm2"),
+            dict(type="average_pool", name="half", kernel=1, stride=2, inputs=["relu0"]),
+            dict(type="pad", name="pad", padding=0, channels_before=2, channels_after=2),
+            dict(type="add", name="sum2", inputs=["norm2", "pad"]), dict(type="relu", name="relu2"),
+            conv("conv3", 10), norm("norm3"), dict(type="relu", name="relu3"),
+            conv("conv4", 10), norm("norm4"),
+            dict(type="add", name="sum4", inputs=["relu2", "norm4"]), dict(type="relu", name="relu4"),
+            dict(type="global_average_pool", name="pool"),
+            dict(type="dense", name="out", units=10, weight_init=XAVIER)]
+
+
+def width():
+    """Every other layer but the embedding, on smooth maps only."""
+    return [dict(type="average_pool", name="small", kernel=4),
+            dict(type="conv2d", name="wide", filters=8, kernel=3, padding=2, dilation=2,
+                 weight_init=XAVIER),
+            dict(type="softplus", name="soft"),
+            dict(type="conv2d", name="grouped", filters=8, kernel=3, padding=1, groups=4,
+                 weight_init=XAVIER),
+            dict(type="elu", name="elu", alpha=1.0),
+            dict(type="concat", name="both", inputs=["soft", "elu", "small"]),
+            dict(type="layer_norm", name="norm"),
+            dict(type="pad", name="frame", padding=1, channels_before=0, channels_after=1),
+            dict(type="transpose", name="turned", order=[2, 0, 1]),
+            dict(type="flatten", name="flat"),
+            dict(type="dense", name="value", units=24, weight_init=XAVIER),
+            dict(type="leaky_relu", name="leaky", slope=0.5),
+            dict(type="dense", name="gate", units=24, inputs=["flat"], weight_init=XAVIER),
+            dict(type="softmax", name="share"),
+            dict(type="multiply", name="product", inputs=["leaky", "share", "value"]),
+            dict(type="dense", name="out", units=10, weight_init=XAVIER)]
+
+
+def spec(layers, mean, batch, shards, optimizer, schedule=None, loss=None):
     out = dict(data=dict(format="idx", path=DATA, normalize=dict(mean=[mean], std=[0.353])),
                model=dict(layers=layers), optimizer=optimizer,
                train=dict(batch=batch, steps=STEPS, shards=shards))
     if schedule:
         out["schedule"] = schedule
+    if loss:
+        out["loss"] = loss
     return json.loads(json.dumps(out))
 
 
@@ -414,6 +525,12 @@ MODELS = {
     "lstm-sequence": spec(
         sequence_lstm(), 0.286, 20, 1, dict(type="nesterov", learning_rate=0.02, l2=0.001),
         dict(type="cosine", warmup_steps=3)),
+    "residual": spec(residual("batch"), 0.0, 18, 1, dict(type="momentum", learning_rate=0.02)),
+    "residual-ghost": spec(residual("shard"), 0.0, 18, 3, dict(type="momentum", learning_rate=0.02)),
+    "width": spec(width(), 0.286, 18, 1, dict(type="momentum", learning_rate=0.02),
+                  loss=dict(type="softmax_cross_entropy", label_smoothing=0.1)),
+    "sigmoid": spec(mlp("batch", 0), 0.286, 50, 1, dict(type="momentum", learning_rate=0.2),
+                    loss=dict(type="sigmoid_cross_entropy")),
 }
 
 

@@ -136,6 +136,149 @@ TEST(Graph, MultipliersReachEveryTensorOfTheirLayer) {
     EXPECT_EQ(tensor.rate_multiplier, 3);
     EXPECT_EQ(tensor.decay_multiplier, 1);
   }
+  const Layer layer_norm = One("type: layer_norm, learning_rate_multiplier: 0.5");
+  ASSERT_EQ(layer_norm.tensors.size(), 2u);
+  for (const TensorSpec& tensor : layer_norm.tensors) EXPECT_EQ(tensor.rate_multiplier, 0.5);
+  const Layer table = One("type: embedding, vocabulary: 7, units: 5, learning_rate_multiplier: 0",
+                          "shape: [4, 3, 1]");
+  EXPECT_EQ(table.tensors[0].rate_multiplier, 0);
+  const auto lstm =
+      Build({"type: lstm, hidden: 3, layers: 2, learning_rate_multiplier: 2, decay_multiplier: 0",
+             "type: dense, units: 10"});
+  ASSERT_TRUE(lstm.ok()) << lstm.status();
+  ASSERT_EQ(lstm->layers[0].tensors.size(), 8u);
+  for (const TensorSpec& tensor : lstm->layers[0].tensors) {
+    EXPECT_EQ(tensor.rate_multiplier, 2);
+    EXPECT_EQ(tensor.decay_multiplier, 0);
+  }
+}
+
+TEST(Graph, Conv2dDilatedAndGrouped) {
+  const Layer dilated = One("type: conv2d, filters: 5, kernel: 3, dilation: 2, padding: 1");
+  EXPECT_EQ(dilated.output, (Shape{9, 7, 5}));  // 11 + 2 - 5 + 1, 9 + 2 - 5 + 1
+  EXPECT_EQ(dilated.tensors[0].shape, (Shape{5, 3, 3, 3}));
+  const Layer grouped =
+      One("type: conv2d, filters: 6, kernel: 3, groups: 3, weight_init: {type: he}");
+  EXPECT_EQ(grouped.groups, 3);
+  EXPECT_EQ(grouped.tensors[0].shape, (Shape{6, 3, 3, 1}));
+  EXPECT_DOUBLE_EQ(grouped.tensors[0].init.scale, std::sqrt(2.0 / 9));
+  EXPECT_EQ(grouped.flops, 2 * 9 * 7 * 6 * 9 + 9 * 7 * 6);
+  EXPECT_EQ(Refused(WithHead({"type: conv2d, filters: 2, kernel: 3, dilation: 14"})),
+            "model.layers.0.dilation: found 14: the window would reach beyond the padded input (28 "
+            "by 28); accepted: 1 to 13");
+  EXPECT_EQ(One("type: conv2d, filters: 2, kernel: 1, dilation: 100").output, (Shape{11, 9, 2}));
+  EXPECT_EQ(
+      Refused(WithHead({"type: conv2d, filters: 3, kernel: 3, groups: 2"}), "shape: [8, 8, 4]"),
+      "model.layers.0.groups: found 2; accepted: a divisor of the input's channels (4) and of "
+      "filters (3)");
+}
+
+TEST(Graph, Concat) {
+  const auto graph = Build(WithHead({"name: a, type: conv2d, filters: 2, kernel: 1, inputs: [data]",
+                                     "name: b, type: concat, inputs: [a, data, a]"}),
+                           "shape: [4, 5, 3]");
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_EQ(graph->layers[1].output, (Shape{4, 5, 7}));
+  EXPECT_EQ(graph->layers[1].flops, 0);
+  EXPECT_EQ(Refused(WithHead({"name: a, type: max_pool, kernel: 2",
+                              "name: b, type: concat, inputs: [a, data]"})),
+            "model.layers.1.inputs.1: a is {14, 14, 1} and data is {28, 28, 1}; accepted: inputs "
+            "that differ in the last dimension only");
+}
+
+TEST(Graph, Multiply) {
+  const auto graph =
+      Build(WithHead({"name: a, type: tanh", "name: b, type: multiply, inputs: [a, data, a]"}),
+            "shape: [4, 5, 3]");
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_EQ(graph->layers[1].output, (Shape{4, 5, 3}));
+  EXPECT_EQ(graph->layers[1].flops, 2 * 60);
+  EXPECT_EQ(
+      Refused(WithHead(
+          {"name: a, type: max_pool, kernel: 2", "name: b, type: multiply, inputs: [a, data]"})),
+      "model.layers.1.inputs.1: a is {14, 14, 1} and data is {28, 28, 1}; accepted: inputs of "
+      "one shape");
+}
+
+TEST(Graph, MapsAndNormsOverTheLastDimension) {
+  EXPECT_EQ(One("type: leaky_relu").slope, 0.01);
+  EXPECT_EQ(One("type: leaky_relu, slope: 0").slope, 0);
+  EXPECT_EQ(One("type: elu").alpha, 1);
+  EXPECT_EQ(One("type: elu, alpha: 2").alpha, 2);
+  for (const char* type : {"leaky_relu", "elu", "softplus"}) {
+    const Layer map = One(fmt::format("type: {}", type));
+    EXPECT_STREQ(LayerTypeName(map.type), type);
+    EXPECT_EQ(map.output, (Shape{11, 9, 3}));
+    EXPECT_EQ(map.flops, 11 * 9 * 3);
+  }
+  EXPECT_EQ(One("type: softmax").flops, 3 * 11 * 9 * 3);
+  const Layer norm = One("type: layer_norm, epsilon: 1e-3");
+  EXPECT_EQ(norm.epsilon, 1e-3);
+  EXPECT_EQ(norm.flops, 5 * 11 * 9 * 3);
+  ASSERT_EQ(norm.tensors.size(), 2u);
+  EXPECT_EQ(norm.tensors[0].name, "layer_norm_1.weight");
+  EXPECT_EQ(norm.tensors[0].shape, Shape{3});
+  EXPECT_EQ(norm.tensors[0].init.type, Initializer::Type::kOnes);
+  EXPECT_EQ(norm.tensors[1].init.type, Initializer::Type::kZeros);
+  EXPECT_FALSE(norm.tensors[0].decays);
+}
+
+TEST(Graph, ReshapeAndTranspose) {
+  EXPECT_EQ(One("type: reshape, shape: [3, 99]").output, (Shape{3, 99}));
+  EXPECT_EQ(One("type: transpose, order: [2, 0, 1]").output, (Shape{3, 11, 9}));
+  const auto graph = Build({"type: reshape, shape: [28, 28]", "type: transpose, order: [1, 0]",
+                            "type: flatten", "type: dense, units: 10"});
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_EQ(graph->layers[1].output, (Shape{28, 28}));
+  EXPECT_EQ(
+      Refused(WithHead({"type: reshape, shape: [28, 27]"})),
+      "model.layers.0.shape: found {28, 27}, but data is {28, 28, 1}; accepted: 784 elements");
+  EXPECT_EQ(Refused(WithHead({"type: transpose, order: [0, 1]"})),
+            "model.layers.0.order: found [0, 1], but data is {28, 28, 1}; accepted: 0 to 2, each "
+            "once");
+  EXPECT_EQ(
+      Refused(WithHead({"type: transpose, order: [0, 1, 1]"})),
+      "model.layers.0.order: found [0, 1, 1], but data is {28, 28, 1}; accepted: 0 to 2, each "
+      "once");
+  EXPECT_EQ(
+      Refused({"type: flatten", "type: transpose, order: [1, 0]", "type: dense, units: 10"}),
+      "model.layers.1.order: found [1, 0], but flatten_1 is {784}; accepted: an input of 2 or "
+      "3 dimensions");
+}
+
+TEST(Graph, Embedding) {
+  const Layer table = One("type: embedding, vocabulary: 7, units: 5", "shape: [4, 3, 1]");
+  EXPECT_EQ(table.output, (Shape{4, 3, 5}));
+  EXPECT_EQ(table.flops, 0);
+  ASSERT_EQ(table.tensors.size(), 1u);
+  EXPECT_EQ(table.tensors[0].name, "embedding_1.weight");
+  EXPECT_EQ(table.tensors[0].shape, (Shape{7, 5}));
+  EXPECT_EQ(table.tensors[0].init.type, Initializer::Type::kUniform);
+  EXPECT_EQ(table.tensors[0].init.scale, 0.05);
+  EXPECT_FALSE(table.tensors[0].decays);
+  const auto graph = Build({"type: flatten", "type: embedding, vocabulary: 256, units: 2",
+                            "type: flatten", "type: dense, units: 10"});
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_EQ(graph->layers[1].output, (Shape{784, 2}));
+  EXPECT_EQ(
+      Refused(WithHead({"type: embedding, vocabulary: 7, units: 5"}), "shape: [4, 3, 2]"),
+      "model.layers.0: embedding needs an input {n}, {n, m} or {height, width, 1}, but data is "
+      "{4, 3, 2}; put a reshape before it");
+  EXPECT_EQ(Refused(WithHead({"type: relu", "type: embedding, vocabulary: 7, units: 5"})),
+            "model.layers.1.inputs.0: found relu_1, a relu; accepted: data, or a flatten, reshape "
+            "or transpose of it");
+}
+
+TEST(Graph, LossesAndStatistics) {
+  const auto smooth = Build(kHead, "shape: [4, 4, 1]", "loss: {label_smoothing: 0.1}\n");
+  ASSERT_TRUE(smooth.ok()) << smooth.status();
+  EXPECT_EQ(smooth->label_smoothing, 0.1);
+  const auto sigmoid = Build(kHead, "shape: [4, 4, 1]", "loss: {type: sigmoid_cross_entropy}\n");
+  ASSERT_TRUE(sigmoid.ok()) << sigmoid.status();
+  EXPECT_EQ(sigmoid->loss, LossType::kSigmoidCrossEntropy);
+  EXPECT_EQ(sigmoid->target, Target::kLabel);
+  EXPECT_EQ(One("type: batch_norm").statistics, Statistics::kRunning);
+  EXPECT_EQ(One("type: batch_norm, statistics: population").statistics, Statistics::kPopulation);
 }
 
 TEST(Graph, PoolsRoundDown) {
@@ -497,6 +640,9 @@ TEST(Preset, LeNet) {
                                         "conv2d_2", "batch_norm_2", "relu_2", "max_pool_2",
                                         "flatten_1", "dense_1", "relu_3", "dense_2"));
   EXPECT_EQ(graph.layers[1].sync, Sync::kBatch);
+  EXPECT_EQ(graph.layers[1].statistics, Statistics::kRunning);
+  EXPECT_EQ(Preset("preset: lenet, statistics: population").layers[5].statistics,
+            Statistics::kPopulation);
   EXPECT_EQ(graph.layers[8].output, Shape{64 * 49});
   EXPECT_EQ(Parameters(graph),
             9 * 32 + 32 + 64 + 9 * 32 * 64 + 64 + 128 + 64 * 49 * 128 + 128 + 128 * 10 + 10);

@@ -71,9 +71,8 @@ TEST(Load, RefusesUnknownFieldsAndSuggests) {
        "job.yaml:4: model.layers.0.unit: unknown field (did you mean \"units\"?); accepted: name, "
        "type, inputs, units, filters, kernel, stride, padding, bias, rate, sync, momentum, "
        "epsilon, "
-       "weight_init, bias_init, channels_before, channels_after, hidden, layers, bidirectional, "
-       "output, dropout, "
-       "learning_rate_multiplier, decay_multiplier"},
+       "weight_init, bias_init, dilation, groups, channels_before, channels_after, slope, alpha, "
+       "vocabulary, shape, order, ..."},
       {"\"a\\nb\\e\": 1\n",
        std::string("job.yaml:1: a\\nb\\x1b: unknown field; accepted: ") + kTop},
       {"? [a]\n: b\n",
@@ -128,8 +127,8 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
         field, type, more);
   };
   const std::string conv =
-      ", filters, kernel, stride, padding, bias, weight_init, bias_init, learning_rate_multiplier, "
-      "decay_multiplier";
+      ", filters, kernel, stride, padding, dilation, groups, bias, weight_init, bias_init, "
+      "learning_rate_multiplier, decay_multiplier";
   Check({
       {layer("type: conv2d, units: 3"), message("units", "conv2d", conv)},
       {layer("type: conv2d, rate: 0"), message("rate", "conv2d", conv)},
@@ -143,7 +142,23 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
        message("bias", "average_pool", ", kernel, stride, padding")},
       {layer("type: global_average_pool, kernel: 2"), message("kernel", "global_average_pool", "")},
       {layer("type: batch_norm, rate: 0.5"),
-       message("rate", "batch_norm", ", sync, momentum, epsilon, learning_rate_multiplier")},
+       message("rate", "batch_norm",
+               ", sync, statistics, momentum, epsilon, learning_rate_multiplier")},
+      {layer("type: max_pool, kernel: 2, dilation: 2"),
+       message("dilation", "max_pool", ", kernel, stride, padding")},
+      {layer("type: elu, slope: 0.1"), message("slope", "elu", ", alpha")},
+      {layer("type: leaky_relu, alpha: 1"), message("alpha", "leaky_relu", ", slope")},
+      {layer("type: layer_norm, statistics: running"),
+       message("statistics", "layer_norm", ", epsilon, learning_rate_multiplier")},
+      {layer("type: layer_norm, decay_multiplier: 2"),
+       message("decay_multiplier", "layer_norm", ", epsilon, learning_rate_multiplier")},
+      {layer("type: embedding, bias: true"),
+       message("bias", "embedding", ", vocabulary, units, weight_init, learning_rate_multiplier")},
+      {layer("type: reshape, order: [0, 1]"), message("order", "reshape", ", shape")},
+      {layer("type: transpose, shape: [4]"), message("shape", "transpose", ", order")},
+      {layer("type: embedding, vocabulary: 3, units: 2, weight_init: {type: he}"),
+       "job.yaml:3: model.layers.1.weight_init.type: found \"he\", which needs a weight's fan-in; "
+       "accepted: zeros, normal, uniform"},
       {layer("type: relu, padding: 0"), message("padding", "relu", "")},
       {layer("type: tanh, epsilon: 0.1"), message("epsilon", "tanh", "")},
       {layer("type: sigmoid, sync: batch"), message("sync", "sigmoid", "")},
@@ -153,7 +168,8 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
        message("weight_init", "dropout", ", rate")},
       {layer("type: lstm, units: 3"),
        message("units", "lstm",
-               ", hidden, layers, bidirectional, output, dropout, bias, weight_init, bias_init")},
+               ", hidden, layers, bidirectional, output, dropout, bias, weight_init, bias_init, "
+               "learning_rate_multiplier, decay_multiplier")},
       {layer("type: dense, units: 3, hidden: 3"),
        message(
            "hidden", "dense",
@@ -186,22 +202,25 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
        "accepted: zeros, normal, uniform"},
       {Compact("{preset: fashion-cnn, hidden: [3]}"),
        "job.yaml:3: model.hidden: does not belong to preset fashion-cnn; accepted with it: sync, "
-       "dropout"},
+       "statistics, dropout"},
       {Compact("{preset: fashion-cnn, batch_norm: true}"),
        "job.yaml:3: model.batch_norm: does not belong to preset fashion-cnn; accepted with it: "
-       "sync, dropout"},
+       "sync, statistics, dropout"},
       {Compact("{preset: lstm-classifier, hidden: [3]}"),
        "job.yaml:3: model.hidden: does not belong to preset lstm-classifier; accepted with it: "
        "lstm_hidden, lstm_layers, bidirectional, dropout"},
       {Compact("{preset: mlp, lstm_layers: 2}"),
        "job.yaml:3: model.lstm_layers: does not belong to preset mlp; accepted with it: hidden, "
-       "sync, dropout, batch_norm"},
+       "sync, statistics, dropout, batch_norm"},
       {Compact("{preset: lstm-classifier, dropout: 0.2}"),
        "job.yaml:3: model.dropout: found 0.2, but it acts between lstm layers and there is one; "
        "accepted: 0, or lstm_layers of 2 or more"},
       {Compact("{preset: mlp, batch_norm: false, sync: shard}"),
        "job.yaml:3: model.sync: given with batch_norm: false; accepted: only with batch_norm: "
        "true"},
+      {Compact("{preset: mlp, batch_norm: false, statistics: running}"),
+       "job.yaml:3: model.statistics: given with batch_norm: false; accepted: only with "
+       "batch_norm: true"},
       {Compact("{preset: mlp, layers: [{type: relu}]}"),
        "job.yaml:3: model.layers: found layers and the preset mlp; accepted: one of them"},
       {Compact("{dropout: 0.5, layers: [{type: relu}]}"),
@@ -232,7 +251,10 @@ TEST(Load, RefusesOptionsThatWouldBeIgnored) {
        "learning_rate, l2, weight_decay, clip_norm, clip_value, rho, epsilon, momentum, centered"},
       {Compact() + "loss: {target: label}\n",
        "job.yaml:6: loss.target: does not belong to type softmax_cross_entropy; accepted with it: "
-       "nothing more"},
+       "label_smoothing"},
+      {Compact() + "loss: {type: sigmoid_cross_entropy, label_smoothing: 0.1}\n",
+       "job.yaml:6: loss.label_smoothing: does not belong to type sigmoid_cross_entropy; accepted "
+       "with it: target"},
       {Compact() + "schedule: {factor: 0.5}\n",
        "job.yaml:6: schedule.factor: does not belong to type constant; accepted with it: "
        "warmup_steps"},
@@ -254,7 +276,9 @@ TEST(Load, RefusesMissingAttributesOfLayers) {
   Check({
       {layer("name: x"),
        at + ".type: missing; accepted: dense, conv2d, max_pool, average_pool, global_average_pool, "
-            "batch_norm, relu, tanh, sigmoid, add, flatten, dropout, pad, lstm"},
+            "batch_norm, relu, tanh, sigmoid, add, flatten, dropout, pad, lstm, concat, multiply, "
+            "leaky_relu, elu, "
+            "softplus, softmax, layer_norm, embedding, reshape, transpose"},
       {layer("type: dense"), at + ".units: missing; dense needs " + integer},
       {layer("type: conv2d, kernel: 3"), at + ".filters: missing; conv2d needs " + integer},
       {layer("type: conv2d, filters: 3"), at + ".kernel: missing; conv2d needs " + integer},
@@ -264,6 +288,16 @@ TEST(Load, RefusesMissingAttributesOfLayers) {
       {layer("type: lstm"), at + ".hidden: missing; lstm needs " + integer},
       {layer("type: dropout"), at + ".rate: missing; dropout needs a number from 0 to below 1"},
       {layer("type: add"), at + ".inputs: missing; add needs the names of 2 or more layers"},
+      {layer("type: multiply"),
+       at + ".inputs: missing; multiply needs the names of 2 or more layers"},
+      {layer("type: concat"), at + ".inputs: missing; concat needs the names of 2 or more layers"},
+      {layer("type: concat, inputs: [data]"),
+       at + ".inputs: found 1 input; accepted: 2 or more for concat"},
+      {layer("type: embedding, units: 2"),
+       at + ".vocabulary: missing; embedding needs an integer from 1 to 16777216"},
+      {layer("type: embedding, vocabulary: 2"), at + ".units: missing; embedding needs " + integer},
+      {layer("type: reshape"), at + ".shape: missing; reshape needs " + integer},
+      {layer("type: transpose"), at + ".order: missing; transpose needs an integer from 0 to 2"},
   });
 }
 
@@ -521,8 +555,9 @@ TEST(Normalize, FillsEveryDefault) {
     data { format: "idx" path: "d" shape: [28, 28, 1] classes: 10
            normalize { mean: 0 std: 1 compute: false } prefetch: 2
            augment { crop_padding: 0 flip: false cutout: 0 } }
-    model { preset: "mlp" hidden: [500, 500] sync: "shard" dropout: 0 batch_norm: true }
-    loss { type: "softmax_cross_entropy" }
+    model { preset: "mlp" hidden: [500, 500] sync: "shard" dropout: 0 batch_norm: true
+            statistics: "running" }
+    loss { type: "softmax_cross_entropy" label_smoothing: 0 }
     optimizer { type: "sgd" learning_rate: 0.1 l2: 0 weight_decay: 0 clip_norm: 0 clip_value: 0 }
     schedule { type: "constant" warmup_steps: 0 }
     train { batch: 128 epochs: 1 shards: 8 seed: 1
@@ -642,14 +677,15 @@ TEST(Normalize, FillsDefaultsOfLayers) {
   ASSERT_TRUE(google::protobuf::TextFormat::ParseFromString(R"(
     layers { name: "conv2d_1" type: "conv2d" inputs: "data" filters: 4 kernel: 3 stride: 1 padding: 0
              bias: true weight_init { type: "he" distribution: "normal" }
-             bias_init { type: "zeros" } learning_rate_multiplier: 1 decay_multiplier: 1 }
+             bias_init { type: "zeros" } dilation: 1 groups: 1 learning_rate_multiplier: 1
+             decay_multiplier: 1 }
     layers { name: "batch_norm_1" type: "batch_norm" inputs: "conv2d_1" sync: "batch" momentum: 0.1
-             epsilon: 1e-5 learning_rate_multiplier: 1 }
+             epsilon: 1e-5 statistics: "running" learning_rate_multiplier: 1 }
     layers { name: "conv2d_2" type: "relu" inputs: "batch_norm_1" }
     layers { name: "max_pool_1" type: "max_pool" inputs: "conv2d_2" kernel: 2 stride: 2 padding: 0 }
     layers { name: "conv2d_3" type: "conv2d" inputs: "max_pool_1" filters: 4 kernel: 3 stride: 1
              padding: 0 bias: false weight_init { type: "uniform" limit: 0.05 }
-             learning_rate_multiplier: 1 decay_multiplier: 1 }
+             dilation: 1 groups: 1 learning_rate_multiplier: 1 decay_multiplier: 1 }
     layers { name: "tanh_1" type: "tanh" inputs: "conv2d_3" }
     layers { name: "flatten_1" type: "flatten" inputs: "tanh_1" }
     layers { name: "dense_1" type: "dense" inputs: "flatten_1" units: 10 bias: true

@@ -22,6 +22,10 @@ model:
     - {type: relu}
     - {name: c2, type: conv2d, filters: 4, kernel: 1, inputs: [data], bias: false}
     - {name: s, type: add, inputs: [relu_1, c2]}
+    - {type: conv2d, filters: 4, kernel: 3, padding: 2, dilation: 2, groups: 2}
+    - {type: leaky_relu, slope: 0.2}
+    - {name: k, type: concat, inputs: [s, leaky_relu_1]}
+    - {type: pad, padding: 1, channels_after: 2}
     - {type: average_pool, kernel: 3, stride: 2}
     - {type: dropout, rate: 0.25}
     - {type: lstm, hidden: 5, layers: 2, bidirectional: true, dropout: 0.1, output: sequence}

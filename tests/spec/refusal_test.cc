@@ -31,7 +31,9 @@ const char kLayerName[] =
     "accepted: up to 64 letters, digits, '_' and '-', the first a letter, other than \"data\"";
 const char kTypes[] =
     "accepted: dense, conv2d, max_pool, average_pool, global_average_pool, batch_norm, relu, tanh, "
-    "sigmoid, add, flatten, dropout, pad, lstm";
+    "sigmoid, add, flatten, dropout, pad, lstm, concat, multiply, leaky_relu, elu, softplus, "
+    "softmax, "
+    "layer_norm, embedding, reshape, transpose";
 constexpr char kPresets[] =
     "mlp, fashion-cnn, lenet, resnet-20, resnet-32, resnet-44, resnet-56, resnet-110, plain-20, "
     "plain-32, plain-44, plain-56, plain-110, resnet-50, lstm-classifier";
@@ -98,6 +100,7 @@ std::vector<Refusal> Refusals() {
        fmt::format("found 500; accepted: a list of 1 to 256 elements, each an integer from 1 to {}",
                    kInt32)},
       {"model.sync", "none", "found \"none\"; accepted: batch, shard"},
+      {"model.statistics", "batch", "found \"batch\"; accepted: running, population"},
       {"model.dropout", "1", Number("1", "from 0 to below 1")},
       {"model.dropout", "-0.1", Number("-0.1", "from 0 to below 1")},
       {"model.batch_norm", "yes", "found \"yes\"; accepted: true or false"},
@@ -150,8 +153,23 @@ std::vector<Refusal> Refusals() {
       {layer + "channels_after", "0.5", Integer("0.5", "0", kInt32)},
       {layer + "learning_rate_multiplier", "-0.5", Number("-0.5", "from 0 to 1000000")},
       {layer + "decay_multiplier", "2e6", Number("2e6", "from 0 to 1000000")},
+      {layer + "dilation", "0", Integer("0", "1", kInt32)},
+      {layer + "groups", "0", Integer("0", "1", kInt32)},
+      {layer + "slope", "1", Number("1", "from 0 to below 1")},
+      {layer + "alpha", "0", Number("0", "above 0 to 1000")},
+      {layer + "vocabulary", "16777217", Integer("16777217", "1", "16777216")},
+      {layer + "shape", "[]",
+       fmt::format("found a list of 0 elements; accepted: a list of 1 to 3 elements, each an "
+                   "integer from 1 to {}",
+                   kInt32)},
+      {layer + "order", "[0]",
+       "found a list of 1 element; accepted: a list of 2 to 3 elements, each an integer from 0 to "
+       "2"},
+      {layer + "statistics", "none", "found \"none\"; accepted: running, population"},
+      {"loss.label_smoothing", "1", Number("1", "from 0 to below 1")},
       {"loss.type", "cross_entropy",
-       "found \"cross_entropy\"; accepted: softmax_cross_entropy, mean_squared_error"},
+       "found \"cross_entropy\"; accepted: softmax_cross_entropy, mean_squared_error, "
+       "sigmoid_cross_entropy"},
       {"loss.target", "labels",
        "found \"labels\" (did you mean \"label\"?); accepted: label, input"},
       {"optimizer.type", "Adam",

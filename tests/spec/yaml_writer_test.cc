@@ -149,6 +149,7 @@ model:
       sync: shard
       momentum: 0.1
       epsilon: 1e-05
+      statistics: running
       learning_rate_multiplier: 1
     - {name: relu_1, type: relu}
     - name: dense_2
@@ -161,6 +162,7 @@ model:
       decay_multiplier: 1
 loss:
   type: softmax_cross_entropy
+  label_smoothing: 0
 optimizer:
   type: sgd
   learning_rate: 0.1

@@ -89,11 +89,14 @@ struct Conv2dShape {
   int64_t kernel = 0, stride = 1, padding = 0;
   bool bias = false;
   Activation activation = Activation::kNone;
-  int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
-  int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
+  int64_t dilation = 1;  // steps between the places of a window
+  int64_t groups = 1;    // divides in and out
+  int64_t extent() const { return dilation * (kernel - 1) + 1; }  // of a window
+  int64_t out_height() const { return (height + 2 * padding - extent()) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * padding - extent()) / stride + 1; }
 };
 
-// Cross-correlation: x {rows, h, w, in}, W {out, kh, kw, in}, y {rows, oh, ow, out}.
+// Cross-correlation: x {rows, h, w, in}, W {out, kh, kw, in / groups}, y {rows, oh, ow, out}.
 class Conv2d {
  public:
   virtual ~Conv2d() = default;
@@ -257,12 +260,53 @@ class Device {
   virtual void SigmoidForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
   virtual void SigmoidBackward(Stream& stream, int64_t n, const float* y, const float* dy,
                                float* dx) = 0;
+  virtual void LeakyReluForward(Stream& stream, int64_t n, float slope, const float* x,
+                                float* y) = 0;
+  virtual void LeakyReluBackward(Stream& stream, int64_t n, float slope, const float* y,
+                                 const float* dy, float* dx) = 0;
+  virtual void EluForward(Stream& stream, int64_t n, float alpha, const float* x, float* y) = 0;
+  virtual void EluBackward(Stream& stream, int64_t n, float alpha, const float* y, const float* dy,
+                           float* dx) = 0;
+  virtual void SoftplusForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
+  // From the input, which the output does not give back precisely.
+  virtual void SoftplusBackward(Stream& stream, int64_t n, const float* x, const float* dy,
+                                float* dx) = 0;
   virtual void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
+  virtual void Multiply(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
   // Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
   // stream (key, scalars->step); kept where ToUniform >= rate, times 1 / (1 - rate) rounded to
   // float; 0 <= rate < 1. Backward is the same call on dy: the mask is computed again, not stored.
   virtual void Dropout(Stream& stream, int64_t n, const float* x, float rate, PhiloxKey key,
                        const StepScalars* scalars, uint64_t first, float* y) = 0;
+
+  // ---- over the last dimension: n vectors of `features` elements, each by itself. Outputs may
+  // alias inputs of their size.
+  virtual void SoftmaxForward(Stream& stream, int64_t n, int64_t features, const float* x,
+                              float* y) = 0;
+  // dx = y (dy - sum(dy y)).
+  virtual void SoftmaxBackward(Stream& stream, int64_t n, int64_t features, const float* y,
+                               const float* dy, float* dx) = 0;
+  // y = xhat * weight + bias, xhat = (x - mean) * inv_std (Ba, Kiros & Hinton 2016); `stats` {n, 2}
+  // takes each vector's mean and inv_std = 1 / sqrt(variance + epsilon).
+  virtual void LayerNormForward(Stream& stream, int64_t n, int64_t features, const float* x,
+                                float epsilon, const float* weight, const float* bias, float* y,
+                                float* stats) = 0;
+  // dx = inv_std * (g - mean(g) - xhat * mean(g xhat)), g = dy * weight.
+  virtual void LayerNormBackward(Stream& stream, int64_t n, int64_t features, const float* x,
+                                 const float* stats, const float* weight, const float* dy,
+                                 float* dx) = 0;
+  // dweight = sum over vectors of dy xhat, dbias = of dy.
+  virtual void LayerNormBackwardWeight(Stream& stream, int64_t n, int64_t features, const float* x,
+                                       const float* stats, const float* dy, float* dweight,
+                                       float* dbias) = 0;
+
+  // ---- embedding: y {n, features} = rows of weight {vocabulary, features} at x {n}, each rounded
+  // to the nearest integer; NaN where that is no row.
+  virtual void EmbeddingForward(Stream& stream, int64_t n, int64_t vocabulary, int64_t features,
+                                const float* x, const float* weight, float* y) = 0;
+  // dweight: sums of dy over the positions of each row, in their order.
+  virtual void EmbeddingBackward(Stream& stream, int64_t n, int64_t vocabulary, int64_t features,
+                                 const float* x, const float* dy, float* dweight) = 0;
 
   // ---- losses. Gradients are already divided by the number of samples of the global batch.
   // loss_sum: sum over rows of -log softmax(logits)[label]; correct: rows whose first largest logit
@@ -270,6 +314,16 @@ class Device {
   virtual void SoftmaxCrossEntropy(Stream& stream, int64_t rows, int64_t classes,
                                    const float* logits, const int32_t* labels, float scale,
                                    double* loss_sum, int64_t* correct, float* dlogits) = 0;
+  // The same against (1 - smoothing) onehot + smoothing / classes; 0 < smoothing < 1.
+  virtual void SmoothedCrossEntropy(Stream& stream, int64_t rows, int64_t classes,
+                                    const float* logits, const int32_t* labels, float smoothing,
+                                    float scale, double* loss_sum, int64_t* correct,
+                                    float* dlogits) = 0;
+  // loss_sum: sum over rows of mean over features of softplus(x) - x t, the cross-entropy of
+  // sigmoid(x) with t; dx = (sigmoid(x) - t) / features * scale, null for evaluation.
+  virtual void SigmoidCrossEntropy(Stream& stream, int64_t rows, int64_t features, const float* x,
+                                   const float* target, float scale, double* loss_sum,
+                                   float* dx) = 0;
   // loss_sum: sum over rows of mean over features of (y - t)^2; dy = 2 (y - t) / features * scale.
   virtual void MeanSquaredError(Stream& stream, int64_t rows, int64_t features, const float* y,
                                 const float* target, float scale, double* loss_sum, float* dy) = 0;

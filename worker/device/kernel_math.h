@@ -98,6 +98,37 @@ LOCKSTEP_MATH V Sigmoid(V x) {
   return Select(Less(x, V(0.0f)), e, V(1.0f)) / (V(1.0f) + e);
 }
 
+// e^x - 1 for x <= 0, within 2 ulp: near 0 the polynomial of Exp without its 1.
+template <class V>
+LOCKSTEP_MATH V ExpMinusOne(V x) {
+  V p(1.0f / 40320);
+  p = Fma(p, x, V(1.0f / 5040));
+  p = Fma(p, x, V(1.0f / 720));
+  p = Fma(p, x, V(1.0f / 120));
+  p = Fma(p, x, V(1.0f / 24));
+  p = Fma(p, x, V(1.0f / 6));
+  p = Fma(p, x, V(0.5f));
+  p = Fma(p * x, x, x);
+  return Select(Less(V(-0.5f), x), p, Exp(x) - V(1.0f));
+}
+
+// log(1 + x) for 0 <= x <= 1, within 2 ulp: 2 artanh(s), s = x / (2 + x) <= 1/3, by its series.
+template <class V>
+LOCKSTEP_MATH V LogOnePlus(V x) {
+  const V s = x / (V(2.0f) + x);
+  const V z = s * s;
+  V p(1.0f / 17);
+  p = Fma(p, z, V(1.0f / 15));
+  p = Fma(p, z, V(1.0f / 13));
+  p = Fma(p, z, V(1.0f / 11));
+  p = Fma(p, z, V(1.0f / 9));
+  p = Fma(p, z, V(1.0f / 7));
+  p = Fma(p, z, V(1.0f / 5));
+  p = Fma(p, z, V(1.0f / 3));
+  const V twice = s + s;
+  return Fma(twice * z, p, twice);
+}
+
 // Natural logarithm of a normal positive double, within 1 ulp (the reduction and polynomial of
 // FreeBSD msun e_log.c, Sun Microsystems 1993). NaN for NaN, +inf for +inf.
 LOCKSTEP_MATH double Log(double x) {
@@ -168,6 +199,33 @@ LOCKSTEP_MATH void LstmCellGradient(V& i, V& f, V& g, V& o, V c_before, V tanh_c
   i = di;
   f = df;
   g = dg;
+}
+template <class V>
+LOCKSTEP_MATH V LeakyRelu(V x, V slope) {
+  return Select(Less(x, V(0.0f)), slope * x, x);
+}
+// 0 <= slope < 1, so that y has the sign of x.
+template <class V>
+LOCKSTEP_MATH V LeakyReluGradient(V y, V dy, V slope) {
+  return Select(Less(V(0.0f), y), dy, slope * dy);
+}
+// alpha (e^x - 1) below 0 (Clevert et al. 2016); alpha > 0.
+template <class V>
+LOCKSTEP_MATH V Elu(V x, V alpha) {
+  return Select(Less(x, V(0.0f)), alpha * ExpMinusOne(x), x);
+}
+template <class V>
+LOCKSTEP_MATH V EluGradient(V y, V dy, V alpha) {
+  return Select(Less(V(0.0f), y), dy, dy * (y + alpha));
+}
+// log(1 + e^x), from the side that cannot overflow.
+template <class V>
+LOCKSTEP_MATH V Softplus(V x) {
+  return Maximum(V(0.0f), x) + LogOnePlus(Exp(V(0.0f) - Abs(x)));
+}
+template <class V>
+LOCKSTEP_MATH V SoftplusGradient(V x, V dy) {
+  return dy * Sigmoid(x);
 }
 
 // ---- batch norm, per channel.

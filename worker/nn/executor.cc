@@ -4,25 +4,10 @@
 #include <utility>
 
 #include "common/philox.h"
+#include "worker/nn/copies.h"
 #include "worker/nn/lstm_tensors.h"
 
 namespace lockstep::nn {
-namespace {
-
-// The input's place in the output of a pad.
-device::StridedCopy PadCopy(const spec::Layer& layer, const std::vector<int64_t>& in,
-                            const std::vector<int64_t>& out) {
-  const int64_t in_line = in[1] * in[2], out_line = out[1] * out[2];
-  device::StridedCopy copy;
-  for (int d = 0; d < 3; ++d) copy.size[d] = in[d];
-  copy.from[0] = in_line, copy.from[1] = in[2], copy.from[2] = 1;
-  copy.to[0] = out_line, copy.to[1] = out[2], copy.to[2] = 1;
-  copy.to_begin = layer.padding * (out_line + out[2]) + layer.channels_before;
-  return copy;
-}
-
-}  // namespace
-
 Executor::Executor(std::shared_ptr<const Program> program, device::Device& device,
                    const Operations& operations, uint64_t seed, Lowering lowering,
                    MemoryPlan memory, void* scratch, int most_shards)
@@ -50,15 +35,12 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
       c.pool = {input[0], input[1], input[2], layer.kernel, layer.stride, layer.padding};
     }
     c.norm = {c.channels, node.fused_relu >= 0};
-    if (layer.type == spec::LayerType::kPad) c.copies = {PadCopy(layer, input, node.output)};
+    c.copies = CopiesOf(*program_, i);
     int64_t copied = 0;
-    for (device::StridedCopy& copy : c.copies) {
-      copy.from_row = c.in;
-      copy.to_row = c.out;
-      copied += copy.elements();
-    }
+    for (const device::StridedCopy& copy : c.copies) copied += copy.elements();
     c.fills = copied == c.out;
-    c.fills_back = copied == c.in;
+    c.slope = static_cast<float>(layer.slope);
+    c.alpha = static_cast<float>(layer.alpha);
     c.synchronized = layer.sync == spec::Sync::kBatch;
     c.epsilon = static_cast<float>(layer.epsilon);
     c.rate = static_cast<float>(layer.rate);
@@ -78,6 +60,8 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
 const float* Executor::Output(int call, const Frame& frame, int64_t* elements) const {
   const Call& c = lowering_.calls[call];
   if (c.out < 0) return nullptr;
+  const size_t parts = constants_[c.node].copies.size();
+  if (c.part + 1 < static_cast<int>(parts)) return nullptr;  // not yet whole
   *elements =
       lowering_.value_bytes[c.out] / static_cast<int64_t>(sizeof(float)) * frame.input->rows;
   return Floats(c.out, frame);
@@ -133,8 +117,33 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
       return device_.SigmoidForward(stream, rows * c.out, a, out);
     case CallType::kSigmoidBackward:
       return device_.SigmoidBackward(stream, rows * c.out, a, b, out);
+    case CallType::kLeakyReluForward:
+      return device_.LeakyReluForward(stream, rows * c.out, c.slope, a, out);
+    case CallType::kLeakyReluBackward:
+      return device_.LeakyReluBackward(stream, rows * c.out, c.slope, a, b, out);
+    case CallType::kEluForward:
+      return device_.EluForward(stream, rows * c.out, c.alpha, a, out);
+    case CallType::kEluBackward:
+      return device_.EluBackward(stream, rows * c.out, c.alpha, a, b, out);
+    case CallType::kSoftplusForward:
+      return device_.SoftplusForward(stream, rows * c.out, a, out);
+    case CallType::kSoftplusBackward:
+      return device_.SoftplusBackward(stream, rows * c.out, a, b, out);
+    case CallType::kSoftmaxForward:
+      return device_.SoftmaxForward(stream, rows * c.spatial, c.channels, a, out);
+    case CallType::kSoftmaxBackward:
+      return device_.SoftmaxBackward(stream, rows * c.spatial, c.channels, a, b, out);
+    case CallType::kLayerNormForward:
+    case CallType::kLayerNormBackwardWeight:
+    case CallType::kLayerNormBackward:
+      return RunLayerNorm(call, context, frame);
+    case CallType::kEmbeddingForward:
+    case CallType::kEmbeddingBackward:
+      return RunEmbedding(call, context, frame);
     case CallType::kAdd:
       return device_.Add(stream, rows * c.out, a, b, out);
+    case CallType::kMultiply:
+      return device_.Multiply(stream, rows * c.out, a, b, out);
     case CallType::kDropout:
       return device_.Dropout(stream, rows * c.out, a, c.rate, c.key, context.scalars,
                              static_cast<uint64_t>(frame.input->first_position * c.out), out);
@@ -150,6 +159,7 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kSoftmaxCrossEntropy:
     case CallType::kOneHot:
     case CallType::kMeanSquaredError:
+    case CallType::kSigmoidCrossEntropy:
     case CallType::kCountCorrect:
       return RunLoss(call, context, frame);
   }
@@ -316,16 +326,56 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
                             sums, sums + slice.channels, out);
 }
 
+void Executor::RunLayerNorm(const Call& call, const StepContext& context,
+                            const Frame& frame) const {
+  const Program::Node& node = program_->nodes()[call.node];
+  const NodeConstants& c = constants_[call.node];
+  const int64_t n = frame.input->rows * c.spatial;
+  const float* x = Input(call.a, frame);
+  const float* weight = context.state->parameters() + node.weight;
+  device::Stream& stream = *context.stream;
+  float* out = Floats(call.out, frame);
+  if (call.type == CallType::kLayerNormForward) {
+    return device_.LayerNormForward(stream, n, c.channels, x, c.epsilon, weight,
+                                    context.state->parameters() + node.bias, out,
+                                    Floats(call.out2, frame));
+  }
+  const float* stats = Floats(call.b, frame);
+  const float* dy = Floats(call.c, frame);
+  if (call.type == CallType::kLayerNormBackward) {
+    return device_.LayerNormBackward(stream, n, c.channels, x, stats, weight, dy, out);
+  }
+  device_.LayerNormBackwardWeight(stream, n, c.channels, x, stats, dy, frame.leaf + node.weight,
+                                  frame.leaf + node.bias);
+  FinishLeaf(call.node, context, frame);
+}
+
+void Executor::RunEmbedding(const Call& call, const StepContext& context,
+                            const Frame& frame) const {
+  const Program::Node& node = program_->nodes()[call.node];
+  const std::vector<int64_t>& table = program_->layer(call.node).tensors[0].shape;
+  const int64_t n = frame.input->rows * constants_[call.node].in;
+  const float* x = Input(call.a, frame);
+  if (call.type == CallType::kEmbeddingForward) {
+    return device_.EmbeddingForward(*context.stream, n, table[0], table[1], x,
+                                    context.state->parameters() + node.weight,
+                                    Floats(call.out, frame));
+  }
+  device_.EmbeddingBackward(*context.stream, n, table[0], table[1], x, Floats(call.b, frame),
+                            frame.leaf + node.weight);
+  FinishLeaf(call.node, context, frame);
+}
+
 void Executor::RunCopy(const Call& call, const StepContext& context, const Frame& frame) const {
   const NodeConstants& c = constants_[call.node];
   const int64_t rows = frame.input->rows;
   const bool forward = call.type == CallType::kCopyForward;
   float* out = Floats(call.out, frame);
-  if (forward ? !c.fills : !c.fills_back) {
-    const int64_t elements = rows * (forward ? c.out : c.in);
+  const device::StridedCopy& copy = c.copies[call.part];
+  if (forward ? !c.fills : copy.elements() != copy.from_row) {
+    const int64_t elements = rows * (forward ? copy.to_row : copy.from_row);
     device_.Zero(*context.stream, out, sizeof(float) * static_cast<size_t>(elements));
   }
-  const device::StridedCopy& copy = c.copies[call.part];
   device_.CopyStrided(*context.stream, forward ? copy : copy.Reversed(), rows, Input(call.a, frame),
                       out);
 }
@@ -338,12 +388,21 @@ void Executor::RunLoss(const Call& call, const StepContext& context, const Frame
   float* out = Floats(call.out, frame);
   switch (call.type) {
     case CallType::kSoftmaxCrossEntropy:
+      if (program_->graph().label_smoothing > 0) {
+        return device_.SmoothedCrossEntropy(stream, rows, features, y, labels,
+                                            static_cast<float>(program_->graph().label_smoothing),
+                                            context.loss_scale, &frame.result->loss_sum,
+                                            &frame.result->correct, out);
+      }
       return device_.SoftmaxCrossEntropy(stream, rows, features, y, labels, context.loss_scale,
                                          &frame.result->loss_sum, &frame.result->correct, out);
     case CallType::kOneHot:
       return device_.OneHot(stream, rows, features, labels, out);
     case CallType::kCountCorrect:
       return device_.CountCorrect(stream, rows, features, y, labels, &frame.result->correct);
+    case CallType::kSigmoidCrossEntropy:
+      return device_.SigmoidCrossEntropy(stream, rows, features, y, Input(call.b, frame),
+                                         context.loss_scale, &frame.result->loss_sum, out);
     default:
       return device_.MeanSquaredError(stream, rows, features, y, Input(call.b, frame),
                                       context.loss_scale, &frame.result->loss_sum, out);

@@ -64,9 +64,9 @@ class Executor {
     device::BatchNormShape norm;
     int64_t spatial = 1, channels = 0;
     std::vector<device::StridedCopy> copies;  // by input
-    bool fills = true, fills_back = true;     // the copies write all of the output, of the input
+    bool fills = true;                        // the copies write all of the output
     bool synchronized = false;
-    float epsilon = 0, rate = 0;
+    float epsilon = 0, rate = 0, slope = 0, alpha = 0;
     PhiloxKey key;
     std::vector<int64_t> part_outputs;  // lstm: by layer, elements per sample
     std::vector<PhiloxKey> part_keys;   // of the dropout behind it
@@ -79,6 +79,8 @@ class Executor {
   void RunLstm(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
                     const Frame& frame) const;
+  void RunLayerNorm(const Call& call, const StepContext& context, const Frame& frame) const;
+  void RunEmbedding(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunCopy(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunLoss(const Call& call, const StepContext& context, const Frame& frame) const;
   void ZeroPadding(int node, const StepContext& context, float* gradient) const;

@@ -13,9 +13,10 @@ class Lowerer {
       : program_(program),
         training_(training),
         outputs_(program.nodes().size(), kNoValue),
-        argmax_(program.nodes().size(), kNoValue),
         gradients_(program.nodes().size(), kNoValue),
+        extra_(program.nodes().size(), kNoValue),
         more_(program.nodes().size(), kNoValue),
+        prefixes_(program.nodes().size()),
         lstm_inputs_(program.nodes().size()),
         reserves_(program.nodes().size()) {}
 
@@ -90,7 +91,7 @@ class Lowerer {
         break;
       case LayerType::kMaxPool:
         y = Emit(CallType::kMaxPoolForward, node, node, x);
-        argmax_[node] = result_.calls.back().out2 = NewBytes(Elements(node));
+        extra_[node] = result_.calls.back().out2 = NewBytes(Elements(node));
         break;
       case LayerType::kAveragePool:
         y = Emit(CallType::kAveragePoolForward, node, node, x);
@@ -126,13 +127,50 @@ class Lowerer {
           y = Emit(CallType::kAdd, node, node, y, ValueOf(n.inputs[i]));
         }
         break;
+      case LayerType::kMultiply:
+        y = x;
+        for (size_t i = 1; i < n.inputs.size(); ++i) {
+          prefixes_[node].push_back(y);
+          y = Emit(CallType::kMultiply, node, node, y, ValueOf(n.inputs[i]));
+        }
+        break;
+      case LayerType::kConcat:
+        y = Emit(CallType::kCopyForward, node, node, x);
+        for (size_t i = 1; i < n.inputs.size(); ++i) {
+          EmitWithoutValue(CallType::kCopyForward, node, ValueOf(n.inputs[i]));
+          result_.calls.back().out = y;
+          result_.calls.back().part = static_cast<int>(i);
+        }
+        break;
+      case LayerType::kLeakyRelu:
+        y = Emit(CallType::kLeakyReluForward, node, node, x);
+        break;
+      case LayerType::kElu:
+        y = Emit(CallType::kEluForward, node, node, x);
+        break;
+      case LayerType::kSoftplus:
+        y = Emit(CallType::kSoftplusForward, node, node, x);
+        break;
+      case LayerType::kSoftmax:
+        y = Emit(CallType::kSoftmaxForward, node, node, x);
+        break;
+      case LayerType::kLayerNorm:
+        y = Emit(CallType::kLayerNormForward, node, node, x);
+        extra_[node] = result_.calls.back().out2 =
+            NewFloats(2 * Elements(node) / program_.shape(node).back());
+        break;
+      case LayerType::kEmbedding:
+        y = Emit(CallType::kEmbeddingForward, node, node, x);
+        break;
       case LayerType::kFlatten:
+      case LayerType::kReshape:
         y = x;
         break;
       case LayerType::kDropout:
         y = Drops(node) ? Emit(CallType::kDropout, node, node, x) : x;
         break;
       case LayerType::kPad:
+      case LayerType::kTranspose:
         y = Emit(CallType::kCopyForward, node, node, x);
         break;
       case LayerType::kLstm:
@@ -196,7 +234,10 @@ class Lowerer {
       target = Emit(CallType::kOneHot, last, last, kNoValue);
       EmitWithoutValue(CallType::kCountCorrect, last, y);
     }
-    EmitWithoutValue(CallType::kMeanSquaredError, last, y, target);
+    EmitWithoutValue(graph.loss == spec::LossType::kSigmoidCrossEntropy
+                         ? CallType::kSigmoidCrossEntropy
+                         : CallType::kMeanSquaredError,
+                     last, y, target);
     result_.calls.back().out = gradient;
     return gradient;
   }
@@ -235,7 +276,7 @@ class Lowerer {
         contribute(CallType::kLinearBackwardInput, dy);
         break;
       case LayerType::kMaxPool:
-        contribute(CallType::kMaxPoolBackward, dy, argmax_[node]);
+        contribute(CallType::kMaxPoolBackward, dy, extra_[node]);
         break;
       case LayerType::kAveragePool:
         contribute(CallType::kAveragePoolBackward, dy);
@@ -273,9 +314,48 @@ class Lowerer {
       case LayerType::kAdd:
         for (const int from : n.inputs) Contribute(from, dy);
         break;
-      case LayerType::kFlatten:
+      case LayerType::kMultiply:
+        for (size_t i = n.inputs.size() - 1; i > 0; --i) {
+          const int before = prefixes_[node][i - 1];
+          if (NeedsGradient(n.inputs[i])) {
+            Contribute(n.inputs[i], Emit(CallType::kMultiply, node, node, dy, before));
+          }
+          dy = Emit(CallType::kMultiply, node, node, dy, ValueOf(n.inputs[i]));
+        }
         Contribute(input, dy);
         break;
+      case LayerType::kConcat:
+        for (size_t i = 0; i < n.inputs.size(); ++i) {
+          if (!NeedsGradient(n.inputs[i])) continue;
+          const int part = Emit(CallType::kCopyBackward, node, n.inputs[i], dy);
+          result_.calls.back().part = static_cast<int>(i);
+          Contribute(n.inputs[i], part);
+        }
+        break;
+      case LayerType::kLeakyRelu:
+        contribute(CallType::kLeakyReluBackward, y, dy);
+        break;
+      case LayerType::kElu:
+        contribute(CallType::kEluBackward, y, dy);
+        break;
+      case LayerType::kSoftplus:
+        contribute(CallType::kSoftplusBackward, x, dy);
+        break;
+      case LayerType::kSoftmax:
+        contribute(CallType::kSoftmaxBackward, y, dy);
+        break;
+      case LayerType::kLayerNorm:
+        EmitWithoutValue(CallType::kLayerNormBackwardWeight, node, x, extra_[node], dy);
+        contribute(CallType::kLayerNormBackward, x, extra_[node], dy);
+        break;
+      case LayerType::kEmbedding:
+        EmitWithoutValue(CallType::kEmbeddingBackward, node, x, dy);
+        break;
+      case LayerType::kFlatten:
+      case LayerType::kReshape:
+        Contribute(input, dy);
+        break;
+      case LayerType::kTranspose:
       case LayerType::kPad:
         contribute(CallType::kCopyBackward, dy);
         break;
@@ -295,9 +375,11 @@ class Lowerer {
   const Program& program_;
   const bool training_;
   Lowering result_;
-  bool layerwise_ = false;                         // of the segment being made
-  std::vector<int> outputs_, argmax_, gradients_;  // by node
+  bool layerwise_ = false;                // of the segment being made
+  std::vector<int> outputs_, gradients_;  // by node
+  std::vector<int> extra_;                // by node: a max pool's argmax, a layer norm's statistics
   std::vector<int> more_;  // by node: a second gradient, which a batch_norm adds itself
+  std::vector<std::vector<int>> prefixes_;  // by node: of a multiply, products of its first inputs
   std::vector<std::vector<int>> lstm_inputs_, reserves_;  // by node and layer of an lstm
 };
 
@@ -311,6 +393,15 @@ bool IsElementwise(CallType type) {
     case CallType::kTanhBackward:
     case CallType::kSigmoidForward:
     case CallType::kSigmoidBackward:
+    case CallType::kLeakyReluForward:
+    case CallType::kLeakyReluBackward:
+    case CallType::kEluForward:
+    case CallType::kEluBackward:
+    case CallType::kSoftplusForward:
+    case CallType::kSoftplusBackward:
+    case CallType::kSoftmaxForward:
+    case CallType::kSoftmaxBackward:
+    case CallType::kMultiply:
     case CallType::kAdd:
     case CallType::kDropout:
     case CallType::kBatchNormBackward:

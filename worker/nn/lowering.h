@@ -2,12 +2,12 @@
 // memory is assigned. Internal to worker/nn. Pure; thread-safe.
 //
 // Invariants:
-//  1. A value is written by exactly one call, before every call that reads it; but the last call
-//     that reads an lstm's reserve uses it up.
+//  1. A value is written by exactly one call (a concat by consecutive ones, a part each), before
+//     every call that reads it; but the last call that reads an lstm's reserve uses it up.
 //  2. Contributions to a gradient are added in the order in which backward reaches its consumers
 //  (the
 //     last consumer first), whatever the plan. A batch_norm adds the last one in its own pass.
-//  3. A view (flatten; dropout at inference) has no call: its value is its input's.
+//  3. A view (flatten, reshape; dropout at inference) has no call: its value is its input's.
 #pragma once
 
 #include <cstdint>
@@ -51,15 +51,30 @@ enum class CallType {
   kTanhBackward,
   kSigmoidForward,
   kSigmoidBackward,
-  kAdd,      // out = a + b
-  kDropout,  // forward, and backward of a = dy
+  kLeakyReluForward,
+  kLeakyReluBackward,  // a = y, b = dy; so for elu and softmax
+  kEluForward,
+  kEluBackward,
+  kSoftplusForward,
+  kSoftplusBackward,  // a = x, b = dy
+  kSoftmaxForward,
+  kSoftmaxBackward,
+  kLayerNormForward,         // out2 = statistics of the vectors
+  kLayerNormBackwardWeight,  // a = x, b = those statistics, c = dy; into the leaf
+  kLayerNormBackward,        // a, b, c the same
+  kEmbeddingForward,         // a = positions
+  kEmbeddingBackward,        // a = positions, b = dy; into the leaf
+  kAdd,                      // out = a + b
+  kMultiply,                 // out = a * b
+  kDropout,                  // forward, and backward of a = dy
   // One layer of an lstm, `part`; between two of them their dropout, `part` the one before it.
   kLstmForward,          // out = y of a = x, out2 = reserve
   kLstmBackward,         // a = x, b = dy, c = reserve, out = dL/dx or none; leaf gradients
   kLstmDropout,          // as kDropout
   kSoftmaxCrossEntropy,  // a = logits, out = dL/dlogits or none
   kOneHot,
-  kMeanSquaredError,  // a = y, b = target, out = dL/dy or none
+  kMeanSquaredError,     // a = y, b = target, out = dL/dy or none
+  kSigmoidCrossEntropy,  // the same
   kCountCorrect,
 };
 

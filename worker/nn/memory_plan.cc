@@ -63,7 +63,8 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot
     for (const int out : {call.out, call.out2}) {
       if (out < 0) continue;
       for (const int in : {call.a, call.b, call.c, call.d}) {
-        if (IsElementwise(call.type) && in >= 0 && last_use[in] == i) {
+        if (IsElementwise(call.type) && in >= 0 && last_use[in] == i &&
+            lowering.value_bytes[in] == lowering.value_bytes[out]) {
           block_of[out] = block_of[in];
           break;
         }

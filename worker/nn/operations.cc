@@ -38,6 +38,8 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
       shape.kernel = layer.kernel;
       shape.stride = layer.stride;
       shape.padding = layer.padding;
+      shape.dilation = layer.dilation;
+      shape.groups = layer.groups;
       shape.bias = layer.bias;
       shape.activation = activation;
       ASSIGN_OR_RETURN(operations->conv2d_[i], device.MakeConv2d(shape, rows));

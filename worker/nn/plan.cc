@@ -40,6 +40,7 @@ struct Plan::Impl {
   absl::Status Bind(absl::Span<const ShardInput> shards, bool training);
   absl::Status RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
                            MomentExchange& exchange);
+  absl::Status RunCalls(int calls, absl::Span<const ShardInput> shards, MomentExchange& exchange);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
   // Calls visit(call, frame) for the segment's calls before `end`, in the order that its memory was
   // planned for.
@@ -174,6 +175,29 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
   return absl::OkStatus();
 }
 
+// The first `calls` of a training step, in the order that their memory is planned for.
+absl::Status Plan::Impl::RunCalls(int calls, absl::Span<const ShardInput> shards,
+                                  MomentExchange& exchange) {
+  const absl::Span<const Frame> bound = absl::MakeConstSpan(frames.data(), shards.size());
+  for (const Segment& segment : train->lowering().segments) {
+    if (segment.begin >= calls) break;
+    const int end = std::min(segment.end, calls);
+    if (segment.layerwise) {
+      for (int call = segment.begin; call < end && !bound.empty(); ++call) {
+        train->RunAll(call, context, merged, bound);
+      }
+    } else {
+      for (const Frame& frame : bound) {
+        for (int call = segment.begin; call < end; ++call) train->Run(call, context, merged, frame);
+      }
+    }
+    if (segment.end <= calls && segment.exchange != Exchange::kNone) {
+      RETURN_IF_ERROR(RunExchange(segment, shards, exchange));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
                              const device::StepScalars* scalars, int64_t batch,
                              absl::Span<const ShardInput> shards, GradientSink& sink,
@@ -182,25 +206,19 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
   RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
   p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
-  const absl::Span<const Frame> frames = absl::MakeConstSpan(p.frames.data(), shards.size());
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
-  for (const Segment& segment : p.train->lowering().segments) {
-    if (segment.layerwise) {
-      for (int call = segment.begin; call < segment.end && !frames.empty(); ++call) {
-        p.train->RunAll(call, p.context, p.merged, frames);
-      }
-    } else {
-      for (const Frame& frame : frames) {
-        for (int call = segment.begin; call < segment.end; ++call) {
-          p.train->Run(call, p.context, p.merged, frame);
-        }
-      }
-    }
-    if (segment.exchange != Exchange::kNone) {
-      RETURN_IF_ERROR(p.RunExchange(segment, shards, exchange));
-    }
-  }
-  return absl::OkStatus();
+  const int calls = static_cast<int>(p.train->lowering().calls.size());
+  return p.RunCalls(calls, shards, exchange);
+}
+
+absl::Status Plan::GatherMoments(device::Stream& stream, optim::FlatState& state,
+                                 const device::StepScalars* scalars,
+                                 absl::Span<const ShardInput> shards, MomentExchange& exchange) {
+  Impl& p = *impl_;
+  if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  p.context = {&stream, &state, scalars, 0, nullptr};
+  return p.RunCalls(p.train->lowering().forward_calls, shards, exchange);
 }
 
 void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,

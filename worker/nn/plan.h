@@ -127,13 +127,18 @@ class Plan {
                          const device::StepScalars* scalars, int64_t batch,
                          absl::Span<const ShardInput> shards, GradientSink& sink,
                          MomentExchange& exchange);
+  // The forward pass of a training step alone, for moments(): as in training, dropout and the
+  // exchanges of synchronized norms included. Collective like TrainStep.
+  absl::Status GatherMoments(device::Stream& stream, optim::FlatState& state,
+                             const device::StepScalars* scalars,
+                             absl::Span<const ShardInput> shards, MomentExchange& exchange);
   // Forward and loss at inference: running averages, no dropout.
   void Evaluate(device::Stream& stream, optim::FlatState& state,
                 absl::Span<const ShardInput> shards);
 
   // Of the last call, by position in its `shards`.
   const ShardResult& result(int position) const;
-  // The moments record (Program::moments()) of a shard of the last TrainStep.
+  // The moments record (Program::moments()) of a shard of the last TrainStep or GatherMoments.
   const float* moments(int position) const;
 
   // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of

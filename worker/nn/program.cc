@@ -50,12 +50,17 @@ Shape InferOutput(const Layer& layer, const Shape& input) {
                    : Shape{layer.tensors[0].shape[0]};
       }
       if (input.size() != 3 || layer.kernel < 1 || layer.stride < 1 || layer.padding < 0) return {};
-      const int64_t height = input[0] + 2 * layer.padding - layer.kernel;
-      const int64_t width = input[1] + 2 * layer.padding - layer.kernel;
+      if (layer.dilation < 1) return {};
+      const int64_t height = input[0] + 2 * layer.padding - layer.extent();
+      const int64_t width = input[1] + 2 * layer.padding - layer.extent();
       if (height < 0 || width < 0) return {};
       int64_t channels = input[2];
       if (layer.type == LayerType::kConv2d) {
         if (layer.tensors.empty() || layer.tensors[0].shape.empty()) return {};
+        if (layer.groups < 1 || channels % layer.groups != 0 ||
+            layer.tensors[0].shape[0] % layer.groups != 0) {
+          return {};
+        }
         channels = layer.tensors[0].shape[0];
       } else if (layer.padding >= layer.kernel) {
         return {};
@@ -78,15 +83,45 @@ Shape InferOutput(const Layer& layer, const Shape& input) {
       const int64_t out = (layer.bidirectional ? 2 : 1) * layer.hidden;
       return layer.sequence ? Shape{input[0], out} : Shape{out};
     }
+    case LayerType::kReshape:
+      return ElementCount(layer.output) == ElementCount(input) ? layer.output : Shape();
+    case LayerType::kTranspose: {
+      Shape sorted = layer.order, output;
+      std::sort(sorted.begin(), sorted.end());
+      for (size_t d = 0; d < sorted.size(); ++d) {
+        if (sorted[d] != static_cast<int64_t>(d)) return {};
+      }
+      if (sorted.size() != input.size()) return {};
+      for (const int64_t from : layer.order) output.push_back(input[from]);
+      return output;
+    }
+    case LayerType::kEmbedding: {
+      if (layer.tensors.empty() || layer.tensors[0].shape.size() != 2) return {};
+      Shape output = input;
+      if (input.size() == 3 && input[2] == 1) output.pop_back();
+      output.push_back(layer.tensors[0].shape[1]);
+      return output.size() <= 3 ? output : Shape();
+    }
     case LayerType::kBatchNorm:
     case LayerType::kRelu:
     case LayerType::kTanh:
     case LayerType::kSigmoid:
     case LayerType::kAdd:
+    case LayerType::kMultiply:
+    case LayerType::kConcat:  // of its first input; CheckLayer adds the others
     case LayerType::kDropout:
+    case LayerType::kLeakyRelu:
+    case LayerType::kElu:
+    case LayerType::kSoftplus:
+    case LayerType::kSoftmax:
+    case LayerType::kLayerNorm:
       return input;
   }
   return {};
+}
+
+bool TakesSeveral(LayerType type) {
+  return type == LayerType::kAdd || type == LayerType::kMultiply || type == LayerType::kConcat;
 }
 
 // The tensors that `layer` must have.
@@ -95,9 +130,10 @@ std::vector<Shape> InferTensors(const Layer& layer, const Shape& input) {
     case LayerType::kDense:
     case LayerType::kConv2d: {
       const int64_t out = layer.output.back();
-      std::vector<Shape> shapes = {layer.type == LayerType::kDense
-                                       ? Shape{out, ElementCount(input)}
-                                       : Shape{out, layer.kernel, layer.kernel, input.back()}};
+      std::vector<Shape> shapes = {
+          layer.type == LayerType::kDense
+              ? Shape{out, ElementCount(input)}
+              : Shape{out, layer.kernel, layer.kernel, input.back() / layer.groups}};
       if (layer.bias) shapes.push_back({out});
       return shapes;
     }
@@ -114,6 +150,10 @@ std::vector<Shape> InferTensors(const Layer& layer, const Shape& input) {
       }
       return shapes;
     }
+    case LayerType::kLayerNorm:
+      return std::vector<Shape>(2, Shape{input.back()});
+    case LayerType::kEmbedding:
+      return {layer.tensors[0].shape};
     default:
       return {};
   }
@@ -121,8 +161,7 @@ std::vector<Shape> InferTensors(const Layer& layer, const Shape& input) {
 
 absl::Status CheckLayer(const Graph& graph, int index) {
   const Layer& layer = graph.layers[index];
-  const size_t wanted =
-      layer.type == LayerType::kAdd ? std::max<size_t>(layer.inputs.size(), 1) : 1;
+  const size_t wanted = TakesSeveral(layer.type) ? std::max<size_t>(layer.inputs.size(), 1) : 1;
   if (layer.inputs.size() != wanted) {
     return Bad(layer, fmt::format("found {} inputs; accepted: {}", layer.inputs.size(), wanted));
   }
@@ -136,10 +175,15 @@ absl::Status CheckLayer(const Graph& graph, int index) {
     return input == spec::kData ? graph.data_shape : graph.layers[input].output;
   };
   const Shape& input = input_shape(0);
+  Shape output = InferOutput(layer, input);
   for (size_t i = 1; i < layer.inputs.size(); ++i) {
-    if (input_shape(i) != input) return Bad(layer, "accepted: inputs of one shape");
+    Shape other = input_shape(i);
+    if (layer.type == LayerType::kConcat) {
+      output.back() += other.back();
+      other.back() = input.back();
+    }
+    if (other != input) return Bad(layer, "accepted: inputs of one shape");
   }
-  const Shape output = InferOutput(layer, input);
   if (!IsPositive(output) || output != layer.output) {
     return Bad(layer, fmt::format("found output {{{}}} of input {{{}}}; accepted: {{{}}}",
                                   fmt::join(layer.output, ", "), fmt::join(input, ", "),
@@ -274,9 +318,11 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
       slice.running_mean = Append(layer.tensors[2], &program->statistics_);
       slice.running_var = Append(layer.tensors[3], &program->statistics_);
       node.moments = static_cast<int>(program->moments_.size());
+      slice.population = layer.statistics == spec::Statistics::kPopulation;
       program->moments_.push_back(slice);
       program->moments_size_ += 2 * slice.channels;
       program->has_synchronized_norm_ |= layer.sync == spec::Sync::kBatch;
+      program->has_population_norm_ |= slice.population;
     }
     node_of[at] = static_cast<int>(nodes.size());
     nodes.push_back(std::move(node));

@@ -29,6 +29,7 @@ struct MomentsSlice {
   int64_t spatial = 0;  // elements per sample and channel: count = rows * spatial
   int64_t offset = 0;   // in floats
   float momentum = 0;
+  bool population = false;  // its averages are not of steps but of the whole training set
   int64_t running_mean = 0, running_var = 0;  // offsets in the statistics vector
 };
 
@@ -59,6 +60,7 @@ class Program {
   const std::vector<MomentsSlice>& moments() const { return moments_; }
   int64_t moments_size() const { return moments_size_; }  // floats of a leaf's record
   bool has_synchronized_norm() const { return has_synchronized_norm_; }
+  bool has_population_norm() const { return has_population_norm_; }
   const spec::Layer& layer(int node) const { return graph_.layers[nodes_[node].layer]; }
   // Shape per sample of a node's output, or of the data.
   const std::vector<int64_t>& shape(int node) const {
@@ -73,7 +75,7 @@ class Program {
   optim::FlatLayout parameters_, statistics_;
   std::vector<MomentsSlice> moments_;
   int64_t moments_size_ = 0;
-  bool has_synchronized_norm_ = false;
+  bool has_synchronized_norm_ = false, has_population_norm_ = false;
 };
 
 }  // namespace lockstep::nn

@@ -484,6 +484,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     parts.all_reduce = all_reduce_.get();
     parts.train = train_loader_.get();
     parts.validation = validation_loader_.get();
+    parts.population = population_loader_.get();
     parts.recorder = recorder_.get();
     ASSIGN_OR_RETURN(loop_, StepLoop::Make(std::move(o), std::move(parts), this));
     return absl::OkStatus();
@@ -505,11 +506,14 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.augmentation = MakeAugmentation(spec_);
     o.first_step = first_step;
     ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
-    o.dataset = validation_set_;
-    o.batch = evaluation_.batch;
     o.shuffle = false;
     o.augmentation = {};
     o.first_step = 1;
+    if (program_->has_population_norm() && !options_.evaluate_only) {
+      ASSIGN_OR_RETURN(population_loader_, data::BatchLoader::Make(*device_, o));
+    }
+    o.dataset = validation_set_;
+    o.batch = evaluation_.batch;
     ASSIGN_OR_RETURN(validation_loader_, data::BatchLoader::Make(*device_, o));
     return absl::OkStatus();
   }
@@ -565,7 +569,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   std::unique_ptr<collective::Communicator> communicator_;
   std::unique_ptr<collective::Team> team_;
   std::unique_ptr<collective::CanonicalAllReduce> all_reduce_;
-  std::unique_ptr<data::BatchLoader> train_loader_, validation_loader_;
+  std::unique_ptr<data::BatchLoader> train_loader_, validation_loader_, population_loader_;
   std::unique_ptr<Recorder> recorder_;
   std::unique_ptr<CheckpointWriter> writer_;
   std::unique_ptr<StepLoop> loop_;

@@ -1,5 +1,6 @@
 #include "worker/train/probe.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -48,8 +49,18 @@ absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> progr
   ASSIGN_OR_RETURN(auto data, device.AllocateHostVisible(sizeof(float) * rows * features));
   ASSIGN_OR_RETURN(auto labels, device.AllocateHostVisible(sizeof(int32_t) * rows));
   const PhiloxKey key = MakePhiloxKey(0, "probe");
-  for (int64_t i = 0; i < rows * features; ++i)
-    data->floats()[i] = 2 * ToUniform(PhiloxAt(key, i, 0)) - 1;
+  // Data that an embedding reads are positions in its table.
+  int64_t vocabulary = 0;
+  for (const spec::Layer& layer : graph.layers) {
+    if (layer.type != spec::LayerType::kEmbedding) continue;
+    const int64_t table = layer.tensors[0].shape[0];
+    vocabulary = vocabulary == 0 ? table : std::min(vocabulary, table);
+  }
+  for (int64_t i = 0; i < rows * features; ++i) {
+    const uint32_t word = PhiloxAt(key, i, 0);
+    data->floats()[i] =
+        vocabulary > 0 ? static_cast<float>(word % vocabulary) : 2 * ToUniform(word) - 1;
+  }
   auto* label = static_cast<int32_t*>(labels->data());
   for (int64_t i = 0; i < rows; ++i) {
     label[i] = static_cast<int32_t>(PhiloxAt(key, i, 1) % static_cast<uint32_t>(graph.classes));

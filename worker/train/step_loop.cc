@@ -106,6 +106,8 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   const Trailer* trailer = nullptr;
   Trailer evaluated;               // stands in for the trailer once an evaluation replaced it
   int64_t evaluation_batches = 0;  // taken from the validation loader so far
+  int64_t population_batches = 0;  // from the population loader
+  std::vector<uint8_t> population_record;
   int64_t blamed = 0;  // place in execution order of this slot's first non-finite tensor
 };
 
@@ -157,6 +159,7 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     slot->record_pointers.resize(slot->leaf_count);
     slot->record_bytes = round_up(sizeof(Trailer) + sizeof(float) * p.program->moments_size());
     slot->records.resize(slot->record_bytes * slot->leaf_count);
+    if (p.population != nullptr) slot->population_record.resize(slot->record_bytes);
     slot->exchange_stride = round_up(sizeof(int64_t) + sizeof(float) * 2 * widest_norm);
     slot->exchange_records.resize(slot->exchange_stride * slot->shard_count);
     slot->shard_loss.resize(slot->shard_count);
@@ -249,7 +252,7 @@ void StepLoop::TakeMicrobatches(Slot& slot, const data::Batch& batch) {
   const auto end_pass = [&] { slot.passes.push_back(static_cast<int>(slot.leaves.size())); };
   if (options_.accumulate == 1 || options_.interleaved) {
     // No shard has more microbatches than the first.
-    for (int m = 0; m < options_.accumulate && slot.present[m] != 0; ++m) {
+    for (int m = 0; m < options_.accumulate && Microbatch(batch.samples, 0, m).count > 0; ++m) {
       for (const data::ShardBatch& s : batch.shards) take(s, m);
       end_pass();
     }
@@ -308,28 +311,31 @@ absl::Status StepLoop::FinishReduce(Slot& slot) {
     const int local = leaf.shard - slot.first_leaf;
     slot.record_pointers[local] = slot.records.data() + local * slot.record_bytes;
   }
-  const auto fold = [&](void* left, const void* right) {
-    auto* a = static_cast<Trailer*>(left);
-    const auto* b = static_cast<const Trailer*>(right);
-    auto* moments_a = reinterpret_cast<float*>(a + 1);
-    const auto* moments_b = reinterpret_cast<const float*>(b + 1);
-    for (const nn::MomentsSlice& s : parts_.program->moments()) {
-      float* mean = moments_a + s.offset;
-      const float* other = moments_b + s.offset;
-      parts_.device->MergeMoments(*slot.stream, s.channels, a->rows * s.spatial, mean,
-                                  mean + s.channels, b->rows * s.spatial, other, other + s.channels,
-                                  mean, mean + s.channels);
-    }
-    a->rows += b->rows;
-    a->loss_sum += b->loss_sum;
-    a->correct += b->correct;
-    a->stop |= b->stop;
-  };
+  const auto fold = [&](void* left, const void* right) { MergeRecords(slot, left, right); };
   ASSIGN_OR_RETURN(const void* root,
                    parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
                                                  slot.record_bytes, fold, Deadline()));
   slot.trailer = static_cast<const Trailer*>(root);
   return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
+}
+
+// Two leaves' trailers and, behind them, moments.
+void StepLoop::MergeRecords(const Slot& slot, void* left, const void* right) const {
+  auto* a = static_cast<Trailer*>(left);
+  const auto* b = static_cast<const Trailer*>(right);
+  auto* moments_a = reinterpret_cast<float*>(a + 1);
+  const auto* moments_b = reinterpret_cast<const float*>(b + 1);
+  for (const nn::MomentsSlice& s : parts_.program->moments()) {
+    float* mean = moments_a + s.offset;
+    const float* other = moments_b + s.offset;
+    parts_.device->MergeMoments(*slot.stream, s.channels, a->rows * s.spatial, mean,
+                                mean + s.channels, b->rows * s.spatial, other, other + s.channels,
+                                mean, mean + s.channels);
+  }
+  a->rows += b->rows;
+  a->loss_sum += b->loss_sum;
+  a->correct += b->correct;
+  a->stop |= b->stop;
 }
 
 absl::Status StepLoop::Gate(Slot& slot) {
@@ -363,6 +369,7 @@ void StepLoop::UpdateStatistics(Slot& slot) {
   float* statistics = parts_.state->statistics();
   for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
     const nn::MomentsSlice& s = moments[i];
+    if (s.population) continue;  // GatherPopulation's
     parts_.device->UpdateRunningAverages(*slot.stream, s.channels, slot.trailer->rows * s.spatial,
                                          merged + s.offset, merged + s.offset + s.channels,
                                          s.momentum, statistics + s.running_mean,
@@ -379,10 +386,85 @@ absl::Status StepLoop::Commit(Slot& slot) {
   RETURN_IF_ERROR(Barrier(slot));  // all parameters are updated
   parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index,
                           parts_.team->slots());
+  // Before the digest, which covers what the pass makes of the statistics.
+  if (parts_.population != nullptr && (EvaluationDue(slot.step) || CheckpointDue(slot.step))) {
+    RETURN_IF_ERROR(GatherPopulation(slot));
+  }
   if ((options_.digest_every > 0 && slot.step % options_.digest_every == 0) ||
       CheckpointDue(slot.step)) {
     return DigestState(slot);  // its barriers also order packing before the next forward
   }
+  return Barrier(slot);
+}
+
+bool StepLoop::EvaluationDue(int64_t step) const {
+  return step == options_.length.total_steps || options_.evaluate_only ||
+         Due(options_.evaluate_every_steps, options_.evaluate_every_epochs, options_.length, step);
+}
+
+// Replaces the averages of the norms with `statistics: population` by the moments of the whole
+// training set under the parameters of now: each leaf's are merged over its batches in their order,
+// then leaves by the canonical tree.
+absl::Status StepLoop::GatherPopulation(Slot& slot) {
+  const absl::Time began = absl::Now();
+  RETURN_IF_ERROR(Barrier(slot));  // every part of the weights is packed
+  // The exchanges below reuse the trailer's memory, and its moments are used up.
+  slot.evaluated = *slot.trailer;
+  slot.trailer = &slot.evaluated;
+  const size_t moments_bytes = sizeof(float) * parts_.program->moments_size();
+  // Of the batch at hand, in the form that MergeRecords takes.
+  uint8_t* batch_record = slot.population_record.data();
+  const auto record_of = [&](int local) { return slot.records.data() + local * slot.record_bytes; };
+  for (int i = 0; i < slot.leaf_count; ++i) new (record_of(i)) Trailer();
+  for (int64_t b = 1; b <= options_.length.steps_per_epoch; ++b) {
+    const int64_t ticket = ++slot.population_batches;
+    ASSIGN_OR_RETURN(const data::Batch* batch, parts_.population->Acquire(ticket));
+    TakeMicrobatches(slot, *batch);
+    int begin = 0;
+    for (const int end : slot.passes) {
+      const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
+      RETURN_IF_ERROR(
+          slot.plan->GatherMoments(*slot.stream, *parts_.state, slot.scalars, leaves, slot));
+      RETURN_IF_ERROR(slot.stream->Synchronize());
+      for (size_t i = 0; i < leaves.size(); ++i) {
+        uint8_t* record = record_of(leaves[i].shard - slot.first_leaf);
+        const bool first = reinterpret_cast<const Trailer*>(record)->rows == 0;
+        uint8_t* target = first ? record : batch_record;
+        new (target) Trailer{leaves[i].rows, 0, 0, 0};
+        std::memcpy(target + sizeof(Trailer), slot.plan->moments(static_cast<int>(i)),
+                    moments_bytes);
+        if (!first) MergeRecords(slot, record, batch_record);
+      }
+      begin = end;
+    }
+    parts_.population->Release(ticket);
+  }
+  std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
+  for (int i = 0; i < slot.leaf_count; ++i) {
+    const uint8_t* record = record_of(i);
+    if (reinterpret_cast<const Trailer*>(record)->rows > 0) slot.record_pointers[i] = record;
+  }
+  const auto fold = [&](void* left, const void* right) { MergeRecords(slot, left, right); };
+  ASSIGN_OR_RETURN(const void* root,
+                   parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
+                                                 slot.record_bytes, fold, Deadline()));
+  const int64_t rows = static_cast<const Trailer*>(root)->rows;
+  const auto* merged = reinterpret_cast<const float*>(static_cast<const Trailer*>(root) + 1);
+  const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
+  float* statistics = parts_.state->statistics();
+  for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
+    const nn::MomentsSlice& s = moments[i];
+    if (!s.population) continue;
+    // An average that begins at zero and takes all of the new value is the value.
+    const size_t bytes = sizeof(float) * static_cast<size_t>(s.channels);
+    parts_.device->Zero(*slot.stream, statistics + s.running_mean, bytes);
+    parts_.device->Zero(*slot.stream, statistics + s.running_var, bytes);
+    parts_.device->UpdateRunningAverages(*slot.stream, s.channels, rows * s.spatial,
+                                         merged + s.offset, merged + s.offset + s.channels,
+                                         /*momentum=*/1, statistics + s.running_mean,
+                                         statistics + s.running_var);
+  }
+  slot.step_began += absl::Now() - began;  // no time of training
   return Barrier(slot);
 }
 
@@ -436,11 +518,7 @@ void StepLoop::SummarizeTraining() {
 }
 
 absl::Status StepLoop::Evaluate(Slot& slot) {
-  const bool last = slot.step == options_.length.total_steps || options_.evaluate_only;
-  if (!last && !Due(options_.evaluate_every_steps, options_.evaluate_every_epochs, options_.length,
-                    slot.step)) {
-    return absl::OkStatus();
-  }
+  if (!EvaluationDue(slot.step)) return absl::OkStatus();
   const absl::Time began = absl::Now();
   std::fill(slot.shard_loss.begin(), slot.shard_loss.end(), 0.0);
   std::fill(slot.shard_correct.begin(), slot.shard_correct.end(), 0);
@@ -624,6 +702,7 @@ absl::Status StepLoop::Barrier(const Slot& slot) {
 void StepLoop::Abort(const absl::Status& cause) {
   parts_.train->Stop();
   parts_.validation->Stop();
+  if (parts_.population != nullptr) parts_.population->Stop();
   parts_.team->Abort(cause);
   parts_.communicator->Abort(cause);
 }

@@ -88,6 +88,7 @@ class StepLoop {
     collective::CanonicalAllReduce* all_reduce = nullptr;
     data::BatchLoader* train = nullptr;
     data::BatchLoader* validation = nullptr;
+    data::BatchLoader* population = nullptr;  // the training set in its order, plain; or null
     Recorder* recorder = nullptr;
   };
   // Called by slot 0, with all slots waiting, when a checkpoint is due after `step`.
@@ -136,6 +137,8 @@ class StepLoop {
   void Optimize(Slot& slot);
   void UpdateStatistics(Slot& slot);
   absl::Status Commit(Slot& slot);
+  absl::Status GatherPopulation(Slot& slot);
+  void MergeRecords(const Slot& slot, void* left, const void* right) const;
   absl::Status Report(Slot& slot);
   absl::Status Evaluate(Slot& slot);
   absl::Status Checkpoint(Slot& slot);
@@ -143,6 +146,7 @@ class StepLoop {
   absl::Status DigestState(Slot& slot);
   absl::Status NameNonFinite(Slot& slot);
   absl::Status Barrier(const Slot& slot);
+  bool EvaluationDue(int64_t step) const;
   bool CheckpointDue(int64_t step) const;
   void SummarizeTraining();  // the result's train score from the epochs' sums
   absl::Time Deadline() const { return absl::Now() + options_.collective_timeout; }

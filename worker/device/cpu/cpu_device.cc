@@ -202,6 +202,68 @@ class CpuDevice : public Device {
     k_.count_correct(rows, classes, scores, labels, correct);
   }
 
+  void LeakyReluForward(Stream&, int64_t n, float slope, const float* x, float* y) override {
+    k_.leaky_relu_forward(n, slope, x, y);
+  }
+  void LeakyReluBackward(Stream&, int64_t n, float slope, const float* y, const float* dy,
+                         float* dx) override {
+    k_.leaky_relu_backward(n, slope, y, dy, dx);
+  }
+  void EluForward(Stream&, int64_t n, float alpha, const float* x, float* y) override {
+    k_.elu_forward(n, alpha, x, y);
+  }
+  void EluBackward(Stream&, int64_t n, float alpha, const float* y, const float* dy,
+                   float* dx) override {
+    k_.elu_backward(n, alpha, y, dy, dx);
+  }
+  void SoftplusForward(Stream&, int64_t n, const float* x, float* y) override {
+    k_.softplus_forward(n, x, y);
+  }
+  void SoftplusBackward(Stream&, int64_t n, const float* x, const float* dy, float* dx) override {
+    k_.softplus_backward(n, x, dy, dx);
+  }
+  void Multiply(Stream&, int64_t n, const float* a, const float* b, float* out) override {
+    k_.multiply(n, a, b, out);
+  }
+  void SoftmaxForward(Stream&, int64_t n, int64_t features, const float* x, float* y) override {
+    k_.softmax_forward(n, features, x, y);
+  }
+  void SoftmaxBackward(Stream&, int64_t n, int64_t features, const float* y, const float* dy,
+                       float* dx) override {
+    k_.softmax_backward(n, features, y, dy, dx);
+  }
+  void LayerNormForward(Stream&, int64_t n, int64_t features, const float* x, float epsilon,
+                        const float* weight, const float* bias, float* y, float* stats) override {
+    k_.layer_norm_forward(n, features, x, epsilon, weight, bias, y, stats);
+  }
+  void LayerNormBackward(Stream&, int64_t n, int64_t features, const float* x, const float* stats,
+                         const float* weight, const float* dy, float* dx) override {
+    k_.layer_norm_backward(n, features, x, stats, weight, dy, dx);
+  }
+  void LayerNormBackwardWeight(Stream&, int64_t n, int64_t features, const float* x,
+                               const float* stats, const float* dy, float* dweight,
+                               float* dbias) override {
+    k_.layer_norm_backward_weight(n, features, x, stats, dy, dweight, dbias);
+  }
+  void EmbeddingForward(Stream&, int64_t n, int64_t vocabulary, int64_t features, const float* x,
+                        const float* weight, float* y) override {
+    k_.embedding_forward(n, vocabulary, features, x, weight, y);
+  }
+  void EmbeddingBackward(Stream&, int64_t n, int64_t vocabulary, int64_t features, const float* x,
+                         const float* dy, float* dweight) override {
+    k_.embedding_backward(n, vocabulary, features, x, dy, dweight);
+  }
+  void SmoothedCrossEntropy(Stream&, int64_t rows, int64_t classes, const float* logits,
+                            const int32_t* labels, float smoothing, float scale, double* loss_sum,
+                            int64_t* correct, float* dlogits) override {
+    k_.smoothed_cross_entropy(rows, classes, logits, labels, smoothing, scale, loss_sum, correct,
+                              dlogits);
+  }
+  void SigmoidCrossEntropy(Stream&, int64_t rows, int64_t features, const float* x,
+                           const float* target, float scale, double* loss_sum, float* dx) override {
+    k_.sigmoid_cross_entropy(rows, features, x, target, scale, loss_sum, dx);
+  }
+
   void OptimizerUpdate(Stream&, const OptimizerCoefficients& coefficients, int64_t n,
                        const StepScalars* scalars, const float* gradient, float* parameters,
                        const OptimizerSlots& slots) override {

@@ -127,6 +127,32 @@ struct Kernels {
   void (*count_correct)(int64_t rows, int64_t classes, const float* scores, const int32_t* labels,
                         int64_t* correct);
 
+  void (*leaky_relu_forward)(int64_t n, float slope, const float* x, float* y);
+  void (*leaky_relu_backward)(int64_t n, float slope, const float* y, const float* dy, float* dx);
+  void (*elu_forward)(int64_t n, float alpha, const float* x, float* y);
+  void (*elu_backward)(int64_t n, float alpha, const float* y, const float* dy, float* dx);
+  void (*softplus_forward)(int64_t n, const float* x, float* y);
+  void (*softplus_backward)(int64_t n, const float* x, const float* dy, float* dx);
+  void (*multiply)(int64_t n, const float* a, const float* b, float* out);
+  void (*softmax_forward)(int64_t n, int64_t features, const float* x, float* y);
+  void (*softmax_backward)(int64_t n, int64_t features, const float* y, const float* dy, float* dx);
+  void (*layer_norm_forward)(int64_t n, int64_t features, const float* x, float epsilon,
+                             const float* weight, const float* bias, float* y, float* stats);
+  void (*layer_norm_backward)(int64_t n, int64_t features, const float* x, const float* stats,
+                              const float* weight, const float* dy, float* dx);
+  void (*layer_norm_backward_weight)(int64_t n, int64_t features, const float* x,
+                                     const float* stats, const float* dy, float* dweight,
+                                     float* dbias);
+  void (*embedding_forward)(int64_t n, int64_t vocabulary, int64_t features, const float* x,
+                            const float* weight, float* y);
+  void (*embedding_backward)(int64_t n, int64_t vocabulary, int64_t features, const float* x,
+                             const float* dy, float* dweight);
+  void (*smoothed_cross_entropy)(int64_t rows, int64_t classes, const float* logits,
+                                 const int32_t* labels, float smoothing, float scale,
+                                 double* loss_sum, int64_t* correct, float* dlogits);
+  void (*sigmoid_cross_entropy)(int64_t rows, int64_t features, const float* x, const float* target,
+                                float scale, double* loss_sum, float* dx);
+
   void (*optimizer_update)(const OptimizerCoefficients& coefficients, int64_t n,
                            const StepScalars& scalars, const float* gradient, float* parameters,
                            const OptimizerSlots& slots);

@@ -45,7 +45,8 @@ class OnednnConv2d : public Conv2d {
   OnednnConv2d(const OnednnContext& context, const Conv2dShape& shape)
       : context_(context),
         s_(shape),
-        weight_(Floats({shape.out, shape.in, shape.kernel, shape.kernel}, Tag::ohwi)) {}
+        weight_dims_(WeightDims(shape)),
+        weight_(Floats(weight_dims_, shape.groups > 1 ? Tag::abdec : Tag::ohwi)) {}
 
   // Makes what `rows` rows need. Throws dnnl::error.
   void Add(int64_t rows) {
@@ -54,19 +55,21 @@ class OnednnConv2d : public Conv2d {
     const memory::desc x = Floats({rows, s_.in, s_.height, s_.width}, Tag::nhwc);
     const memory::desc y = Floats({rows, s_.out, s_.out_height(), s_.out_width()}, Tag::nhwc);
     const memory::desc bias = Floats({s_.out}, Tag::a);
-    const memory::desc any = Floats({s_.out, s_.in, s_.kernel, s_.kernel}, Tag::any);
+    const memory::desc any = Floats(weight_dims_, Tag::any);
     const Dims strides = {s_.stride, s_.stride}, padding = {s_.padding, s_.padding};
+    const Dims dilation = {s_.dilation - 1, s_.dilation - 1};
     // Less than the padding where the last rows or columns are reached by no window.
-    const Dims far = {(s_.out_height() - 1) * s_.stride + s_.kernel - s_.height - s_.padding,
-                      (s_.out_width() - 1) * s_.stride + s_.kernel - s_.width - s_.padding};
+    const Dims far = {(s_.out_height() - 1) * s_.stride + s_.extent() - s_.height - s_.padding,
+                      (s_.out_width() - 1) * s_.stride + s_.extent() - s_.width - s_.padding};
     const dnnl::primitive_attr attributes = Attributes();
     RowSet set;
 
     using ForwardPrimitive = dnnl::convolution_forward;
     const auto kind = dnnl::prop_kind::forward_training;
     const ForwardPrimitive::primitive_desc forward(
-        s_.bias ? ForwardPrimitive::desc(kind, kDirect, x, any, bias, y, strides, padding, far)
-                : ForwardPrimitive::desc(kind, kDirect, x, any, y, strides, padding, far),
+        s_.bias ? ForwardPrimitive::desc(kind, kDirect, x, any, bias, y, strides, dilation, padding,
+                                         far)
+                : ForwardPrimitive::desc(kind, kDirect, x, any, y, strides, dilation, padding, far),
         attributes, context_.engine);
     set.forward_weight = CopyFor(forward.weights_desc());
     std::vector<Call::Argument> arguments = {{DNNL_ARG_SRC, x},
@@ -78,7 +81,7 @@ class OnednnConv2d : public Conv2d {
 
     using InputPrimitive = dnnl::convolution_backward_data;
     const InputPrimitive::primitive_desc input(
-        InputPrimitive::desc(kDirect, x, any, y, strides, padding, far), attributes,
+        InputPrimitive::desc(kDirect, x, any, y, strides, dilation, padding, far), attributes,
         context_.engine, forward);
     set.backward_weight_copy = CopyFor(input.weights_desc());
     set.backward_input =
@@ -89,8 +92,8 @@ class OnednnConv2d : public Conv2d {
 
     using WeightPrimitive = dnnl::convolution_backward_weights;
     const WeightPrimitive::primitive_desc weight(
-        s_.bias ? WeightPrimitive::desc(kDirect, x, any, bias, y, strides, padding, far)
-                : WeightPrimitive::desc(kDirect, x, any, y, strides, padding, far),
+        s_.bias ? WeightPrimitive::desc(kDirect, x, any, bias, y, strides, dilation, padding, far)
+                : WeightPrimitive::desc(kDirect, x, any, y, strides, dilation, padding, far),
         attributes, context_.engine, forward);
     arguments = {{DNNL_ARG_SRC, x},
                  {DNNL_ARG_DIFF_DST, y},
@@ -200,7 +203,14 @@ class OnednnConv2d : public Conv2d {
   }
 
   const OnednnContext context_;
+  // Filters of a group, then their weights: oneDNN has a dimension more where there are groups.
+  static Dims WeightDims(const Conv2dShape& s) {
+    if (s.groups == 1) return {s.out, s.in, s.kernel, s.kernel};
+    return {s.groups, s.out / s.groups, s.in / s.groups, s.kernel, s.kernel};
+  }
+
   const Conv2dShape s_;
+  const Dims weight_dims_;
   const memory::desc weight_;  // in the logical layout
   std::map<int64_t, RowSet> sets_;
   std::vector<Packed> copies_;
@@ -213,12 +223,16 @@ absl::StatusOr<std::unique_ptr<Conv2d>> MakeOnednnConv2d(const OnednnContext& co
                                                          const Conv2dShape& shape,
                                                          absl::Span<const int64_t> rows) {
   if (shape.in < 1 || shape.out < 1 || shape.kernel < 1 || shape.stride < 1 || shape.padding < 0 ||
-      shape.height + 2 * shape.padding < shape.kernel ||
-      shape.width + 2 * shape.padding < shape.kernel) {
+      shape.dilation < 1 || shape.groups < 1 || shape.in % shape.groups != 0 ||
+      shape.out % shape.groups != 0 || shape.height + 2 * shape.padding < shape.extent() ||
+      shape.width + 2 * shape.padding < shape.extent()) {
     return absl::InvalidArgumentError(absl::StrCat(
         "conv2d of ", shape.height, "x", shape.width, "x", shape.in, " to ", shape.out,
         " channels with kernel ", shape.kernel, ", stride ", shape.stride, ", padding ",
-        shape.padding, "; sizes must be positive and the window must fit into the padded input"));
+        shape.padding, ", dilation ", shape.dilation, ", groups ", shape.groups,
+        "; sizes must be positive, the window must fit into the padded input, and groups divide "
+        "the "
+        "channels"));
   }
   absl::Status status = UseOneThread();
   if (!status.ok()) return status;

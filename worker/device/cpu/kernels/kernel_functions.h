@@ -77,6 +77,38 @@ void BatchNormGradient(const BatchNormShape& shape, int64_t n, const float* x, c
 // copy.cc
 void CopyStrided(const StridedCopy& copy, int64_t rows, const float* x, float* y);
 
+// maps.cc
+void LeakyReluForward(int64_t n, float slope, const float* x, float* y);
+void LeakyReluBackward(int64_t n, float slope, const float* y, const float* dy, float* dx);
+void EluForward(int64_t n, float alpha, const float* x, float* y);
+void EluBackward(int64_t n, float alpha, const float* y, const float* dy, float* dx);
+void SoftplusForward(int64_t n, const float* x, float* y);
+void SoftplusBackward(int64_t n, const float* x, const float* dy, float* dx);
+void Multiply(int64_t n, const float* a, const float* b, float* out);
+
+// features.cc
+void SoftmaxForward(int64_t n, int64_t features, const float* x, float* y);
+void SoftmaxBackward(int64_t n, int64_t features, const float* y, const float* dy, float* dx);
+void LayerNormForward(int64_t n, int64_t features, const float* x, float epsilon,
+                      const float* weight, const float* bias, float* y, float* stats);
+void LayerNormBackward(int64_t n, int64_t features, const float* x, const float* stats,
+                       const float* weight, const float* dy, float* dx);
+void LayerNormBackwardWeight(int64_t n, int64_t features, const float* x, const float* stats,
+                             const float* dy, float* dweight, float* dbias);
+
+// embedding.cc
+void EmbeddingForward(int64_t n, int64_t vocabulary, int64_t features, const float* x,
+                      const float* weight, float* y);
+void EmbeddingBackward(int64_t n, int64_t vocabulary, int64_t features, const float* x,
+                       const float* dy, float* dweight);
+
+// smoothed_loss.cc
+void SmoothedCrossEntropy(int64_t rows, int64_t classes, const float* logits, const int32_t* labels,
+                          float smoothing, float scale, double* loss_sum, int64_t* correct,
+                          float* dlogits);
+void SigmoidCrossEntropy(int64_t rows, int64_t features, const float* x, const float* target,
+                         float scale, double* loss_sum, float* dx);
+
 // loss.cc
 void SoftmaxCrossEntropy(int64_t rows, int64_t classes, const float* logits, const int32_t* labels,
                          float scale, double* loss_sum, int64_t* correct, float* dlogits);
