@@ -44,6 +44,8 @@ Programs::Programs() {
 Programs::~Programs() {
   workers_.clear();
   server_.reset();
+  // What its parent's death kills needs a moment to be gone.
+  Eventually([&] { return Survivors().empty(); }, absl::Seconds(10));
   for (const std::string& survivor : Survivors()) {
     kill(std::stoi(survivor), SIGKILL);
     ADD_FAILURE() << "left behind: " << survivor;

@@ -219,6 +219,7 @@ void ExpectVictimNamed(Scenario scenario, absl::StatusCode code) {
                            std::to_string(scenario.victim) + ")";
   std::vector<Outcome> outcomes = RunProcesses(scenario);
   int direct = 0;
+  std::string all;
   for (int rank = 0; rank < static_cast<int>(outcomes.size()); ++rank) {
     if (rank == scenario.victim) continue;
     const absl::Status& status = outcomes[rank].status;
@@ -230,8 +231,9 @@ void ExpectVictimNamed(Scenario scenario, absl::StatusCode code) {
                 absl::IsDeadlineExceeded(status))
         << status;
     direct += status.code() == code;
+    absl::StrAppend(&all, "member ", rank, ": ", status.ToString(), "\n");
   }
-  EXPECT_GE(direct, 1);
+  EXPECT_GE(direct, 1) << all;
 }
 
 TEST(AllReduceFailure, KilledMemberIsNamedThroughSharedMemory) {

@@ -32,11 +32,14 @@ using gloo::transport::UnboundBuffer;
 constexpr std::chrono::milliseconds kForever = std::chrono::hours(1000);
 constexpr auto kGoodbyePatience = std::chrono::milliseconds(100);
 constexpr absl::Duration kPartingPatience = absl::Seconds(1);
+// How often a wait looks whether its connection still stands.
+constexpr absl::Duration kProbePeriod = absl::Milliseconds(100);
 
 // Above every slot that an operation may use.
 constexpr uint64_t kHelloSlot = ~uint64_t{0};
 constexpr uint64_t kGoodbyeSlot = kHelloSlot - 1;
 constexpr uint64_t kPartingSlot = kHelloSlot - 2;
+constexpr uint64_t kProbeSlot = kHelloSlot - 3;  // nothing is ever sent on it
 
 struct Hello {
   uint64_t sender_nonce = 0, receiver_nonce = 0;
@@ -109,9 +112,10 @@ GlooPeers::Transfers::~Transfers() = default;
 struct GlooPeers::State {
   struct Waiting {
     UnboundBuffer* buffer = nullptr;
+    int member = 0;
     bool send = false;
-    absl::Time deadline;
-    bool late = false;
+    absl::Time deadline, next_probe;
+    absl::Status end;  // why it was interrupted: DeadlineExceeded, or Unavailable with the break
 
     void Interrupt() {
       if (send) {
@@ -125,6 +129,21 @@ struct GlooPeers::State {
     Goodbye message;
     std::unique_ptr<UnboundBuffer> buffer;
   };
+  // A receive that never completes, to be asked whether the connection stands: where it breaks in
+  // the middle of a message, Gloo tells every receive that waits for its turn, but not the one in
+  // progress.
+  struct Probe {
+    char byte = 0;
+    std::unique_ptr<UnboundBuffer> buffer;
+
+    // Unavailable where the connection is broken. Does not wait.
+    absl::Status Ask() {
+      return Guard([this] {
+        buffer->abortWaitRecv();
+        buffer->waitRecv(nullptr, kForever);
+      });
+    }
+  };
 
   int rank = 0;
   std::vector<std::string> names;
@@ -132,6 +151,7 @@ struct GlooPeers::State {
   std::shared_ptr<gloo::transport::Device> device;
   std::shared_ptr<gloo::transport::Context> context;
   std::vector<std::unique_ptr<Farewell>> farewells;  // by member
+  std::vector<std::unique_ptr<Probe>> probes;        // by member
   Goodbye goodbye;
   std::unique_ptr<UnboundBuffer> goodbye_buffer;
 
@@ -142,26 +162,34 @@ struct GlooPeers::State {
   bool said_goodbye ABSL_GUARDED_BY(mutex) = false;
   bool stopping ABSL_GUARDED_BY(mutex) = false;
   Waiting waiting[kLanes] ABSL_GUARDED_BY(mutex);
+  absl::Time wakes ABSL_GUARDED_BY(mutex) =
+      absl::InfiniteFuture();  // the deadline thread, by itself
   std::thread deadlines;
 
   std::string Name(int member) const {
     return absl::StrCat("member ", member, " (", names[member], ")");
   }
 
-  // Interrupts the waits whose deadline has passed.
+  // Interrupts the waits whose deadline has passed or whose connection is broken.
   void KeepDeadlines() {
     absl::MutexLock lock(&mutex);
     while (!stopping) {
       absl::Time next = absl::InfiniteFuture();
       for (Waiting& wait : waiting) {
-        if (wait.buffer == nullptr || wait.late) continue;
-        if (wait.deadline <= absl::Now()) {
-          wait.late = true;
+        if (wait.buffer == nullptr || !wait.end.ok()) continue;
+        const absl::Time now = absl::Now();
+        if (now >= wait.next_probe) {
+          wait.end = probes[wait.member]->Ask();
+          wait.next_probe = now + kProbePeriod;
+        }
+        if (wait.end.ok() && wait.deadline <= now) wait.end = absl::DeadlineExceededError("late");
+        if (!wait.end.ok()) {
           wait.Interrupt();
         } else {
-          next = std::min(next, wait.deadline);
+          next = std::min({next, wait.deadline, wait.next_probe});
         }
       }
+      wakes = next;
       changed.WaitWithDeadline(&mutex, next);
     }
   }
@@ -188,6 +216,7 @@ absl::StatusOr<std::unique_ptr<GlooPeers>> GlooPeers::Open(const std::string& ad
   for (const MemberInfo& member : members) state->names.push_back(member.name);
   state->remote = remote;
   state->farewells.resize(members.size());
+  state->probes.resize(members.size());
   const absl::Status status = Guard([&] {
     state->device = gloo::transport::tcp::CreateDevice(gloo::transport::tcp::attr(address.c_str()));
     state->context = state->device->createContext(rank, static_cast<int>(members.size()));
@@ -207,6 +236,7 @@ GlooPeers::~GlooPeers() {
   // Buffers before the pairs that may refer to them; destruction may throw nothing, but closes
   // sockets.
   state_->farewells.clear();
+  state_->probes.clear();
   state_->goodbye_buffer.reset();
   state_->context.reset();
   state_->device.reset();
@@ -289,6 +319,15 @@ absl::Status GlooPeers::Connect(const std::vector<std::string>& addresses,
       return absl::UnavailableError(message);
     }
   }
+  absl::Status ready = Guard([&s] {
+    for (const int member : s.remote) {
+      auto probe = std::make_unique<State::Probe>();
+      probe->buffer = s.context->createUnboundBuffer(&probe->byte, 1);
+      probe->buffer->recv(member, kProbeSlot);
+      s.probes[member] = std::move(probe);
+    }
+  });
+  if (!ready.ok()) return absl::UnavailableError(absl::StrCat("lost a peer: ", ready.message()));
   s.deadlines = std::thread([&s] { s.KeepDeadlines(); });
 
   // That the other end is the announced member, and the generation ours.
@@ -314,7 +353,7 @@ absl::Status GlooPeers::Connect(const std::vector<std::string>& addresses,
     return absl::FailedPreconditionError(absl::StrCat(
         s.Name(member), " answered for another rendezvous: its announcement is stale"));
   }
-  const absl::Status ready = Guard([&s] {
+  ready = Guard([&s] {
     s.goodbye_buffer = s.context->createUnboundBuffer(&s.goodbye, sizeof(Goodbye));
     for (const int member : s.remote) {
       auto farewell = std::make_unique<State::Farewell>();
@@ -363,8 +402,8 @@ absl::Status GlooPeers::AwaitItem(Lane lane, Transfers::Item& item, absl::Time d
   {
     absl::MutexLock lock(&s.mutex);
     if (s.aborted) return absl::AbortedError("aborted");
-    waiting = {item.buffer.get(), item.send, deadline, false};
-    s.changed.SignalAll();
+    waiting = {item.buffer.get(), item.member, item.send, deadline, absl::Now() + kProbePeriod, {}};
+    if (std::min(waiting.deadline, waiting.next_probe) < s.wakes) s.changed.SignalAll();
   }
   bool completed = false;
   const absl::Status status = Guard([&] {
@@ -377,8 +416,8 @@ absl::Status GlooPeers::AwaitItem(Lane lane, Transfers::Item& item, absl::Time d
   if (item.done) return absl::OkStatus();
   if (s.aborted) return absl::AbortedError("aborted");
   if (!status.ok()) return status;
-  *late = waiting.late;
-  return absl::DeadlineExceededError("late");
+  *late = absl::IsDeadlineExceeded(waiting.end);
+  return waiting.end;
 }
 
 absl::Status GlooPeers::Await(Lane lane, Transfers& transfers, absl::Time deadline, int* origin) {

@@ -1,8 +1,9 @@
 // The members on other hosts, each over one TCP connection of Gloo: sends and receives on its
 // unbound buffers, which can be aborted. Gloo's own timeouts close every connection at once, so
 // that peers would blame whoever noticed first; deadlines are therefore kept by a thread of ours
-// that interrupts the wait, and a member that gives up sends its reason (the first cause, with the
-// member it came from) before it closes its connections.
+// that interrupts the wait (also of a receive whose broken connection Gloo forgets), and a member
+// that gives up sends its reason (the first cause, with the member it came from) before it closes
+// its connections.
 //
 // Thread safety: one thread at a time per lane; Abort from any thread. No exception leaves this
 // class. After any error the object is dead. SIGPIPE is ignored by the process from Open on, unless
