@@ -107,6 +107,7 @@ struct Graph {
   LossType loss = LossType::kSoftmaxCrossEntropy;
   Target target = Target::kLabel;
   double label_smoothing = 0;  // softmax_cross_entropy
+  bool bf16 = false;           // train.precision
 };
 
 // Product of the dimensions; 1 for {}. The shapes of a Graph cannot overflow it.

@@ -75,6 +75,7 @@ class GraphBuilder {
                   : loss == "sigmoid_cross_entropy" ? LossType::kSigmoidCrossEntropy
                                                     : LossType::kSoftmaxCrossEntropy;
     graph_.label_smoothing = spec_.loss().label_smoothing();
+    graph_.bf16 = spec_.train().precision() == "bf16";
     graph_.target = spec_.loss().target() == "input" ? Target::kInput : Target::kLabel;
     LOCKSTEP_RETURN_IF_PROBLEM(Sort());
     LOCKSTEP_RETURN_IF_PROBLEM(CheckOneOutput());

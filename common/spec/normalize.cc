@@ -300,6 +300,7 @@ MaybeProblem CompleteTrain(const SourceMap& sources, v1::TrainSpec* train) {
                     "train.batch {} in {} shards); accepted: 1 to {}",
                     train->accumulate(), largest, train->batch(), train->shards(), largest)};
   }
+  if (train->precision().empty()) train->set_precision("fp32");
   if (!train->has_seed()) train->set_seed(1);
   if (!train->has_digest_every()) train->set_digest_every(1);
   v1::EvaluateSpec* evaluate = train->mutable_evaluate();

@@ -44,16 +44,25 @@ TEST_P(DeviceTest, CopiesAndZeroes) {
 TEST_P(DeviceTest, FingerprintIsStable) {
   auto again = GetParam().make();
   ASSERT_TRUE(again.ok()) << again.status();
-  EXPECT_EQ((*again)->fingerprint(), device().fingerprint());
-  EXPECT_FALSE(device().fingerprint().empty());
+  EXPECT_EQ((*again)->fingerprint(Precision::kFp32), device().fingerprint(Precision::kFp32));
+  EXPECT_FALSE(device().fingerprint(Precision::kFp32).empty());
 }
 
 LOCKSTEP_DEVICE_TESTS(DeviceTest);
 
+// Of the instruction sets that the processor has.
+std::vector<const Bf16Kernels*> Bf16Tables() {
+  std::vector<const Bf16Kernels*> tables = {&avx2::kBf16Kernels};
+  if (MakeCpuDevice(CpuIsa::kAvx512).ok()) tables.push_back(&avx512::kBf16Kernels);
+  if (MakeCpuDevice(CpuIsa::kAvx512Bf16).ok()) tables.push_back(&avx512bf16::kBf16Kernels);
+  return tables;
+}
+
 TEST(CpuDeviceTest, FingerprintNamesInstructionsAndLibrary) {
   auto device = MakeCpuDevice(CpuIsa::kAvx2);
   ASSERT_TRUE(device.ok()) << device.status();
-  EXPECT_EQ((*device)->fingerprint().find("cpu avx2 onednn "), 0u) << (*device)->fingerprint();
+  EXPECT_EQ((*device)->fingerprint(Precision::kFp32).find("cpu avx2 onednn "), 0u)
+      << (*device)->fingerprint(Precision::kFp32);
 }
 
 TEST(CpuDeviceTest, CallNumbersAreGivenAgainWithoutConfusion) {
@@ -83,6 +92,96 @@ TEST(CpuDeviceTest, AStreamServesOperationsOfManyJobs) {
     (*op)->Forward(**stream, 2, x.data(), nullptr, y.data(), scratch.data());
     ASSERT_TRUE((*stream)->Synchronize().ok());
     EXPECT_EQ(y, std::vector<float>(2 * out, 2.0f * static_cast<float>(in)));
+  }
+}
+
+// Rounding to nearest even, and what is no ordinary number.
+TEST(CpuDeviceTest, RoundsToBf16) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  const std::vector<std::pair<float, uint16_t>> cases = {
+      {0.0f, 0x0000},          {-0.0f, 0x8000},
+      {1.0f, 0x3F80},          {-2.5f, 0xC020},
+      {0x1.01p0f, 0x3F80},     {0x1.03p0f, 0x3F82},
+      {0x1.010002p0f, 0x3F81}, {0x1.fffffep127f, 0x7F80},
+      {inf, 0x7F80},           {-inf, 0xFF80},
+      {nan, 0x7FC0},           {0x1p-126f, 0x0080},
+      {0x1.fp-127f, 0x0000},   {-0x1p-149f, 0x8000}};
+  for (const Bf16Kernels* k : Bf16Tables()) {
+    for (size_t count = 1; count <= 40; ++count) {
+      std::vector<float> x;
+      for (size_t i = 0; i < count; ++i) x.push_back(cases[i % cases.size()].first);
+      std::vector<uint16_t> bf16(count);
+      std::vector<float> floats(count);
+      k->round(static_cast<int64_t>(count), x.data(), bf16.data());
+      k->round_in_floats(static_cast<int64_t>(count), x.data(), floats.data());
+      for (size_t i = 0; i < count; ++i) {
+        EXPECT_EQ(bf16[i], cases[i % cases.size()].second) << x[i];
+        EXPECT_EQ(std::bit_cast<uint32_t>(floats[i]), uint32_t{bf16[i]} << 16) << x[i];
+      }
+    }
+  }
+}
+
+// A processor with an instruction for products of bf16 gives the bits of one without.
+TEST(CpuDeviceTest, AllInstructionSetsGiveEqualBitsInBf16) {
+  const std::vector<const Bf16Kernels*> tables = Bf16Tables();
+  if (tables.size() < 2) GTEST_SKIP() << "the processor has nothing to compare AVX2 with";
+  constexpr int64_t kRows = 19, kIn = 75, kOut = 37, kHidden = 33;
+  // Also small enough that products and sums are denormal.
+  for (const float scale : {1.0f, 1e-17f, 3e-20f}) {
+    const std::vector<float> x = RandomFloats(kRows * kIn, 84, -scale, scale),
+                             w = RandomFloats(kOut * kIn, 85, -scale, scale),
+                             dy = RandomFloats(kRows * kOut, 86, -scale, scale),
+                             h = RandomFloats(4 * kHidden * 64 * kHidden, 87, -scale, scale);
+    const auto run = [&](const Bf16Kernels& k) {
+      std::vector<float> out(100000);
+      float* next = out.data();
+      const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
+      constexpr int64_t kPairs = (kIn + 1) / 2, kRowPairs = (kRows + 1) / 2;
+      float *w_in = take(kOut * kPairs), *x_in = take(kRows * kPairs);
+      float *x_rows = take(kRowPairs * kIn), *dy_rows = take(kRowPairs * kOut);
+      k.pair_columns(kOut, kIn, w.data(), w_in);
+      k.pair_columns(kRows, kIn, x.data(), x_in);
+      k.pair_rows(kRows, kIn, x.data(), x_rows);
+      k.pair_rows(kRows, kOut, dy.data(), dy_rows);
+      float* const scratch = take(kOut * kDenseScratchColumns);
+      std::fill(scratch, next, 0.0f);
+      k.dense_forward(kRows, kIn, kOut, x.data(), w_in, w.data(), true, take(kRows * kOut),
+                      scratch);
+      k.gemm({.rows = kIn,
+              .columns = kOut,
+              .depth = kRowPairs,
+              .a_row = 1,
+              .a_depth = kIn,
+              .b_depth = kOut,
+              .c_row = kOut},
+             x_rows, dy_rows, nullptr, take(kIn * kOut));
+      const int64_t rows = kRows;
+      float* const dw = take(kIn * kOut);
+      const float *xs = x_rows, *dys = dy_rows;
+      k.dense_weight_gradient(kOneLeaf, kIn, kOut, &rows, &xs, &dys, &dw);
+      // Packed weights of any order do: pairs of what h holds.
+      std::vector<float> packed(LstmStepShape::PackedSize(kHidden));
+      k.pair_columns(1,
+                     2 * static_cast<int64_t>(packed.size()) < static_cast<int64_t>(h.size())
+                         ? 2 * static_cast<int64_t>(packed.size())
+                         : static_cast<int64_t>(h.size()),
+                     h.data(), packed.data());
+      float *gates = take(kRows * 4 * kHidden), *c = take(kRows * kHidden),
+            *tanh_c = take(kRows * kHidden), *h_out = take(kRows * kHidden);
+      std::copy(h.begin(), h.begin() + kRows * 4 * kHidden, gates);
+      const LstmStepShape shape = {kRows, kHidden, kHidden};
+      k.lstm_forward_step(shape, packed.data(), x_in, h.data(), gates, c, tanh_c, h_out);
+      float* const dgates = take(kRows * 2 * kHidden);
+      k.pair_columns(kRows, 4 * kHidden, gates, dgates);
+      k.lstm_backward_step(shape, packed.data(), dgates, h.data(), c, tanh_c, gates, c);
+      EXPECT_LE(next, out.data() + out.size());
+      return out;
+    };
+    const std::vector<float> expected = run(*tables[0]);
+    for (size_t i = 1; i < tables.size(); ++i) {
+      EXPECT_TRUE(SameBits(run(*tables[i]), expected)) << "table " << i << ", scale " << scale;
+    }
   }
 }
 

@@ -75,6 +75,20 @@ std::vector<float> RandomFloats(size_t size, uint32_t seed, float low, float hig
   return values;
 }
 
+float RoundedToBf16(float value) {
+  // bf16 has 8 significant bits.
+  int exponent;
+  const float fraction = std::frexp(value, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(fraction, 8)), exponent - 8);
+}
+
+std::vector<float> Rounded(std::vector<float> values, Precision precision) {
+  if (precision == Precision::kBf16) {
+    for (float& value : values) value = RoundedToBf16(value);
+  }
+  return values;
+}
+
 std::vector<double> ToDoubles(const std::vector<float>& values) {
   return std::vector<double>(values.begin(), values.end());
 }

@@ -114,6 +114,10 @@ class DeviceTest : public testing::TestWithParam<DeviceFactory> {
 // Uniform on [low, high), a function of the seed.
 std::vector<float> RandomFloats(size_t size, uint32_t seed, float low = -1, float high = 1);
 std::vector<double> ToDoubles(const std::vector<float>& values);
+// The nearest bf16, ties to even, of finite values.
+float RoundedToBf16(float value);
+// As the factors of a product in that precision are.
+std::vector<float> Rounded(std::vector<float> values, Precision precision);
 
 // |actual - expected| <= tolerance * max(1, |expected|) everywhere.
 testing::AssertionResult Near(const std::vector<float>& actual, const std::vector<double>& expected,

@@ -180,9 +180,11 @@ double Tolerance(int64_t terms) { return 4e-8 * static_cast<double>(terms) + 2e-
 
 class LayerTest : public DeviceTest {
  protected:
+  // In bf16 the factors are rounded and nothing else is: products of bf16 are exact in fp32.
   template <class Kind>
-  void MatchesReference() {
-    for (const auto& s : Kind::Shapes()) {
+  void MatchesReference(Precision precision = Precision::kFp32) {
+    for (auto s : Kind::Shapes()) {
+      s.precision = precision;
       for (int64_t rows : {1, 3, 16}) {
         SCOPED_TRACE(Kind::Describe(s) + ", " + std::to_string(rows) + " rows");
         const LayerData<Kind> d(s, rows);
@@ -200,14 +202,15 @@ class LayerTest : public DeviceTest {
                              scratch);
         ASSERT_TRUE(stream().Synchronize().ok());
         const int64_t terms = Kind::Weights(s) / s.out;
-        EXPECT_TRUE(Near(y.Read(),
-                         Kind::Reference(s, ToDoubles(d.x), ToDoubles(d.w), ToDoubles(d.b)),
+        const std::vector<float> fx = Rounded(d.x, precision), fw = Rounded(d.w, precision),
+                                 fdy = Rounded(d.dy, precision);
+        EXPECT_TRUE(Near(y.Read(), Kind::Reference(s, ToDoubles(fx), ToDoubles(fw), ToDoubles(d.b)),
                          Tolerance(terms)))
             << "forward";
         std::vector<double> expected_dx(d.x.size(), 0.0), expected_dw(d.w.size(), 0.0);
         Kind::Products(s, rows, [&](int64_t yi, int64_t xi, int64_t wi) {
-          expected_dx[xi] += static_cast<double>(d.dy[yi]) * d.w[wi];
-          expected_dw[wi] += static_cast<double>(d.dy[yi]) * d.x[xi];
+          expected_dx[xi] += static_cast<double>(fdy[yi]) * fw[wi];
+          expected_dw[wi] += static_cast<double>(fdy[yi]) * fx[xi];
         });
         EXPECT_TRUE(Near(dx.Read(), expected_dx, Tolerance(Kind::Weights(s) / s.out * s.out)))
             << "input";
@@ -215,8 +218,10 @@ class LayerTest : public DeviceTest {
         EXPECT_TRUE(Near(dw.Read(), expected_dw, Tolerance(pixels))) << "weight";
         if (!s.bias) continue;
         std::vector<double> expected_db(s.out, 0.0);
+        // That of a bf16 convolution may be summed from the rounded gradients.
         for (size_t i = 0; i < d.dy.size(); ++i) expected_db[i % s.out] += d.dy[i];
-        EXPECT_TRUE(Near(db.Read(), expected_db, Tolerance(pixels))) << "bias";
+        const double rounding = precision == Precision::kBf16 ? 0x1p-9 * pixels : 0;
+        EXPECT_TRUE(Near(db.Read(), expected_db, Tolerance(pixels) + rounding)) << "bias";
       }
     }
   }
@@ -255,8 +260,15 @@ class LayerTest : public DeviceTest {
 
   // A row's output and input gradient have the same bits however many rows share the call.
   template <class Kind>
-  void RowsAreIndependent(const typename Kind::Shape& s, int64_t most) {
-    SCOPED_TRACE(Kind::Describe(s));
+  void RowsAreIndependent(typename Kind::Shape s, int64_t most) {
+    for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
+      s.precision = precision;
+      RowsAreIndependentInIts<Kind>(s, most);
+    }
+  }
+  template <class Kind>
+  void RowsAreIndependentInIts(const typename Kind::Shape& s, int64_t most) {
+    SCOPED_TRACE(Kind::Describe(s) + (s.precision == Precision::kBf16 ? ", bf16" : ", fp32"));
     const LayerData<Kind> d(s, most);
     std::vector<int64_t> counts;
     for (int64_t rows = 1; rows <= most; ++rows) counts.push_back(rows);
@@ -281,8 +293,9 @@ class LayerTest : public DeviceTest {
 
   // Several threads, each with its own stream and scratch, get the bits of one.
   template <class Kind>
-  void ThreadsAgree(const typename Kind::Shape& s) {
+  void ThreadsAgree(typename Kind::Shape s, Precision precision = Precision::kFp32) {
     SCOPED_TRACE(Kind::Describe(s));
+    s.precision = precision;
     constexpr int64_t kRows = 16;
     constexpr int kThreads = 4, kRepeats = 5;
     const LayerData<Kind> d(s, kRows);
@@ -330,6 +343,8 @@ class LayerTest : public DeviceTest {
 
 TEST_P(LayerTest, DenseMatchesTheReference) { MatchesReference<DenseKind>(); }
 TEST_P(LayerTest, ConvMatchesTheReference) { MatchesReference<ConvKind>(); }
+TEST_P(LayerTest, Bf16DenseMatchesTheReference) { MatchesReference<DenseKind>(Precision::kBf16); }
+TEST_P(LayerTest, Bf16ConvMatchesTheReference) { MatchesReference<ConvKind>(Precision::kBf16); }
 TEST_P(LayerTest, DenseMatchesFiniteDifferences) { MatchesDifferences<DenseKind>(); }
 TEST_P(LayerTest, ConvMatchesFiniteDifferences) { MatchesDifferences<ConvKind>(); }
 
@@ -366,8 +381,11 @@ TEST_P(LayerTest, DenseFoldsTheGradientsOfLeaves) {
       {{2, 5}, {0, 1}, {0, 0}, {}, {0, 1}},
       {{100}, {0}, {0}, {}, {0}},
   };
-  for (const DenseShape& s : {DenseShape{784, 50, true}, DenseShape{70, 500, false},
-                              DenseShape{17, 10, true}, DenseShape{50, 1, true}}) {
+  constexpr Precision kBf16 = Precision::kBf16;
+  for (const DenseShape& s :
+       {DenseShape{784, 50, true}, DenseShape{70, 500, false}, DenseShape{17, 10, true},
+        DenseShape{50, 1, true}, DenseShape{784, 50, true, Activation::kNone, kBf16, 4},
+        DenseShape{33, 17, false, Activation::kNone, kBf16, 4}}) {
     for (const Case& c : cases) {
       SCOPED_TRACE(DenseKind::Describe(s) + ", " + std::to_string(c.rows.size()) + " leaves");
       const LeafFold fold = {static_cast<int>(c.rows.size()),
@@ -431,6 +449,9 @@ TEST_P(LayerTest, ThreadsAndRepetitionsAgree) {
   ThreadsAgree<DenseKind>({128, 10, true});
   ThreadsAgree<ConvKind>({28, 28, 1, 32, 3, 1, 1, true});
   ThreadsAgree<ConvKind>({14, 14, 32, 64, 3, 1, 1, true});
+  ThreadsAgree<DenseKind>({3136, 128, true}, Precision::kBf16);
+  ThreadsAgree<ConvKind>({28, 28, 1, 32, 3, 1, 1, true}, Precision::kBf16);
+  ThreadsAgree<ConvKind>({14, 14, 32, 64, 3, 1, 1, true}, Precision::kBf16);
 }
 
 TEST_P(LayerTest, PackTakesTheNewWeights) {

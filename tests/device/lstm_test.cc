@@ -24,6 +24,7 @@ int64_t TensorSize(const LstmShape& s, int tensor) {
 
 // y of x and of the tensors of all directions, in double.
 Values Reference(const LstmShape& s, const Values& x, const std::vector<Values>& tensors) {
+  const bool bf16 = s.precision == Precision::kBf16;  // x and tensors are rounded already
   const int64_t rows = static_cast<int64_t>(x.size()) / (s.steps * s.in), h = s.hidden;
   const auto logistic = [](double v) { return 1 / (1 + std::exp(-v)); };
   Values y(rows * s.outputs());
@@ -38,7 +39,10 @@ Values Reference(const LstmShape& s, const Values& x, const std::vector<Values>&
           if (s.bias) gates[g] = t[2][g] + t[3][g];
           for (int64_t i = 0; i < s.in; ++i)
             gates[g] += t[0][g * s.in + i] * x[(r * s.steps + time) * s.in + i];
-          for (int64_t i = 0; i < h; ++i) gates[g] += t[1][g * h + i] * state[i];
+          for (int64_t i = 0; i < h; ++i) {
+            const double factor = bf16 ? RoundedToBf16(static_cast<float>(state[i])) : state[i];
+            gates[g] += t[1][g * h + i] * factor;
+          }
         }
         for (int64_t u = 0; u < h; ++u) {
           cell[u] =
@@ -134,6 +138,50 @@ TEST_P(LstmTest, MatchesTheDefinition) {
   }
 }
 
+// Where a state lies between two bf16, its last bit decides to which it is rounded, which the
+// following steps see.
+TEST_P(LstmTest, Bf16MatchesTheDefinition) {
+  for (LstmShape s : std::vector<LstmShape>{{28, 28, 128, false, true, false},
+                                            {7, 5, 65, true, true, true},
+                                            {5, 33, 100, true, false, false},
+                                            {1, 3, 17, false, true, true}}) {
+    SCOPED_TRACE(Describe(s));
+    s.precision = Precision::kBf16;
+    for (const int64_t rows : {1, 5, 16}) {
+      auto lstm = device().MakeLstm(s, {rows});
+      ASSERT_TRUE(lstm.ok()) << lstm.status();
+      const LstmData d(s, rows);
+      LstmData rounded = d;
+      rounded.x = Rounded(d.x, s.precision);
+      for (size_t i = 0; i < rounded.tensors.size(); ++i) {
+        if (i % kTensors < 2) rounded.tensors[i] = Rounded(d.tensors[i], s.precision);
+      }
+      const Result result = Run(**lstm, s, d, rows);
+      const Values expected = Reference(s, ToDoubles(rounded.x), rounded.InDouble());
+      EXPECT_TRUE(Near(result.y, expected, s.steps == 1 ? 3e-6 : 1e-3));
+
+      // Gradients: those of fp32 but for the rounding of factors.
+      LstmShape exact = s;
+      exact.precision = Precision::kFp32;
+      auto other = device().MakeLstm(exact, {rows});
+      ASSERT_TRUE(other.ok()) << other.status();
+      const Result wanted = Run(**other, exact, rounded, rows);
+      const auto check = [&](const std::vector<float>& a, const std::vector<float>& b) {
+        double difference = 0, norm = 0;
+        for (size_t i = 0; i < a.size(); ++i) {
+          difference += std::pow(static_cast<double>(a[i]) - b[i], 2);
+          norm += std::pow(static_cast<double>(b[i]), 2);
+        }
+        EXPECT_LE(difference, 1e-4 * norm);
+      };
+      check(result.dx, wanted.dx);
+      for (size_t i = 0; i < wanted.gradients.size(); ++i) {
+        if (s.bias || i % kTensors < 2) check(result.gradients[i], wanted.gradients[i]);
+      }
+    }
+  }
+}
+
 TEST_P(LstmTest, MatchesFiniteDifferences) {
   for (const LstmShape& s : SmallShapes()) {
     SCOPED_TRACE(Describe(s));
@@ -203,7 +251,10 @@ TEST_P(LstmTest, WideGradientsMatchDirectionalDifferences) {
 
 TEST_P(LstmTest, RowsDoNotDependOnTheirNumber) {
   for (const LstmShape& s :
-       std::vector<LstmShape>{{6, 28, 128, false, true, false}, {3, 7, 35, true, true, true}}) {
+       std::vector<LstmShape>{{6, 28, 128, false, true, false},
+                              {3, 7, 35, true, true, true},
+                              {6, 28, 128, false, true, false, Precision::kBf16},
+                              {3, 7, 35, true, true, true, Precision::kBf16}}) {
     SCOPED_TRACE(Describe(s));
     constexpr int64_t kMost = 34;
     const LstmData d(s, kMost);

@@ -110,7 +110,7 @@ class PlanRunner {
     std::vector<int64_t> rows;
     const int64_t most = ShardRows(options_.batch, options_.shards, options_.batch)[0];
     for (int64_t r = 1; r <= most; ++r) rows.push_back(r);
-    operations_ = Operations::Make(program_, device_, rows).value();
+    operations_ = Operations::Make(program_, device_, rows, options_.shards).value();
     for (size_t i = 0; i + 1 < options_.bounds.size(); ++i) {
       slots_.push_back(std::make_unique<Slot>(this));
       Slot& slot = *slots_.back();

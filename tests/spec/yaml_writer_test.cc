@@ -184,6 +184,7 @@ train:
     batch: 128
   digest_every: 1
   accumulate: 1
+  precision: fp32
 checkpoint:
   every_steps: 0
   every_epochs: 1

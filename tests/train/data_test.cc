@@ -115,20 +115,6 @@ std::string YamlOf(const std::string& row) {
 class DataExactness : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {
 };
 
-// Everything an evaluation or step says but its duration.
-std::string Numbers(const Training& run) {
-  std::string text;
-  for (v1::StepMetrics s : run.steps) {
-    s.clear_seconds();
-    absl::StrAppend(&text, s.ShortDebugString(), "\n");
-  }
-  for (v1::Evaluation e : run.evaluations) {
-    e.clear_seconds();
-    absl::StrAppend(&text, e.ShortDebugString(), "\n");
-  }
-  return text;
-}
-
 TEST_P(DataExactness, EveryNumberIsThatOfOneSlot) {
   const auto& [row, placement] = GetParam();
   const Training expected = RunMembers(YamlOf(row), {.workers = 1, .slots = 1});

@@ -19,20 +19,6 @@ class Exactness : public testing::TestWithParam<std::tuple<const char*, std::pai
 
 std::string YamlOf(const std::string& model) { return model == "mlp" ? MlpYaml() : CnnYaml(); }
 
-// Everything of an evaluation but its duration.
-std::string Numbers(const Training& run) {
-  std::string text;
-  for (v1::Evaluation e : run.evaluations) {
-    e.clear_seconds();
-    absl::StrAppend(&text, e.ShortDebugString(), "\n");
-  }
-  for (v1::StepMetrics s : run.steps) {
-    s.clear_seconds();
-    absl::StrAppend(&text, s.ShortDebugString(), "\n");
-  }
-  return text;
-}
-
 std::string FileContent(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   EXPECT_TRUE(file.good()) << path;

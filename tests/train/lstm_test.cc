@@ -32,20 +32,6 @@ model:
     - {name: out, type: dense, units: 10}
 )";
 
-// Everything that was reported but durations.
-std::string Numbers(const Training& run) {
-  std::string text;
-  for (v1::StepMetrics s : run.steps) {
-    s.clear_seconds();
-    absl::StrAppend(&text, s.ShortDebugString(), "\n");
-  }
-  for (v1::Evaluation e : run.evaluations) {
-    e.clear_seconds();
-    absl::StrAppend(&text, e.ShortDebugString(), "\n");
-  }
-  return text;
-}
-
 class LstmExactness : public testing::TestWithParam<std::tuple<const char*, std::pair<int, int>>> {
 };
 

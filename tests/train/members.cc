@@ -25,6 +25,19 @@ struct Folders {
 
 }  // namespace
 
+std::string Numbers(const Training& run) {
+  std::string text;
+  for (v1::StepMetrics s : run.steps) {
+    s.clear_seconds();
+    absl::StrAppend(&text, s.ShortDebugString(), "\n");
+  }
+  for (v1::Evaluation e : run.evaluations) {
+    e.clear_seconds();
+    absl::StrAppend(&text, e.ShortDebugString(), "\n");
+  }
+  return text;
+}
+
 std::string TemporaryFolder() {
   static Folders folders;
   std::string path = absl::StrCat(testing::TempDir(), "lockstep-train-XXXXXX");

@@ -39,6 +39,9 @@ Training RunMembers(const std::string& yaml, const Cluster& cluster);
 // complete.
 std::string AgreedDigest(const Training& run);
 
+// Everything that was reported of steps and evaluations but how long they took.
+std::string Numbers(const Training& run);
+
 std::string TemporaryFolder();
 
 // The specs of the digest list: 30 steps, batches that 8 shards do not divide, a short last

@@ -38,7 +38,7 @@ TEST(Explain, ShowsTheMemoryThatAPlanTakes) {
   const v1::JobSpec spec = *spec::LoadText(WithBatch(100), "spec", {});
   auto program = *nn::Program::Compile(*spec::BuildGraph(spec));
   auto device = *device::MakeCpuDevice();
-  auto operations = *nn::Operations::Make(program, *device, {13});
+  auto operations = *nn::Operations::Make(program, *device, {13}, 8);
   nn::Plan::Options options;
   for (int shard = 0; shard < 8; ++shard) options.shards.push_back(shard);
   options.max_rows = 13;

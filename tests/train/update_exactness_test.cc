@@ -88,15 +88,6 @@ std::vector<std::string> Names() {
   return names;
 }
 
-std::string Numbers(const Training& run) {
-  std::string text;
-  for (v1::StepMetrics s : run.steps) {
-    s.clear_seconds();
-    absl::StrAppend(&text, s.ShortDebugString(), "\n");
-  }
-  return text;
-}
-
 class UpdateExactness : public testing::TestWithParam<std::tuple<std::string, Placement>> {};
 
 TEST_P(UpdateExactness, EveryStepIsThatOfOneSlot) {

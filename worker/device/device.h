@@ -16,8 +16,9 @@
 //
 // Exactness: a kernel's result for one call is a fixed function of its arguments' values, and
 // elementwise kernels give an element the same bits wherever the range is cut. All tensors are
-// fp32, NHWC, contiguous; `rows` is a number of samples. No alignment is assumed beyond 4 bytes for
-// offsets into flat vectors; Allocate returns 64-byte alignment (256 on CUDA).
+// fp32, NHWC, contiguous (bf16 stays inside of an operation: Precision); `rows` is a number of
+// samples. No alignment is assumed beyond 4 bytes for offsets into flat vectors; Allocate returns
+// 64-byte alignment (256 on CUDA).
 //
 // Thread safety: a Device and its operations may be used by several threads, each with its own
 // Stream and scratch. Errors: only making things can fail; a kernel called with arguments that its
@@ -57,10 +58,16 @@ class Memory {
 
 enum class Activation { kNone, kRelu };
 
+// Of the factors of a product. Its sum, its result and everything else are fp32 always: bf16 rounds
+// what is multiplied (to nearest even), in forward and both backward products.
+enum class Precision { kFp32, kBf16 };
+
 struct DenseShape {
   int64_t in = 0, out = 0;
   bool bias = false;
   Activation activation = Activation::kNone;  // fused into Forward
+  Precision precision = Precision::kFp32;
+  int64_t most_leaves = 1;  // that BackwardWeight is given at once
 };
 
 // y = act(x W^T + b): x {rows, in}, W {out, in}, b {out}, y {rows, out}.
@@ -91,6 +98,7 @@ struct Conv2dShape {
   Activation activation = Activation::kNone;
   int64_t dilation = 1;  // steps between the places of a window
   int64_t groups = 1;    // divides in and out
+  Precision precision = Precision::kFp32;
   int64_t extent() const { return dilation * (kernel - 1) + 1; }  // of a window
   int64_t out_height() const { return (height + 2 * padding - extent()) / stride + 1; }
   int64_t out_width() const { return (width + 2 * padding - extent()) / stride + 1; }
@@ -121,6 +129,7 @@ struct LstmShape {
   bool bidirectional = false;
   bool bias = false;
   bool sequence = false;  // y is h of every step, else of each direction's last step
+  Precision precision = Precision::kFp32;
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t out() const { return directions() * hidden; }  // features of a step of y
   int64_t outputs() const { return sequence ? steps * out() : out(); }
@@ -159,8 +168,8 @@ class Device {
  public:
   virtual ~Device() = default;
 
-  // "cpu avx512 onednn 2.6.3"; devices with equal strings give equal bits.
-  virtual std::string fingerprint() const = 0;
+  // "cpu avx512 onednn 2.6.3"; devices with equal strings give equal bits in that precision.
+  virtual std::string fingerprint(Precision precision) const = 0;
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
   // ResourceExhausted names the size.
   virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) = 0;

@@ -426,6 +426,7 @@ device::LstmShape LstmShapeOf(const Program& program, int node, int part) {
   shape.bias = layer.bias;
   shape.sequence = layer.sequence || part + 1 < layer.layers;
   shape.in = part == 0 ? spec::ElementCount(input) / input[0] : shape.out();
+  shape.precision = program.precision();
   return shape;
 }
 

@@ -11,7 +11,9 @@ namespace lockstep::nn {
 
 absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<const Program> program,
                                                              device::Device& device,
-                                                             absl::Span<const int64_t> rows) {
+                                                             absl::Span<const int64_t> rows,
+                                                             int64_t most_shards) {
+  const device::Precision precision = program->precision();
   auto operations = absl::WrapUnique(new Operations());
   const int nodes = static_cast<int>(program->nodes().size());
   operations->dense_.resize(nodes);
@@ -24,8 +26,12 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
     const device::Activation activation =
         node.fused_relu >= 0 ? device::Activation::kRelu : device::Activation::kNone;
     if (layer.type == spec::LayerType::kDense) {
-      const device::DenseShape shape{spec::ElementCount(input), node.output[0], layer.bias,
-                                     activation};
+      const device::DenseShape shape{spec::ElementCount(input),
+                                     node.output[0],
+                                     layer.bias,
+                                     activation,
+                                     precision,
+                                     most_shards};
       ASSIGN_OR_RETURN(operations->dense_[i], device.MakeDense(shape, rows));
       operations->scratch_bytes_ =
           std::max(operations->scratch_bytes_, operations->dense_[i]->scratch_bytes());
@@ -42,6 +48,7 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
       shape.groups = layer.groups;
       shape.bias = layer.bias;
       shape.activation = activation;
+      shape.precision = precision;
       ASSIGN_OR_RETURN(operations->conv2d_[i], device.MakeConv2d(shape, rows));
       operations->scratch_bytes_ =
           std::max(operations->scratch_bytes_, operations->conv2d_[i]->scratch_bytes());

@@ -33,10 +33,12 @@ namespace lockstep::nn {
 // Prepared operations of every dense, conv2d and lstm node.
 class Operations {
  public:
-  // `rows`: every number of rows that a shard can have, in training and evaluation.
+  // `rows`: every number of rows that a shard can have, in training and evaluation; `most_shards`:
+  // of a slot.
   static absl::StatusOr<std::unique_ptr<Operations>> Make(std::shared_ptr<const Program> program,
                                                           device::Device& device,
-                                                          absl::Span<const int64_t> rows);
+                                                          absl::Span<const int64_t> rows,
+                                                          int64_t most_shards);
   // Refreshes the packed weights: operation i with i % parts == part. All slots call it with their
   // part after each update; the caller puts a barrier behind it.
   void Pack(device::Stream& stream, const float* parameters, int part, int parts);

@@ -54,6 +54,9 @@ class Program {
   static absl::StatusOr<std::shared_ptr<const Program>> Compile(spec::Graph graph);
 
   const spec::Graph& graph() const { return graph_; }
+  device::Precision precision() const {
+    return graph_.bf16 ? device::Precision::kBf16 : device::Precision::kFp32;
+  }
   const std::vector<Node>& nodes() const { return nodes_; }  // in execution order
   const optim::FlatLayout& parameters() const { return parameters_; }
   const optim::FlatLayout& statistics() const { return statistics_; }

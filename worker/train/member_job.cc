@@ -73,7 +73,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     }
     ASSIGN_OR_RETURN(const std::string probe, ProbeDigest(program_, *device_, *operations_,
                                                           probe_rows_, spec_.train().seed()));
-    ready.set_fingerprint(absl::StrCat(device_->fingerprint(), ", probe ", probe));
+    ready.set_fingerprint(
+        absl::StrCat(device_->fingerprint(program_->precision()), ", probe ", probe));
     ready.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
     ready.set_rendezvous(rendezvous_->bytes());
     Log("INFO", absl::StrCat("rank ", prepare.rank(), " of ", prepare.members_size(), ": shards ",
@@ -148,7 +149,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     manifest.set_job(options_.prepare.job());
     *manifest.mutable_spec() = spec_;
     manifest.set_step(step);
-    manifest.set_fingerprint(device_->fingerprint());
+    manifest.set_fingerprint(device_->fingerprint(program_->precision()));
     manifest.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
     manifest.set_parameter_digest(ToHex(parameters));
     manifest.set_state_digest(ToHex(state));
@@ -222,7 +223,11 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     rows.insert(rows.end(), evaluation_rows.begin(), evaluation_rows.end());
     std::sort(rows.begin(), rows.end());
     rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-    ASSIGN_OR_RETURN(operations_, nn::Operations::Make(program_, *device_, rows));
+    int most_shards = 0;
+    for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
+      most_shards = std::max(most_shards, bounds_[i + 1] - bounds_[i]);
+    }
+    ASSIGN_OR_RETURN(operations_, nn::Operations::Make(program_, *device_, rows, most_shards));
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
       nn::Plan::Options options;
       for (int shard = bounds_[i]; shard < bounds_[i + 1]; ++shard) options.shards.push_back(shard);
@@ -271,7 +276,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     if (options_.evaluate_only) return absl::OkStatus();
     const v1::TrainSpec& then = manifest.spec().train();
     const v1::TrainSpec& now = spec_.train();
-    const auto differs = [&](const char* field, uint64_t a, uint64_t b) -> absl::Status {
+    const auto differs = [&](const char* field, const auto& a, const auto& b) -> absl::Status {
       if (a == b) return absl::OkStatus();
       return absl::FailedPreconditionError(absl::StrCat("cannot go on from ", loaded_->path,
                                                         ": it was made with ", field, " ", a,
@@ -282,6 +287,11 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     RETURN_IF_ERROR(differs("train.seed", then.seed(), now.seed()));
     // A checkpoint of a version before there was one has 0.
     RETURN_IF_ERROR(differs("train.accumulate", std::max(1, then.accumulate()), now.accumulate()));
+    // As accumulate.
+    const auto precision = [](const v1::TrainSpec& train) {
+      return train.precision().empty() ? std::string("fp32") : train.precision();
+    };
+    RETURN_IF_ERROR(differs("train.precision", precision(then), precision(now)));
     // Compared as they are written: both are complete.
     const auto same = [&](const char* field, const std::string& a,
                           const std::string& b) -> absl::Status {

@@ -22,10 +22,15 @@ namespace {
 
 class CpuDevice : public Device {
  public:
-  CpuDevice(const Kernels& kernels, std::string fingerprint, OnednnContext context)
-      : k_(kernels), fingerprint_(std::move(fingerprint)), context_(std::move(context)) {}
+  CpuDevice(std::string fingerprint, OnednnContext context)
+      : k_(*context.kernels.fp32),
+        fingerprint_(std::move(fingerprint)),
+        context_(std::move(context)) {}
 
-  std::string fingerprint() const override { return fingerprint_; }
+  std::string fingerprint(Precision precision) const override {
+    if (precision == Precision::kFp32) return fingerprint_;
+    return absl::StrCat(fingerprint_, context_.bf16 ? " bf16" : " bf16 rounded in fp32");
+  }
 
   absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
     absl::Status status = UseOneThread();
@@ -56,7 +61,7 @@ class CpuDevice : public Device {
 
   absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
                                                    absl::Span<const int64_t> rows) override {
-    return MakeGemmDense(k_, shape, rows);
+    return MakeGemmDense(context_.kernels, shape, rows);
   }
   absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                      absl::Span<const int64_t> rows) override {
@@ -64,7 +69,7 @@ class CpuDevice : public Device {
   }
   absl::StatusOr<std::unique_ptr<Lstm>> MakeLstm(const LstmShape& shape,
                                                  absl::Span<const int64_t> rows) override {
-    return MakeFusedLstm(k_, shape, rows);
+    return MakeFusedLstm(context_.kernels, shape, rows);
   }
 
   void MaxPoolForward(Stream&, const PoolShape& shape, int64_t rows, const float* x, float* y,
@@ -303,41 +308,65 @@ bool Supports(CpuIsa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == CpuIsa::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (isa == CpuIsa::kAvx512) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+
+CpuKernels KernelsOf(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::kAvx2:
+      return {&avx2::kKernels, &avx2::kBf16Kernels};
+    case CpuIsa::kAvx512:
+      return {&avx512::kKernels, &avx512::kBf16Kernels};
+    case CpuIsa::kAvx512Bf16:
+      return {&avx512::kKernels, &avx512bf16::kBf16Kernels};
+  }
+  return {};
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice() {
-  return MakeCpuDevice(Supports(CpuIsa::kAvx512) ? CpuIsa::kAvx512 : CpuIsa::kAvx2);
+  for (const CpuIsa isa : {CpuIsa::kAvx512Bf16, CpuIsa::kAvx512}) {
+    if (Supports(isa)) return MakeCpuDevice(isa);
+  }
+  return MakeCpuDevice(CpuIsa::kAvx2);
 }
 
 absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(CpuIsa isa) {
-  const bool wide = isa == CpuIsa::kAvx512;
+  const bool wide = isa != CpuIsa::kAvx2;
   if (!Supports(isa)) {
     return absl::UnimplementedError(
-        absl::StrCat("the processor lacks ", wide ? "AVX-512 (F, BW, DQ, VL)" : "AVX2 and FMA",
+        absl::StrCat("the processor lacks ",
+                     isa == CpuIsa::kAvx512Bf16 ? "AVX512_BF16"
+                     : wide                     ? "AVX-512 (F, BW, DQ, VL)"
+                                                : "AVX2 and FMA",
                      ", which the CPU device needs; use another machine"));
   }
   absl::Status status = UseOneThread();
   if (!status.ok()) return status;
   // Newer instruction sets than the one we name would change the bits. Only the first call in a
-  // process, before any primitive, can succeed.
-  const dnnl::cpu_isa wanted = wide ? dnnl::cpu_isa::avx512_core : dnnl::cpu_isa::avx2;
+  // process, before any primitive, can succeed. What AVX512_BF16 brings is of use to bf16 alone.
+  const dnnl::cpu_isa wanted = isa == CpuIsa::kAvx512Bf16 ? dnnl::cpu_isa::avx512_core_bf16
+                               : wide                     ? dnnl::cpu_isa::avx512_core
+                                                          : dnnl::cpu_isa::avx2;
   dnnl::set_max_cpu_isa(wanted);
   const dnnl_version_t* version = dnnl::version();
   std::string fingerprint = absl::StrCat("cpu ", wide ? "avx512" : "avx2", " onednn ",
                                          version->major, ".", version->minor, ".", version->patch);
   const dnnl::cpu_isa effective = dnnl::get_effective_cpu_isa();
-  if (effective != wanted) {
+  const bool bf16 = effective == dnnl::cpu_isa::avx512_core_bf16;
+  if (effective != wanted && !(wide && bf16)) {
     absl::StrAppend(&fingerprint, " isa 0x", absl::Hex(static_cast<int>(effective)));
   }
   try {
     return std::make_unique<CpuDevice>(
-        wide ? avx512::kKernels : avx2::kKernels, std::move(fingerprint),
+        std::move(fingerprint),
         OnednnContext{dnnl::engine(dnnl::engine::kind::cpu, 0), std::make_shared<CallNumbers>(),
-                      wide ? &avx512::kKernels : &avx2::kKernels});
+                      KernelsOf(isa), bf16 && isa == CpuIsa::kAvx512Bf16});
   } catch (const dnnl::error& e) {
     return absl::InternalError(absl::StrCat("oneDNN cannot use the CPU: ", e.what()));
   }

@@ -10,14 +10,14 @@
 
 namespace lockstep::device {
 
-enum class CpuIsa { kAvx2, kAvx512 };
+enum class CpuIsa { kAvx2, kAvx512, kAvx512Bf16 };
 
 // With the best instruction set that the processor has. Unimplemented where it lacks AVX2 and FMA.
 absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice();
 
 // With the given one (Unimplemented where the processor lacks it). oneDNN is held to the
 // instruction set of the process's first device; where that is another one, the fingerprint says
-// so.
+// so. kAvx512Bf16 differs from kAvx512 in bf16's speed, and in the bits of its convolutions.
 absl::StatusOr<std::unique_ptr<Device>> MakeCpuDevice(CpuIsa isa);
 
 }  // namespace lockstep::device

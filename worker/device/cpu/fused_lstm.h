@@ -15,7 +15,8 @@ namespace lockstep::device {
 
 // InvalidArgument for sizes that are not positive, ResourceExhausted for packed weights that find
 // no memory. Serves every number of rows up to the largest listed.
-absl::StatusOr<std::unique_ptr<Lstm>> MakeFusedLstm(const Kernels& kernels, const LstmShape& shape,
+absl::StatusOr<std::unique_ptr<Lstm>> MakeFusedLstm(const CpuKernels& kernels,
+                                                    const LstmShape& shape,
                                                     absl::Span<const int64_t> rows);
 
 }  // namespace lockstep::device

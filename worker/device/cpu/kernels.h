@@ -32,7 +32,7 @@ constexpr int64_t kLstmUnits = 16;
 struct LstmStepShape {
   int64_t rows = 0, hidden = 0;
   int64_t dh_row = 0;  // elements from a row of dh to the next
-  // Floats of each packing of weight_hh.
+  // Floats of each packing of weight_hh; more than pairs need.
   static constexpr int64_t PackedSize(int64_t hidden) {
     return 4 * hidden * ((hidden + kGemmPanel - 1) / kGemmPanel * kGemmPanel);
   }
@@ -53,9 +53,10 @@ struct Kernels {
   void (*pack_transposed)(int64_t rows, int64_t columns, const float* w, float* packed);
 
   // weight_hh {4 hidden, hidden} packed for a step forward (blocks of units, in each by depth the
-  // four gates of its units) and backward (panels of kGemmPanel columns). PackedSize floats each;
-  // what lies beyond the units is not written and must be zero.
-  void (*lstm_pack)(int64_t hidden, const float* weight, float* forward, float* backward);
+  // four gates of its units; depth is hidden) and backward (panels of kGemmPanel columns; depth is
+  // 4 hidden). PackedSize floats each; what lies beyond the units is not written and must be zero.
+  void (*lstm_pack_forward)(int64_t hidden, int64_t depth, const float* weight, float* packed);
+  void (*lstm_pack_backward)(int64_t hidden, int64_t depth, const float* weight, float* packed);
   // gates: from W_ih x + b to activations; then c, tanh(c) and h. An element's bits depend on its
   // own row only. Null h_before and c_before: zero.
   void (*lstm_forward_step)(const LstmStepShape& shape, const float* weight, const float* h_before,
@@ -167,11 +168,50 @@ struct Kernels {
                         float* out);
 };
 
+// The kernels whose products are of bf16. A pair is 32 bits, stored as a float is: two bf16 that
+// are neighbours in depth, the first in the low half. Rounding is to nearest even; what is denormal
+// counts as zero. Every set of instructions gives the same bits.
+struct Bf16Kernels {
+  // x {rows, columns} -> {rows, ceil(columns / 2)} pairs of neighbours in a row, the last with zero
+  // where columns is odd.
+  void (*pair_columns)(int64_t rows, int64_t columns, const float* x, float* pairs);
+  // x {rows, columns} -> {ceil(rows / 2), columns} pairs of neighbours in a column, the last with
+  // zero where rows is odd.
+  void (*pair_rows)(int64_t rows, int64_t columns, const float* x, float* pairs);
+  void (*round)(int64_t n, const float* x, uint16_t* bf16);
+  void (*round_in_floats)(int64_t n, const float* x, float* rounded);
+
+  // As those of Kernels: a and b, the weights of dense and LSTM, x and dy of the weight gradient, h
+  // and dgates_after are pairs, and depths count pairs. Of `dense_forward`, x is floats, and its
+  // weights are in pairs of columns; of the weight gradient x and dy are in pairs of rows.
+  void (*gemm)(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
+  void (*dense_forward)(int64_t rows, int64_t in, int64_t out, const float* x, const float* w,
+                        const float* bias, bool relu, float* y, float* scratch);
+  void (*dense_weight_gradient)(const LeafFold& fold, int64_t in, int64_t out, const int64_t* rows,
+                                const float* const* x, const float* const* dy, float* const* dw);
+  void (*lstm_forward_step)(const LstmStepShape& shape, const float* weight, const float* h_before,
+                            const float* c_before, float* gates, float* c, float* tanh_c, float* h);
+  void (*lstm_backward_step)(const LstmStepShape& shape, const float* weight,
+                             const float* dgates_after, const float* dh, const float* c_before,
+                             const float* tanh_c, float* gates, float* dc);
+};
+
 namespace avx2 {
 extern const Kernels kKernels;
-}
+extern const Bf16Kernels kBf16Kernels;
+}  // namespace avx2
 namespace avx512 {
 extern const Kernels kKernels;
+extern const Bf16Kernels kBf16Kernels;
+}  // namespace avx512
+namespace avx512bf16 {
+extern const Bf16Kernels kBf16Kernels;
 }
+
+// What a device of one instruction set computes with.
+struct CpuKernels {
+  const Kernels* fp32 = nullptr;
+  const Bf16Kernels* bf16 = nullptr;
+};
 
 }  // namespace lockstep::device

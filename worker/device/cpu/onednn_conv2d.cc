@@ -23,7 +23,17 @@ char* Aligned(void* scratch) {
   return reinterpret_cast<char*>(RoundUp(reinterpret_cast<uintptr_t>(scratch)));
 }
 
-memory::desc Floats(const Dims& dims, Tag tag) { return {dims, memory::data_type::f32, tag}; }
+constexpr memory::data_type kFloat = memory::data_type::f32, kBf16 = memory::data_type::bf16;
+
+// What the primitives of bf16 take: their factors in bf16, or the same values in floats where the
+// library has only its generic code for that shape. A function of the shape and the rows.
+enum class Factors { kFloats, kBf16, kRoundedFloats };
+
+template <class Descriptor>
+bool IsGeneric(const Descriptor& descriptor) {
+  const std::string name = descriptor.impl_info_str();
+  return name.rfind("jit", 0) != 0 && name.rfind("brg", 0) != 0;
+}
 
 dnnl::primitive_attr Attributes() {
   dnnl::primitive_attr attributes;
@@ -35,6 +45,8 @@ dnnl::primitive_attr Attributes() {
 // The primitives of one number of rows; BackwardWeight writes `dw_layout`, which a reorder brings
 // into the logical layout.
 struct RowSet {
+  Factors factors = Factors::kFloats;
+  size_t x_bytes = 0, dy_bytes = 0;  // of the rounded factors, in scratch
   std::unique_ptr<Call> forward, backward_input, backward_weight, reorder_dw;
   size_t forward_weight = 0, backward_weight_copy = 0;  // index of the packed copy
   size_t dw_bytes = 0;                                  // 0: written in place
@@ -42,28 +54,45 @@ struct RowSet {
 
 class OnednnConv2d : public Conv2d {
  public:
-  OnednnConv2d(const OnednnContext& context, const Conv2dShape& shape)
+  // `rounded_weight`: WeightBytes where the precision is bf16, else null.
+  OnednnConv2d(const OnednnContext& context, const Conv2dShape& shape,
+               std::unique_ptr<Memory> rounded_weight)
       : context_(context),
         s_(shape),
         weight_dims_(WeightDims(shape)),
-        weight_(Floats(weight_dims_, shape.groups > 1 ? Tag::abdec : Tag::ohwi)) {}
+        weight_(weight_dims_, kFloat, shape.groups > 1 ? Tag::abdec : Tag::ohwi),
+        rounded_weight_(std::move(rounded_weight)) {}
+
+  static size_t WeightBytes(const Conv2dShape& s) {
+    return static_cast<size_t>(s.out * s.kernel * s.kernel * (s.in / s.groups)) * sizeof(float);
+  }
 
   // Makes what `rows` rows need. Throws dnnl::error.
   void Add(int64_t rows) {
     if (sets_.contains(rows)) return;
+    if (s_.precision == Precision::kFp32) {
+      AddWith(rows, Factors::kFloats);
+    } else if (!context_.bf16 || !AddWith(rows, Factors::kBf16)) {
+      AddWith(rows, Factors::kRoundedFloats);
+    }
+  }
+
+  // False where the library has only generic code for factors of bf16.
+  bool AddWith(int64_t rows, Factors factors) {
+    const memory::data_type type = factors == Factors::kBf16 ? kBf16 : kFloat;
     constexpr dnnl::algorithm kDirect = dnnl::algorithm::convolution_direct;
-    const memory::desc x = Floats({rows, s_.in, s_.height, s_.width}, Tag::nhwc);
-    const memory::desc y = Floats({rows, s_.out, s_.out_height(), s_.out_width()}, Tag::nhwc);
-    const memory::desc bias = Floats({s_.out}, Tag::a);
-    const memory::desc any = Floats(weight_dims_, Tag::any);
+    const Dims x_dims = {rows, s_.in, s_.height, s_.width};
+    const Dims y_dims = {rows, s_.out, s_.out_height(), s_.out_width()};
+    const memory::desc x(x_dims, type, Tag::nhwc), dx(x_dims, kFloat, Tag::nhwc);
+    const memory::desc y(y_dims, kFloat, Tag::nhwc), dy(y_dims, type, Tag::nhwc);
+    const memory::desc bias({s_.out}, kFloat, Tag::a);
+    const memory::desc any(weight_dims_, type, Tag::any), dw(weight_dims_, kFloat, Tag::any);
     const Dims strides = {s_.stride, s_.stride}, padding = {s_.padding, s_.padding};
     const Dims dilation = {s_.dilation - 1, s_.dilation - 1};
     // Less than the padding where the last rows or columns are reached by no window.
     const Dims far = {(s_.out_height() - 1) * s_.stride + s_.extent() - s_.height - s_.padding,
                       (s_.out_width() - 1) * s_.stride + s_.extent() - s_.width - s_.padding};
     const dnnl::primitive_attr attributes = Attributes();
-    RowSet set;
-
     using ForwardPrimitive = dnnl::convolution_forward;
     const auto kind = dnnl::prop_kind::forward_training;
     const ForwardPrimitive::primitive_desc forward(
@@ -71,6 +100,26 @@ class OnednnConv2d : public Conv2d {
                                          far)
                 : ForwardPrimitive::desc(kind, kDirect, x, any, y, strides, dilation, padding, far),
         attributes, context_.engine);
+    using InputPrimitive = dnnl::convolution_backward_data;
+    const InputPrimitive::primitive_desc input(
+        InputPrimitive::desc(kDirect, dx, any, dy, strides, dilation, padding, far), attributes,
+        context_.engine, forward);
+    using WeightPrimitive = dnnl::convolution_backward_weights;
+    const WeightPrimitive::primitive_desc weight(
+        s_.bias ? WeightPrimitive::desc(kDirect, x, dw, bias, dy, strides, dilation, padding, far)
+                : WeightPrimitive::desc(kDirect, x, dw, dy, strides, dilation, padding, far),
+        attributes, context_.engine, forward);
+    if (factors == Factors::kBf16 &&
+        (IsGeneric(forward) || IsGeneric(input) || IsGeneric(weight))) {
+      return false;
+    }
+
+    RowSet set;
+    set.factors = factors;
+    if (factors != Factors::kFloats) {
+      set.x_bytes = RoundUp(x.get_size());
+      set.dy_bytes = RoundUp(dy.get_size());
+    }
     set.forward_weight = CopyFor(forward.weights_desc());
     std::vector<Call::Argument> arguments = {{DNNL_ARG_SRC, x},
                                              {DNNL_ARG_WEIGHTS, forward.weights_desc()},
@@ -78,25 +127,14 @@ class OnednnConv2d : public Conv2d {
                                              {DNNL_ARG_SCRATCHPAD, forward.scratchpad_desc()}};
     if (s_.bias) arguments.push_back({DNNL_ARG_BIAS, bias});
     set.forward = MakeCall(ForwardPrimitive(forward), std::move(arguments));
-
-    using InputPrimitive = dnnl::convolution_backward_data;
-    const InputPrimitive::primitive_desc input(
-        InputPrimitive::desc(kDirect, x, any, y, strides, dilation, padding, far), attributes,
-        context_.engine, forward);
     set.backward_weight_copy = CopyFor(input.weights_desc());
     set.backward_input =
-        MakeCall(InputPrimitive(input), {{DNNL_ARG_DIFF_DST, y},
+        MakeCall(InputPrimitive(input), {{DNNL_ARG_DIFF_DST, dy},
                                          {DNNL_ARG_WEIGHTS, input.weights_desc()},
-                                         {DNNL_ARG_DIFF_SRC, x},
+                                         {DNNL_ARG_DIFF_SRC, dx},
                                          {DNNL_ARG_SCRATCHPAD, input.scratchpad_desc()}});
-
-    using WeightPrimitive = dnnl::convolution_backward_weights;
-    const WeightPrimitive::primitive_desc weight(
-        s_.bias ? WeightPrimitive::desc(kDirect, x, any, bias, y, strides, dilation, padding, far)
-                : WeightPrimitive::desc(kDirect, x, any, y, strides, dilation, padding, far),
-        attributes, context_.engine, forward);
     arguments = {{DNNL_ARG_SRC, x},
-                 {DNNL_ARG_DIFF_DST, y},
+                 {DNNL_ARG_DIFF_DST, dy},
                  {DNNL_ARG_DIFF_WEIGHTS, weight.diff_weights_desc()},
                  {DNNL_ARG_SCRATCHPAD, weight.scratchpad_desc()}};
     if (s_.bias) arguments.push_back({DNNL_ARG_DIFF_BIAS, bias});
@@ -109,13 +147,20 @@ class OnednnConv2d : public Conv2d {
     const size_t scratchpad =
         std::max({forward.scratchpad_desc().get_size(), input.scratchpad_desc().get_size(),
                   weight.scratchpad_desc().get_size(), reorder_scratchpad});
-    scratch_bytes_ = std::max(scratch_bytes_, kAlignment + set.dw_bytes + RoundUp(scratchpad));
+    scratch_bytes_ = std::max(scratch_bytes_, kAlignment + set.x_bytes + set.dy_bytes +
+                                                  set.dw_bytes + RoundUp(scratchpad));
     sets_.emplace(rows, std::move(set));
+    return true;
   }
 
   size_t scratch_bytes() const override { return scratch_bytes_; }
 
   void Pack(Stream& stream, const float* weight) override {
+    if (rounded_weight_ != nullptr) {
+      const auto weights = static_cast<int64_t>(WeightBytes(s_) / sizeof(float));
+      context_.kernels.bf16->round_in_floats(weights, weight, rounded_weight_->floats());
+      weight = rounded_weight_->floats();
+    }
     for (const Packed& packed : copies_) {
       packed.pack->Run(Cpu(stream), {weight, packed.weights->data(), packed.scratchpad->data()});
     }
@@ -125,11 +170,13 @@ class OnednnConv2d : public Conv2d {
                void* scratch) override {
     const RowSet* set = Find(stream, rows);
     if (set == nullptr) return;
+    char* work = Aligned(scratch);
+    const void* const factor = Factor(*set, x, rows * InputSize(), set->x_bytes, &work);
     set->forward->Run(Cpu(stream),
-                      {x, copies_[set->forward_weight].weights->data(), y, Aligned(scratch), bias});
+                      {factor, copies_[set->forward_weight].weights->data(), y, work, bias});
     // Not oneDNN's fused relu: that one turns NaN into 0 and so hides what went wrong.
     if (s_.activation == Activation::kRelu) {
-      context_.kernels->relu_forward(rows * s_.out_height() * s_.out_width() * s_.out, y, y);
+      context_.kernels.fp32->relu_forward(rows * OutputSize(), y, y);
     }
   }
 
@@ -137,18 +184,22 @@ class OnednnConv2d : public Conv2d {
                      void* scratch) override {
     const RowSet* set = Find(stream, rows);
     if (set == nullptr) return;
-    set->backward_input->Run(Cpu(stream), {dy, copies_[set->backward_weight_copy].weights->data(),
-                                           dx, Aligned(scratch)});
+    char* work = Aligned(scratch);
+    const void* const factor = Factor(*set, dy, rows * OutputSize(), set->dy_bytes, &work);
+    set->backward_input->Run(
+        Cpu(stream), {factor, copies_[set->backward_weight_copy].weights->data(), dx, work});
   }
 
   void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
                       float* db, void* scratch) override {
     const RowSet* set = Find(stream, rows);
     if (set == nullptr) return;
-    char* const work = Aligned(scratch);
+    char* work = Aligned(scratch);
+    const void* const x_factor = Factor(*set, x, rows * InputSize(), set->x_bytes, &work);
+    const void* const dy_factor = Factor(*set, dy, rows * OutputSize(), set->dy_bytes, &work);
     void* const target = set->dw_bytes > 0 ? static_cast<void*>(work) : dw;
     char* const scratchpad = work + set->dw_bytes;
-    set->backward_weight->Run(Cpu(stream), {x, dy, target, scratchpad, db});
+    set->backward_weight->Run(Cpu(stream), {x_factor, dy_factor, target, scratchpad, db});
     if (set->dw_bytes > 0) set->reorder_dw->Run(Cpu(stream), {target, dw, scratchpad});
   }
 
@@ -158,6 +209,23 @@ class OnednnConv2d : public Conv2d {
     std::unique_ptr<Memory> weights, scratchpad;
     std::unique_ptr<Call> pack;
   };
+
+  int64_t InputSize() const { return s_.height * s_.width * s_.in; }
+  int64_t OutputSize() const { return s_.out_height() * s_.out_width() * s_.out; }
+
+  // n floats at `from` as the set's primitives take them: where they are, or rounded at *work,
+  // which is moved behind them.
+  const void* Factor(const RowSet& set, const float* from, int64_t n, size_t bytes,
+                     char** work) const {
+    if (set.factors == Factors::kFloats) return from;
+    char* const to = std::exchange(*work, *work + bytes);
+    if (set.factors == Factors::kBf16) {
+      context_.kernels.bf16->round(n, from, reinterpret_cast<uint16_t*>(to));
+    } else {
+      context_.kernels.bf16->round_in_floats(n, from, reinterpret_cast<float*>(to));
+    }
+    return to;
+  }
 
   static CpuStream& Cpu(Stream& stream) { return static_cast<CpuStream&>(stream); }
 
@@ -211,7 +279,8 @@ class OnednnConv2d : public Conv2d {
 
   const Conv2dShape s_;
   const Dims weight_dims_;
-  const memory::desc weight_;  // in the logical layout
+  const memory::desc weight_;               // in the logical layout
+  std::unique_ptr<Memory> rounded_weight_;  // in bf16's values
   std::map<int64_t, RowSet> sets_;
   std::vector<Packed> copies_;
   size_t scratch_bytes_ = 0;
@@ -236,7 +305,12 @@ absl::StatusOr<std::unique_ptr<Conv2d>> MakeOnednnConv2d(const OnednnContext& co
   }
   absl::Status status = UseOneThread();
   if (!status.ok()) return status;
-  auto conv = std::make_unique<OnednnConv2d>(context, shape);
+  std::unique_ptr<Memory> rounded;
+  if (shape.precision == Precision::kBf16) {
+    rounded = AllocateHostMemory(OnednnConv2d::WeightBytes(shape));
+    if (rounded == nullptr) return absl::ResourceExhaustedError("no memory for rounded weights");
+  }
+  auto conv = std::make_unique<OnednnConv2d>(context, shape, std::move(rounded));
   for (int64_t count : rows) {
     if (count < 1) {
       return absl::InvalidArgumentError(

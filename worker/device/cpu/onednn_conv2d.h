@@ -1,6 +1,6 @@
 // Conv2d on oneDNN: convolution primitives, one set per number of rows. Activations are plain NHWC;
 // weights are packed into the library's own layouts, one copy per layout that the primitives asked
-// for, shared by all streams.
+// for, shared by all streams. In bf16 factors are rounded by our own kernel.
 // Thread-safe as worker/device/device.h says: Pack excludes the other calls.
 #pragma once
 
@@ -18,7 +18,8 @@ namespace lockstep::device {
 struct OnednnContext {
   dnnl::engine engine;
   std::shared_ptr<CallNumbers> numbers;
-  const Kernels* kernels;
+  CpuKernels kernels;
+  bool bf16 = false;  // has primitives of bf16
 };
 
 // InvalidArgument for shapes that are none; Internal names what oneDNN refused.

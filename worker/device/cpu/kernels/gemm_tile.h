@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "worker/device/cpu/simd.h"
+#include "worker/device/cpu/kernels/numbers.h"
 
 namespace lockstep::device::LOCKSTEP_ISA {
 
@@ -38,7 +38,7 @@ struct Accumulators {
   }
   // sum += a(r, k) b(k, .), k ascending. Rows of a lie a_row apart, steps of the depth a_depth and
   // b_depth; the last vector of b is read under `m`.
-  template <class M>
+  template <class Numbers, class M>
   LOCKSTEP_SIMD void Multiply(int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                               const float* b, int64_t b_depth, M m) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -47,7 +47,8 @@ struct Accumulators {
       column[kVectors - 1] = LOCKSTEP_ISA::Load(b + (kVectors - 1) * kLanes, m);
       for (int r = 0; r < kRows; ++r) {
         const F16 factor(a[r * a_row]);
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = Fma(factor, column[v], sum[r][v]);
+        for (int v = 0; v < kVectors; ++v)
+          sum[r][v] = Numbers::MultiplyAdd(factor, column[v], sum[r][v]);
       }
       a += a_depth;
       b += b_depth;

@@ -17,7 +17,8 @@ void DenseWeightGradient(const LeafFold& fold, int64_t in, int64_t out, const in
 void PackTransposed(int64_t rows, int64_t columns, const float* w, float* packed);
 
 // lstm.cc
-void LstmPack(int64_t hidden, const float* weight, float* forward, float* backward);
+void LstmPackForward(int64_t hidden, int64_t depth, const float* weight, float* packed);
+void LstmPackBackward(int64_t hidden, int64_t depth, const float* weight, float* packed);
 void LstmForwardStep(const LstmStepShape& shape, const float* weight, const float* h_before,
                      const float* c_before, float* gates, float* c, float* tanh_c, float* h);
 void LstmBackwardStep(const LstmStepShape& shape, const float* weight, const float* dgates_after,
