@@ -228,6 +228,7 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
   absl::Mutex mutex_;
   std::vector<std::unique_ptr<Pattern>> patterns_ ABSL_GUARDED_BY(mutex_);
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<bool> failed_{false};  // failure_ is set
 
   // MergeSmall and AllGather; written by slot 0 between barriers.
   std::vector<std::vector<Node>> slot_parts_;    // of our slots
@@ -288,6 +289,7 @@ absl::Status CanonicalOnCommunicator::Fail(const absl::Status& failure) {
     if (failure_.ok()) failure_ = failure;
     first = failure_;
   }
+  failed_.store(true, std::memory_order_release);
   if (team_ != nullptr) team_->Abort(first);
   if (communicator_ != nullptr) communicator_->Abort(first);
   return first;
@@ -391,9 +393,9 @@ absl::Status CanonicalOnCommunicator::Begin(int slot, absl::Span<const uint8_t> 
         absl::StrCat("a step over ", present.size(),
                      " leaves, of which at least one is present, of ", placement_.leaves)));
   }
-  {
+  if (failed_.load(std::memory_order_acquire)) {
     absl::MutexLock lock(&mutex_);
-    if (!failure_.ok()) return failure_;
+    return failure_;
   }
   if (s.pattern == nullptr || absl::MakeConstSpan(s.pattern->present) != present) {
     s.pattern = &FindPattern(present);

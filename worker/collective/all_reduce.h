@@ -14,7 +14,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -75,7 +74,7 @@ class CanonicalAllReduce {
   // bounds[slot]]` (null where absent) of `bytes` each, on any of this slot's leaves; returns the
   // root's record (valid until the slot's next call), or null where no leaf is present. On
   // Lane::kMoments.
-  using Fold = std::function<void(void* left, const void* right)>;
+  using Fold = absl::FunctionRef<void(void* left, const void* right)>;
   virtual absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
                                                  size_t bytes, const Fold& fold,
                                                  absl::Time deadline) = 0;

@@ -326,7 +326,7 @@ absl::Status MeshCommunicator::Wait(const Ticket& ticket, absl::Time deadline) {
     const Kind kind = operation.kind;
     auto& next = kind == Kind::kExchange ? s.viewed : s.queue;
     std::unique_ptr<Operation> done = std::move(s.queue.front());
-    s.queue.pop_front();
+    s.queue.erase(s.queue.begin());
     if (kind == Kind::kExchange) {
       next.push_back(std::move(done));
     } else {
@@ -335,7 +335,7 @@ absl::Status MeshCommunicator::Wait(const Ticket& ticket, absl::Time deadline) {
     const bool ends_exchange = kind == Kind::kGather || kind == Kind::kDelivered;
     if (ends_exchange && !s.viewed.empty()) {
       s.spare.push_back(std::move(s.viewed.front()));
-      s.viewed.pop_front();
+      s.viewed.erase(s.viewed.begin());
     }
     for (const auto& waiting : s.queue) {
       if (waiting->posted) continue;

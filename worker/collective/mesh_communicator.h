@@ -8,7 +8,6 @@
 #pragma once
 
 #include <atomic>
-#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -71,8 +70,9 @@ class MeshCommunicator : public Communicator {
     uint64_t enqueued = 0;  // sequence numbers given out
     uint64_t completed = 0;
     uint64_t staged[2] = {0, 0};  // the last number that used each half of our staging
-    std::deque<std::unique_ptr<Operation>> queue;
-    std::deque<std::unique_ptr<Operation>> viewed;  // exchanges whose views are in use
+    // Short, first in first out; deques would allocate now and then.
+    std::vector<std::unique_ptr<Operation>> queue;
+    std::vector<std::unique_ptr<Operation>> viewed;  // exchanges whose views are in use
     std::vector<std::unique_ptr<Operation>> spare;
   };
 

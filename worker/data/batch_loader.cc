@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/thread_name.h"
 
 namespace lockstep::data {
 namespace {
@@ -129,15 +130,33 @@ BatchLoader::~BatchLoader() {
   if (thread_.joinable()) thread_.join();
 }
 
-void BatchLoader::Stop() {
-  absl::MutexLock lock(&mutex_);
-  if (status_.ok()) status_ = absl::CancelledError("the data loader was stopped");
+void BatchLoader::Stop() { End(absl::CancelledError("the data loader was stopped")); }
+
+// The first status stays.
+void BatchLoader::End(const absl::Status& status) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (status_.ok()) status_ = status;
+  }
+  ended_ = true;
+  Wake();
 }
 
-absl::Duration BatchLoader::WaitTime() const {
-  absl::MutexLock lock(&mutex_);
-  return waited_;
+void BatchLoader::Wake() {
+  events_.fetch_add(1);
+  events_.notify_all();
 }
+
+template <typename Condition>
+void BatchLoader::WaitFor(Condition condition) {
+  for (;;) {
+    const int seen = events_.load();
+    if (condition()) return;
+    events_.wait(seen);
+  }
+}
+
+absl::Duration BatchLoader::WaitTime() const { return absl::Nanoseconds(waited_.load()); }
 
 absl::StatusOr<const Batch*> BatchLoader::Acquire(int64_t step) {
   if (step < options_.first_step) {
@@ -148,14 +167,15 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(int64_t step) {
   int64_t ready = buffer.ready_step.load(std::memory_order_acquire);
   if (ready < step) {
     const absl::Time begin = options_.clock->Now();
-    absl::MutexLock lock(&mutex_);
-    const auto decoded_or_failed = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    WaitFor([&] {
       ready = buffer.ready_step.load(std::memory_order_acquire);
-      return ready >= step || !status_.ok();
-    };
-    mutex_.Await(absl::Condition(&decoded_or_failed));
-    waited_ += options_.clock->Now() - begin;
-    if (ready < step) return status_;
+      return ready >= step || ended_;
+    });
+    waited_ += absl::ToInt64Nanoseconds(options_.clock->Now() - begin);
+    if (ready < step) {
+      absl::MutexLock lock(&mutex_);
+      return status_;
+    }
   }
   if (ready > step) {
     return absl::FailedPreconditionError(absl::StrCat(
@@ -166,32 +186,25 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(int64_t step) {
 
 void BatchLoader::Release(int64_t step) {
   if (BufferOf(step).holders.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  absl::MutexLock lock(&mutex_);
   ++released_;
+  Wake();
 }
 
 void BatchLoader::Run() {
+  NameThread("data loader");
   for (int64_t step = options_.first_step;; ++step) {
     const int64_t needed = step - options_.first_step + 1 - static_cast<int64_t>(buffers_.size());
-    {
-      absl::MutexLock lock(&mutex_);
-      const auto free_or_stopped = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-        return released_ >= needed || !status_.ok();
-      };
-      mutex_.Await(absl::Condition(&free_or_stopped));
-      if (!status_.ok()) return;
-    }
+    WaitFor([&] { return released_ >= needed || ended_; });
+    if (ended_) return;
     Buffer& buffer = BufferOf(step);
     const absl::Status decoded = Decode(step, buffer);
-    absl::MutexLock lock(&mutex_);
-    if (!status_.ok()) return;
     if (!decoded.ok()) {
-      status_ = absl::Status(decoded.code(),
-                             absl::StrCat("decoding batch ", step, ": ", decoded.message()));
-      return;
+      return End(absl::Status(decoded.code(),
+                              absl::StrCat("decoding batch ", step, ": ", decoded.message())));
     }
     buffer.holders.store(options_.slots, std::memory_order_relaxed);
     buffer.ready_step.store(step, std::memory_order_release);
+    Wake();
   }
 }
 

@@ -106,6 +106,10 @@ class BatchLoader {
   BatchLoader(device::Device& device, BatchLoaderOptions options);
   absl::Status Allocate();
   void Run();
+  void End(const absl::Status& status);
+  void Wake();
+  template <typename Condition>
+  void WaitFor(Condition condition);
   absl::Status Decode(int64_t step, Buffer& buffer);
   Buffer& BufferOf(int64_t step) {
     return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
@@ -122,11 +126,13 @@ class BatchLoader {
   std::vector<int64_t> order_;               // the permutation of order_epoch_
   int64_t order_epoch_ = 0;
 
-  mutable absl::Mutex mutex_;
+  absl::Mutex mutex_;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);  // why nothing more is decoded
+  std::atomic<bool> ended_{false};               // status_ is set
   // Slots release steps in order, so this many steps from first_step on are free.
-  int64_t released_ ABSL_GUARDED_BY(mutex_) = 0;
-  absl::Duration waited_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<int64_t> released_{0};
+  std::atomic<int64_t> waited_{0};  // nanoseconds
+  std::atomic<int> events_{0};      // counts what somebody may wait for: no lock in a step
 
   std::thread thread_;  // last: runs on everything above
 };

@@ -15,6 +15,7 @@
 #include "common/fs.h"
 #include "common/spec/spec.h"
 #include "common/status_macros.h"
+#include "common/thread_name.h"
 #include "spdlog/spdlog.h"
 #include "worker/collective/rendezvous.h"
 #include "worker/data/batch_loader.h"
@@ -376,7 +377,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
   void RunSlot(int slot) {
+    const std::string name = ThreadName();
+    NameThread(absl::StrCat("slot ", slot));
     const absl::Status status = loop_->Run(slot);
+    NameThread(name);
     if (!status.ok()) {
       Fail(absl::Status(status.code(),
                         absl::StrCat("slot ", slot, ": ", absl::string_view(status.message()))));

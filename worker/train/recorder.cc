@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "common/thread_name.h"
 
 namespace lockstep::train {
 namespace {
@@ -44,6 +45,7 @@ Recorder::Recorder(Options options) : options_(std::move(options)), ring_(kCapac
     if (file_ < 0 || ftruncate(file_, keep) != 0 || lseek(file_, keep, SEEK_SET) < 0) {
       absl::MutexLock lock(&mutex_);
       status_ = absl::ErrnoToStatus(errno, absl::StrCat("cannot write ", options_.digest_path));
+      failed_ = true;
     }
   }
   thread_ = std::thread([this] { Work(); });
@@ -79,11 +81,13 @@ void Recorder::Flush() {
 }
 
 absl::Status Recorder::status() {
+  if (!failed_.load(std::memory_order_acquire)) return absl::OkStatus();
   absl::MutexLock lock(&mutex_);
   return status_;
 }
 
 void Recorder::Work() {
+  NameThread("recorder");
   for (;;) {
     const bool last = stop_;
     v1::Progress progress;
@@ -138,6 +142,7 @@ void Recorder::WriteLine(const Entry& entry) {
     if (n < 0) {
       absl::MutexLock lock(&mutex_);
       status_ = absl::ErrnoToStatus(errno, absl::StrCat("cannot write ", options_.digest_path));
+      failed_ = true;
       close(file_);
       file_ = -1;
       return;

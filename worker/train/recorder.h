@@ -71,7 +71,7 @@ class Recorder {
   const Options options_;
   std::vector<Entry> ring_;
   std::atomic<int64_t> pushed_{0}, taken_{0};
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, failed_{false};  // failed_: status_ is set
   absl::Mutex mutex_;
   std::vector<v1::Evaluation> evaluations_ ABSL_GUARDED_BY(mutex_);
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
