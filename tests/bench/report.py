@@ -76,7 +76,7 @@ def markdown(rows, machine, models):
              + f" on one core; copies {get('machine/memcpy/1')} GB/s), medians of {machine['rounds']} interleaved "
              "rounds.", "",
              "Training, samples/s of whole steps: batch 128 in 8 shards, SGD with momentum, with batches gathered and "
-             f"normalized, digests and reports included. {beside} Columns are workers x slots; `floor` is the share "
+             f"normalized, and reports; per-step digests are off. {beside} Columns are workers x slots; `floor` is the share "
              "of the two cores' matrix peak in that precision.",
              ""]
     training = []
