@@ -8,14 +8,15 @@ jobs=$(nproc)
 selected=("$@")
 [ ${#selected[@]} -gt 0 ] || selected=(format thread-safety asan tsan)
 
-# sanitized NAME SANITIZERS FOLDER...: builds and runs the tests of these folders with sanitizers.
+# sanitized NAME SANITIZERS EXCEPT FOLDER...: builds and runs the tests of these folders with sanitizers, but not
+# those whose names match EXCEPT.
 sanitized() {
-  local name=$1 sanitizers=$2 targets=() pattern=()
-  shift 2
+  local name=$1 sanitizers=$2 except=$3 targets=() pattern=()
+  shift 3
   for folder in "$@"; do targets+=("${folder}_test"); pattern+=("^$folder/"); done
   cmake -S . -B "build-$name" -G Ninja -DCMAKE_BUILD_TYPE=Release -DLOCKSTEP_SANITIZE="$sanitizers" >/dev/null
   ninja -C "build-$name" "${targets[@]}"
-  (IFS='|'; ctest --test-dir "build-$name" --output-on-failure -j "$jobs" --no-tests=error -R "${pattern[*]}")
+  (IFS='|'; ctest --test-dir "build-$name" --output-on-failure -j "$jobs" --no-tests=error -R "${pattern[*]}" -E "$except")
 }
 
 for check in "${selected[@]}"; do
@@ -40,8 +41,9 @@ print(f"thread-safety: {len(codes)} files, {sum(c != 0 for c in codes)} failed")
 sys.exit(any(codes))
 PYTHON
       ;;
-    asan) sanitized asan address,undefined common spec data device nn optim numerics collective train server ;;
-    tsan) TSAN_OPTIONS="halt_on_error=1" sanitized tsan thread simulation server collective train ;;
+    asan) sanitized asan address,undefined '^$' common spec data device nn optim numerics collective train server ;;
+    # Of a list of placements, one slot has no others to race with, and five members do as three do.
+    tsan) TSAN_OPTIONS="halt_on_error=1" sanitized tsan thread '^train/.*_(1x1|5x1|8x1)( |$)' simulation server collective train ;;
     *) echo "tests/checks.sh: no check called $check; there are format, thread-safety, asan, tsan" >&2; exit 2 ;;
   esac
 done
