@@ -1,6 +1,7 @@
 #include "worker/device/cpu/gemm_dense.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -90,8 +91,8 @@ class Bf16Dense : public Dense {
     // BackwardWeight: two pointers a leaf, and its x and dy in pairs.
     const int64_t leaf = static_cast<int64_t>(2 * sizeof(float*) / sizeof(float)) +
                          Pairs(most_rows_) * (s_.in + s_.out);
-    return static_cast<size_t>(std::max(s_.out * kDenseScratchColumns, s_.most_leaves * leaf)) *
-           sizeof(float);
+    const int64_t floats = std::max(s_.out * kDenseScratchColumns, s_.most_leaves * leaf);
+    return static_cast<size_t>(floats) * sizeof(float) + alignof(const float*);
   }
 
   void Pack(Stream&, const float* weight) override {
@@ -124,7 +125,9 @@ class Bf16Dense : public Dense {
                       const float* const* dy, float* const* dw, float* const* db,
                       void* scratch) override {
     if (s_.bias) BackwardBias(k_, s_.out, fold, rows, dy, db, static_cast<float*>(scratch));
-    const float** const x_pairs = static_cast<const float**>(scratch);
+    const uintptr_t mask = alignof(const float*) - 1;
+    const float** const x_pairs =
+        reinterpret_cast<const float**>((reinterpret_cast<uintptr_t>(scratch) + mask) & ~mask);
     const float** const dy_pairs = x_pairs + fold.leaves;
     float* next = reinterpret_cast<float*>(dy_pairs + fold.leaves);
     const auto paired = [&](int64_t count, int64_t columns, const float* from) {
