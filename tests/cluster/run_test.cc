@@ -44,13 +44,19 @@ class RunTest : public ::testing::Test {
     const std::string address = log.substr(at + 10, log.find(',', at) - at - 10);
     const auto parsed = rpc::ParseAddress(address);
     ASSERT_TRUE(parsed.ok()) << address;
+    // A dying process is out of /proc's list of command lines before it closes its sockets.
+    EXPECT_TRUE(Eventually([&] { return !Answers(*parsed); }, absl::Seconds(10))) << address;
+  }
+
+  static bool Answers(const rpc::Address& address) {
     sockaddr_in to{};
     to.sin_family = AF_INET;
-    to.sin_port = htons(parsed->port);
-    inet_pton(AF_INET, parsed->host.c_str(), &to.sin_addr);
+    to.sin_port = htons(address.port);
+    inet_pton(AF_INET, address.host.c_str(), &to.sin_addr);
     const int fd = socket(AF_INET, SOCK_STREAM, 0);
-    EXPECT_NE(connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof(to)), 0) << address;
+    const bool connected = connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof(to)) == 0;
     close(fd);
+    return connected;
   }
 
   // An endless run in the background, once it trains.
