@@ -204,6 +204,44 @@ class GraphBuilder {
     return std::nullopt;
   }
 
+  // The fewest samples that a batch norm sees at once in a full batch: a microbatch of a shard, or
+  // with sync: batch one microbatch of all shards.
+  int64_t FewestRows(Sync sync) const {
+    const v1::TrainSpec& train = spec_.train();
+    const int64_t base = train.batch() / train.shards(), larger = train.batch() % train.shards();
+    int64_t fewest = train.batch();
+    for (int64_t m = 0; m < train.accumulate(); ++m) {
+      const auto rows = [&](int64_t shard) {
+        return shard / train.accumulate() + (m < shard % train.accumulate() ? 1 : 0);
+      };
+      const int64_t all = larger * rows(base + 1) + (train.shards() - larger) * rows(base);
+      const int64_t one = rows(base) > 0 ? rows(base) : rows(base + 1);
+      const int64_t seen = sync == Sync::kBatch ? all : larger == 0 ? rows(base) : one;
+      if (seen > 0) fewest = std::min(fewest, seen);
+    }
+    return fewest;
+  }
+
+  // Normalized by itself, a single value is 0 whatever it is, and has no gradient.
+  MaybeProblem CheckSeveralValues(int index, const Layer& layer) const {
+    if (FewestRows(layer.sync) * (ElementCount(layer.output) / layer.output.back()) > 1)
+      return std::nullopt;
+    const v1::TrainSpec& train = spec_.train();
+    const bool shard = layer.sync == Sync::kShard;
+    return At(
+        index, "sync",
+        fmt::format(
+            "{} would normalize single values, and learn nothing: a {} of batch {} "
+            "in {} shards{} is 1 sample; accepted: {}a larger batch, or fewer shards{}",
+            shard ? "shard" : "batch",
+            train.accumulate() > 1 ? "microbatch"
+            : shard                ? "shard"
+                                   : "batch",
+            train.batch(), train.shards(),
+            train.accumulate() > 1 ? fmt::format(" and accumulate {}", train.accumulate()) : "",
+            shard ? "sync: batch, " : "", train.accumulate() > 1 ? " or microbatches" : ""));
+  }
+
   MaybeProblem Infer(int index, Layer* layer) const {
     const v1::LayerSpec& spec = layers_[index];
     const Shape& input = InputShape(index);
@@ -225,6 +263,7 @@ class GraphBuilder {
             spec.statistics() == "population" ? Statistics::kPopulation : Statistics::kRunning;
         layer->momentum = spec.momentum();
         layer->epsilon = spec.epsilon();
+        LOCKSTEP_RETURN_IF_PROBLEM(CheckSeveralValues(index, *layer));
         const Shape channels = {input.back()};
         const Initializer ones{Initializer::Type::kOnes, 0}, zeros;
         layer->tensors = {{layer->name + ".weight", channels, ones},
@@ -407,6 +446,11 @@ class GraphBuilder {
     if (convolution) {
       layer->dilation = spec.dilation();
       layer->groups = spec.groups();
+      if (kernel == 1 && layer->dilation > 1) {
+        return At(index, "dilation",
+                  fmt::format("found {}, which changes nothing with kernel 1; accepted: 1",
+                              layer->dilation));
+      }
       if (kernel > 1 && layer->dilation > (padded - 1) / (kernel - 1)) {
         return At(index, "dilation",
                   fmt::format("found {}: the window would reach beyond the padded input ({} by "

@@ -133,7 +133,15 @@ MaybeProblem CompleteAttributes(const LayerSource& source, int index, LayerList*
   if (layer.type() == "batch_norm") {
     if (layer.sync().empty()) layer.set_sync("batch");
     if (layer.statistics().empty()) layer.set_statistics("running");
-    if (!layer.has_momentum()) layer.set_momentum(0.1);
+    if (layer.statistics() == "population") {
+      if (layer.has_momentum()) {
+        return source.At(*layers, index, "momentum",
+                         "given with statistics: population, which keeps no running averages; "
+                         "accepted: only with statistics: running");
+      }
+    } else if (!layer.has_momentum()) {
+      layer.set_momentum(0.1);
+    }
     if (!layer.has_epsilon()) layer.set_epsilon(1e-5);
   }
   return std::nullopt;

@@ -310,6 +310,21 @@ MaybeProblem CompleteTrain(const SourceMap& sources, v1::TrainSpec* train) {
                      train->shards());
 }
 
+// The training set where the spec tells its size; the override is blamed, or the batch.
+MaybeProblem CheckOneBatch(const SourceMap& sources, const v1::JobSpec& spec) {
+  const int64_t samples = spec.data().train_samples(), batch = spec.train().batch();
+  if (samples == 0 || batch <= samples) return std::nullopt;
+  const std::string samples_field = "data.train_samples", batch_field = "train.batch";
+  if (IsOverride(sources, samples_field) && !IsOverride(sources, batch_field)) {
+    return Problem{samples_field, fmt::format("{} is less than one train.batch ({}); accepted: {} "
+                                              "or more, or a smaller batch",
+                                              samples, batch, batch)};
+  }
+  return Problem{batch_field,
+                 fmt::format("{} is more than data.train_samples ({}); accepted: 1 to {}", batch,
+                             samples, samples)};
+}
+
 void CompleteCheckpoint(v1::CheckpointSpec* checkpoint) {
   CompleteInterval(checkpoint);
   if (!checkpoint->has_keep()) checkpoint->set_keep(3);
@@ -344,6 +359,7 @@ MaybeProblem Complete(const SourceMap& sources, v1::JobSpec* spec, Graph* graph)
   LOCKSTEP_RETURN_IF_PROBLEM(CompleteOptimizer(spec->mutable_optimizer()));
   LOCKSTEP_RETURN_IF_PROBLEM(CompleteSchedule(spec->mutable_schedule()));
   LOCKSTEP_RETURN_IF_PROBLEM(CompleteTrain(sources, spec->mutable_train()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckOneBatch(sources, *spec));
   CompleteCheckpoint(spec->mutable_checkpoint());
   LOCKSTEP_RETURN_IF_PROBLEM(CompleteResources(spec->train().shards(), spec->mutable_resources()));
   return MakeGraph(*spec, CompleteLayerList(*spec), LayerSource(!spec->model().preset().empty()),

@@ -310,8 +310,10 @@ bool AcceptsInteger(const FieldDescriptor& field, absl::int128 value) {
 
 bool AcceptsNumber(const FieldDescriptor& field, double value) {
   const Rule& rule = *FindRule(field);
-  const bool above = rule.open_from ? value > rule.from : value >= rule.from;
-  const bool below = rule.open_to ? value < rule.to : value <= rule.to;
+  // Kernels take floats: what is not the end of an open range must not become it.
+  const auto rounded = static_cast<float>(value);
+  const bool above = rule.open_from ? value > rule.from && rounded > rule.from : value >= rule.from;
+  const bool below = rule.open_to ? rounded < rule.to : value <= rule.to;
   return above && below;
 }
 

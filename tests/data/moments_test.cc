@@ -8,22 +8,11 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/common/simulated_disk.h"
+#include "tests/data/float_set.h"
 #include "worker/data/synthetic.h"
 
 namespace lockstep::data {
 namespace {
-
-Dataset FloatSet(const std::vector<float>& values, const SampleShape& shape) {
-  DatasetParts parts;
-  parts.shape = shape;
-  parts.classes = 2;
-  parts.type = SampleType::kFloat32;
-  const auto owner = std::make_shared<const std::vector<float>>(values);
-  parts.data = std::shared_ptr<const void>(owner, owner->data());
-  parts.labels.resize(values.size() / static_cast<size_t>(shape.features()));
-  parts.source = "floats.npy";
-  return Dataset(std::move(parts));
-}
 
 // Two channels, two samples of two pixels; closed form: 1 3 5 7 (of 255) and 10 10 20 20.
 TEST(Moments, OfBytesAreExact) {

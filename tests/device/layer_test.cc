@@ -152,7 +152,11 @@ struct ConvKind {
             {7, 6, 6, 9, 3, 1, 1, false, kNone, 1, 3},
             {8, 8, 32, 32, 3, 1, 1, true, kNone, 1, 32},
             {9, 7, 10, 20, 3, 2, 2, true, kRelu, 2, 10},
-            {6, 6, 64, 64, 1, 1, 0, false, kNone, 1, 4}};
+            {6, 6, 64, 64, 1, 1, 0, false, kNone, 1, 4},
+            // Wide ones, for which libraries have other code.
+            {32, 32, 8, 8, 3, 1, 2, false, kNone, 2, 8},
+            {32, 32, 16, 16, 3, 1, 2, false, kNone, 2, 2},
+            {34, 34, 8, 8, 3, 1, 0, true, kNone, 3, 1}};
   }
   static std::vector<Shape> SmallShapes() {
     return {{4, 5, 1, 3, 3, 1, 1, true},

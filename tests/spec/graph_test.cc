@@ -20,7 +20,7 @@ absl::StatusOr<Graph> Build(const std::vector<std::string>& layers,
                             const std::string& data = "shape: [28, 28, 1]",
                             const std::string& more = "") {
   std::string text = fmt::format(
-      "data: {{path: d, {}}}\noptimizer: {{learning_rate: 1}}\ntrain: {{batch: 8, steps: 1}}\n{}"
+      "data: {{path: d, {}}}\noptimizer: {{learning_rate: 1}}\ntrain: {{batch: 16, steps: 1}}\n{}"
       "model:\n  layers:\n",
       data, more);
   for (const std::string& layer : layers) text += "    - {" + layer + "}\n";
@@ -166,7 +166,8 @@ TEST(Graph, Conv2dDilatedAndGrouped) {
   EXPECT_EQ(Refused(WithHead({"type: conv2d, filters: 2, kernel: 3, dilation: 14"})),
             "model.layers.0.dilation: found 14: the window would reach beyond the padded input (28 "
             "by 28); accepted: 1 to 13");
-  EXPECT_EQ(One("type: conv2d, filters: 2, kernel: 1, dilation: 100").output, (Shape{11, 9, 2}));
+  EXPECT_EQ(Refused(WithHead({"type: conv2d, filters: 2, kernel: 1, dilation: 2"})),
+            "model.layers.0.dilation: found 2, which changes nothing with kernel 1; accepted: 1");
   EXPECT_EQ(
       Refused(WithHead({"type: conv2d, filters: 3, kernel: 3, groups: 2"}), "shape: [8, 8, 4]"),
       "model.layers.0.groups: found 2; accepted: a divisor of the input's channels (4) and of "
@@ -323,6 +324,9 @@ TEST(Graph, BatchNorm) {
     EXPECT_FALSE(norm.tensors[i].decays);
   }
   EXPECT_EQ(One("type: batch_norm").sync, Sync::kBatch);
+  EXPECT_EQ(Refused(WithHead({"type: batch_norm, statistics: population, momentum: 0.1"})),
+            "model.layers.0.momentum: given with statistics: population, which keeps no running "
+            "averages; accepted: only with statistics: running");
   const auto flat = Build({"type: flatten", "type: dense, units: 10", "type: batch_norm"});
   ASSERT_TRUE(flat.ok()) << flat.status();
   EXPECT_EQ(flat->layers[2].tensors[0].shape, Shape{10});
@@ -578,7 +582,7 @@ TEST(Graph, DefaultNamesKeepClearOfGivenOnes) {
 Graph Preset(const std::string& model, const std::string& data = "path: d") {
   const auto spec = LoadText(
       fmt::format(
-          "data: {{{}}}\nmodel: {{{}}}\noptimizer: {{learning_rate: 1}}\ntrain: {{batch: 8, "
+          "data: {{{}}}\nmodel: {{{}}}\noptimizer: {{learning_rate: 1}}\ntrain: {{batch: 16, "
           "steps: 1}}\n",
           data, model),
       "job.yaml", {});
@@ -727,7 +731,7 @@ TEST(Preset, AProblemOfItsLayersNamesThePreset) {
   const auto spec = LoadText(
       "data: {path: d, shape: [2, 2, 1]}\nmodel:\n  preset: fashion-cnn\noptimizer: "
       "{learning_rate: "
-      "1}\ntrain: {batch: 8, steps: 1}\n",
+      "1}\ntrain: {batch: 16, steps: 1}\n",
       "job.yaml", {});
   EXPECT_EQ(
       spec.status().message(),

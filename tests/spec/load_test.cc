@@ -318,7 +318,7 @@ TEST(Load, ComparesBatchesAndShards) {
        "job.yaml:9: train.evaluate.batch: 7 is less than train.shards (8, the default); accepted: "
        "8 "
        "or more, or fewer shards"},
-      {train("  batch: 4\n  shards: 4\n"), "accepted"},
+      {train("  batch: 8\n  shards: 4\n"), "accepted"},
       {train("  batch: 128\n") + "resources:\n  slots: 9\n",
        "job.yaml:10: resources.slots: 9 is more than train.shards (8), the most slots that can "
        "have "
@@ -331,6 +331,58 @@ TEST(Load, ComparesBatchesAndShards) {
   EXPECT_EQ(LoadMessage(train("  batch: 128\n  shards: 64\n"), {"train.shards=256"}),
             "--set train.shards=256: train.shards: 256 is more than train.batch (128); accepted: 1 "
             "to 128");
+}
+
+TEST(Load, ComparesTheBatchWithTheTrainingSetWhereItsSizeIsGiven) {
+  const auto text = [](const char* samples) {
+    return fmt::format(
+        "data: {{path: d, shape: [28, 28, 1], train_samples: {}}}\nmodel: {{preset: mlp}}\n"
+        "optimizer: {{learning_rate: 1}}\ntrain: {{batch: 64, steps: 1}}\n",
+        samples);
+  };
+  EXPECT_EQ(LoadMessage(text("64")), "accepted");
+  EXPECT_EQ(LoadMessage(text("63")),
+            "job.yaml:4: train.batch: 64 is more than data.train_samples (63); accepted: 1 to 63");
+  EXPECT_EQ(LoadMessage(text("64"), {"train.batch=65"}),
+            "--set train.batch=65: train.batch: 65 is more than data.train_samples (64); accepted: "
+            "1 to 64");
+  EXPECT_EQ(LoadMessage(text("64"), {"data.train_samples=9"}),
+            "--set data.train_samples=9: data.train_samples: 9 is less than one train.batch (64); "
+            "accepted: 64 or more, or a smaller batch");
+}
+
+// Batch norm of one value is a constant, in the forms in which it can come about.
+TEST(Load, RefusesABatchNormOfSingleValues) {
+  const auto message = [](const std::string& sync, const std::string& train) {
+    return LoadMessage(Compact("{preset: mlp, sync: " + sync + "}", "{learning_rate: 1}",
+                               "{steps: 1, " + train + "}"));
+  };
+  const std::string refused =
+      "job.yaml:3: model.preset: its layer batch_norm_1.sync: shard would normalize single values, "
+      "and learn nothing: a ";
+  EXPECT_EQ(message("shard", "batch: 15"),
+            refused +
+                "shard of batch 15 in 8 shards is 1 sample; accepted: sync: batch, a larger "
+                "batch, or fewer shards");
+  EXPECT_EQ(message("shard", "batch: 16"), "accepted");
+  EXPECT_EQ(message("batch", "batch: 8"), "accepted");
+  EXPECT_EQ(message("shard", "batch: 25, accumulate: 2"),
+            refused +
+                "microbatch of batch 25 in 8 shards and accumulate 2 is 1 sample; accepted: "
+                "sync: batch, a larger batch, or fewer shards or microbatches");
+  EXPECT_EQ(message("shard", "batch: 32, accumulate: 2"), "accepted");
+  // The second microbatch is the ninth sample alone.
+  EXPECT_EQ(message("batch", "batch: 9, accumulate: 2"),
+            "job.yaml:3: model.preset: its layer batch_norm_1.sync: batch would normalize single "
+            "values, and learn nothing: a microbatch of batch 9 in 8 shards and accumulate 2 is 1 "
+            "sample; accepted: a larger batch, or fewer shards or microbatches");
+  EXPECT_EQ(message("batch", "batch: 10, accumulate: 2"), "accepted");
+  EXPECT_EQ(message("batch", "batch: 1, shards: 1").substr(0, refused.size() - 60),
+            refused.substr(0, refused.size() - 60));
+  // A convolution's channel has many values.
+  EXPECT_EQ(LoadMessage(Compact("{preset: lenet, sync: shard}", "{learning_rate: 1}",
+                                "{steps: 1, batch: 8}")),
+            "accepted");
 }
 
 TEST(Load, RefusesStepsThatDoNotIncrease) {
@@ -598,7 +650,7 @@ TEST(Normalize, FillsTheDefaultsOfEveryOptimizer) {
 TEST(Normalize, KnowsTheShapeOfCifar10) {
   const std::string head = "name: a\ndata: {path: d, format: cifar10";
   const std::string rest =
-      "}\nmodel: {preset: mlp}\noptimizer: {learning_rate: 1}\ntrain: {batch: 8, epochs: 1}\n";
+      "}\nmodel: {preset: mlp}\noptimizer: {learning_rate: 1}\ntrain: {batch: 16, epochs: 1}\n";
   const auto spec = LoadOrDie(head + rest);
   EXPECT_THAT(spec.data().shape(), testing::ElementsAre(32, 32, 3));
   EXPECT_EQ(spec.data().classes(), 10);
@@ -615,16 +667,16 @@ TEST(Normalize, KnowsWhatFormatsNeed) {
   const auto message = [](const std::string& data) {
     return LoadMessage("name: a\ndata: {" + data +
                        "}\nmodel: {preset: mlp}\noptimizer: {learning_rate: 1}\n"
-                       "train: {batch: 8, epochs: 1}\n");
+                       "train: {batch: 16, epochs: 1}\n");
   };
   const std::string synthetic =
-      "format: synthetic, shape: [4, 4, 2], train_samples: 9, validation_samples: 9";
+      "format: synthetic, shape: [4, 4, 2], train_samples: 19, validation_samples: 9";
   EXPECT_EQ(message(synthetic), "accepted");
   EXPECT_EQ(message(synthetic + ", classes: 1000, normalize: {compute: true}"), "accepted");
   EXPECT_EQ(message(synthetic + ", path: d"),
             "job.yaml:2: data.path: does not belong to format synthetic; accepted with it: shape, "
             "classes, normalize, augment, train_samples, validation_samples, prefetch");
-  EXPECT_EQ(message("format: synthetic, shape: [4, 4, 2], train_samples: 9"),
+  EXPECT_EQ(message("format: synthetic, shape: [4, 4, 2], train_samples: 19"),
             "job.yaml:2: data.validation_samples: missing, which format synthetic needs; accepted: "
             "an integer from 1 to 1000000000000");
   EXPECT_EQ(message("format: npy, path: d"),

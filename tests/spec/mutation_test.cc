@@ -42,7 +42,7 @@ resources: {device: cpu, slots: 2}
 constexpr char kSmall[] = R"(data: {path: d}
 model: {preset: mlp, hidden: [8]}
 optimizer: {type: rmsprop, learning_rate: 1e-3, rho: 0.9, momentum: 0.5, centered: true, clip_norm: 2}
-train: {batch: 16, steps: 100, accumulate: 2, precision: bf16}
+train: {batch: 32, steps: 100, accumulate: 2, precision: bf16}
 )";
 
 std::vector<std::string> Seeds() {

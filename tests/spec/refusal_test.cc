@@ -185,6 +185,8 @@ std::vector<Refusal> Refusals() {
       {"optimizer.learning_rate", "0x1p-3", Number("\"0x1p-3\"", "above 0 to 1000000")},
       {"optimizer.momentum", "1", Number("1", "from 0 to below 1")},
       {"optimizer.beta1", "1", Number("1", "from 0 to below 1")},
+      {"optimizer.beta1", "0.99999999999", Number("0.99999999999", "from 0 to below 1")},
+      {"optimizer.learning_rate", "1e-50", Number("1e-50", "above 0 to 1000000")},
       {"optimizer.beta2", "-0.5", Number("-0.5", "from 0 to below 1")},
       {"optimizer.epsilon", "0", Number("0", "from 1e-30 to 1")},
       {"optimizer.l2", "-1e-4", Number("-1e-4", "from 0 to 1000000")},

@@ -57,8 +57,8 @@ std::string RandomSpec(std::mt19937_64& random) {
       "model: {}\noptimizer: {{type: {}, l2: {}}}\nschedule: {}\n"
       "train: {{batch: {}, epochs: {}, seed: {}, shards: {}, evaluate: {{every_steps: {}}}}}\n"
       "resources: {{slots: 1}}\n",
-      pick({"a", "\"null\"", "true", "1", "1.5", "yes"}), path, real(), real(), number(1, 60000),
-      number(0, 28), model, optimizer, real(), schedule, number(8, 1000), number(1, 9), random(),
+      pick({"a", "\"null\"", "true", "1", "1.5", "yes"}), path, real(), real(), number(1000, 60000),
+      number(0, 28), model, optimizer, real(), schedule, number(16, 1000), number(1, 9), random(),
       number(1, 8), number(0, 9));
 }
 

@@ -196,9 +196,9 @@ TEST(BadData, IsOneLineThatNamesFileAndRow) {
   EXPECT_THAT(
       PrepareError(absl::StrReplaceAll(yaml, {{"train_samples: 130", "train_samples: 131"}})),
       AllOf(HasSubstr(file), HasSubstr("truncated: it ends in row 130 of 10000")));
-  EXPECT_THAT(
-      PrepareError(absl::StrReplaceAll(yaml, {{"train_samples: 130", "train_samples: 39"}})),
-      AllOf(HasSubstr(file), HasSubstr("ends after row 38, smaller than one batch of 40")));
+  EXPECT_THAT(PrepareError(absl::StrReplaceAll(YamlOf("npy"), {{"batch: 40", "batch: 131"}})),
+              AllOf(HasSubstr(NpyFolder() + "/train_features.npy"),
+                    HasSubstr("ends after row 129, smaller than one batch of 131")));
   const std::string folder = TemporaryFolder();
   std::string batch = data::CifarBatch(0, 130);
   batch[77 * data::kCifarRow] = 20;
@@ -229,6 +229,33 @@ TEST(BadData, OfNpyIsOneLine) {
   EXPECT_THAT(PrepareError(absl::StrReplaceAll(
                   YamlOf("npy_compute"), {{"validation_bytes.npy", "validation_features.npy"}})),
               HasSubstr("validation_features.npy: its features are float32"));
+}
+
+// What a model cannot take is found before the first step, in the validation set too.
+TEST(BadData, ValuesThatTheModelCannotTakeAreNamed) {
+  const auto embedding = [](int vocabulary) {
+    return absl::StrCat("data: {format: npy, shape: [6, 6, 2], path: ", NpyFolder(),
+                        ", train_features: train_bytes.npy, validation_features: "
+                        "validation_bytes.npy, validation_samples: 61, normalize: {mean: [0], std: "
+                        "[0.00392156862745098]}}\n"
+                        "model:\n  layers:\n    - {name: flat, type: flatten}\n"
+                        "    - {name: table, type: embedding, vocabulary: ",
+                        vocabulary,
+                        ", units: 2}\n    - {type: flatten}\n    - {type: dense, units: 10}\n"
+                        "optimizer: {learning_rate: 0.1}\ntrain: {batch: 40, steps: 2}\n");
+  };
+  // Byte k of sample i is i + k: 72 values of 130 samples.
+  EXPECT_THAT(PrepareError(embedding(150)), HasSubstr("train_bytes.npy: row 79 has the value 150"));
+  EXPECT_EQ(RunMembers(embedding(201), {.workers = 1}).prepare_error, "");
+  EXPECT_THAT(PrepareError(absl::StrReplaceAll(embedding(201),
+                                               {{"std: [0.00392156862745098]", "std: [1]"}})),
+              AllOf(HasSubstr("train_bytes.npy: row 0 has the value 1, normalized 0.00392157"),
+                    HasSubstr("whole numbers from 0 to 200 for the embedding table")));
+  std::string yaml = YamlOf("synthetic");
+  yaml = absl::StrReplaceAll(
+      yaml, {{"type: dense, units: 10", "type: dense, units: 189"},
+             {"optimizer:", "loss: {type: sigmoid_cross_entropy, target: input}\noptimizer:"}});
+  EXPECT_THAT(PrepareError(yaml), HasSubstr("numbers from 0 to 1 for sigmoid_cross_entropy"));
 }
 
 // Waiting is a share, and every format reports it.

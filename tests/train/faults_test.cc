@@ -89,6 +89,14 @@ TEST_F(ResumeRefused, WithAnotherBatchSeedShardsModelOptimizerOrData) {
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "units: 32", "units: 33")),
               HasSubstr("out.weight has shape [10, 32], expected [10, 33]"));
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "type: momentum", "type: sgd")), HasSubstr("momentum"));
+  EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "type: relu", "type: elu")),
+              HasSubstr("its model is not the spec's: modified: layers["));
+  EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "type: momentum", "type: momentum, clip_norm: 0.5")),
+              HasSubstr("its optimizer is not the spec's: modified: clip_norm: 0 -> 0.5"));
+  EXPECT_THAT(ErrorOf(MlpYaml() + "loss: {label_smoothing: 0.1}\n"),
+              HasSubstr("its loss is not the spec's: "));
+  EXPECT_THAT(ErrorOf(MlpYaml() + "schedule: {type: cosine}\n"),
+              HasSubstr("its schedule is not the spec's: modified: type: \"constant\""));
   EXPECT_THAT(ErrorOf(Replace(MlpYaml(), "train_samples: 1030", "train_samples: 1031")),
               HasSubstr("other data"));
 }

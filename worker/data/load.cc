@@ -1,6 +1,8 @@
 #include "worker/data/load.h"
 
+#include <new>
 #include "absl/status/status.h"
+
 #include "absl/strings/str_cat.h"
 #include "worker/data/cifar10.h"
 #include "worker/data/content_reader.h"
@@ -53,7 +55,14 @@ absl::StatusOr<std::shared_ptr<const Dataset>> Load(FileSystem& fs, const DataOp
 absl::StatusOr<std::shared_ptr<const Dataset>> LoadDataset(FileSystem& fs,
                                                            const DataOptions& options,
                                                            Split split) {
-  absl::StatusOr<std::shared_ptr<const Dataset>> set = Load(fs, options, split);
+  absl::StatusOr<std::shared_ptr<const Dataset>> set;
+  try {
+    set = Load(fs, options, split);
+  } catch (const std::bad_alloc&) {  // of as many samples as the spec asks for
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "no memory on this host for the ", split == Split::kTrain ? "training" : "validation",
+        " set", options.folder.empty() ? "" : absl::StrCat(" of ", options.folder)));
+  }
   if (!set.ok() || split != Split::kTrain || (*set)->samples() >= options.batch) return set;
   return absl::InvalidArgumentError(
       absl::StrCat((*set)->source(), ": the training set ends after row ", (*set)->samples() - 1,

@@ -16,12 +16,14 @@
 #include "common/spec/spec.h"
 #include "common/status_macros.h"
 #include "common/thread_name.h"
+#include "google/protobuf/util/message_differencer.h"
 #include "spdlog/spdlog.h"
 #include "worker/collective/rendezvous.h"
 #include "worker/data/batch_loader.h"
 #include "worker/data/load.h"
 #include "worker/data/moments.h"
 #include "worker/data/sampler.h"
+#include "worker/data/values.h"
 #include "worker/device/cpu/cpu_device.h"
 #include "worker/train/checkpoint.h"
 #include "worker/train/probe.h"
@@ -57,7 +59,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     ASSIGN_OR_RETURN(spec::Graph graph, spec::BuildGraph(spec_));
     has_accuracy_ =
         graph.loss == spec::LossType::kSoftmaxCrossEntropy || graph.target == spec::Target::kLabel;
-    RETURN_IF_ERROR(LoadData());
+    RETURN_IF_ERROR(LoadData(MakeValueRule(graph)));
     ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
     ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
     ASSIGN_OR_RETURN(stream_, device_->MakeStream());
@@ -175,7 +177,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
  private:
-  absl::Status LoadData() {
+  absl::Status LoadData(const data::ValueRule& rule) {
     // Synthetic data has no path.
     std::string folder = options_.data_path.empty() ? spec_.data().path() : options_.data_path;
     if (!folder.empty()) {
@@ -203,6 +205,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       mean_ = std::move(moments.mean);
       std_ = std::move(moments.std);
     }
+    RETURN_IF_ERROR(data::CheckValues(*train_set_, mean_, std_, rule));
+    RETURN_IF_ERROR(data::CheckValues(*validation_set_, mean_, std_, rule));
     length_ = MakeRunLength(spec_, train_set_->samples());
     evaluation_.samples = validation_set_->samples();
     evaluation_.batch = spec_.train().evaluate().batch();
@@ -293,19 +297,28 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       return train.precision().empty() ? std::string("fp32") : train.precision();
     };
     RETURN_IF_ERROR(differs("train.precision", precision(then), precision(now)));
-    // Compared as they are written: both are complete.
-    const auto same = [&](const char* field, const std::string& a,
-                          const std::string& b) -> absl::Status {
-      if (a == b) return absl::OkStatus();
-      return absl::FailedPreconditionError(absl::StrCat("cannot go on from ", loaded_->path,
-                                                        ": it was made with ", field, " {", a,
-                                                        "}, the spec says {", b, "}"));
+    // Both are complete: what a field is by default is written there.
+    const auto same = [&](const char* part, const google::protobuf::Message& a,
+                          const google::protobuf::Message& b) -> absl::Status {
+      google::protobuf::util::MessageDifferencer differencer;
+      std::string report;
+      differencer.ReportDifferencesToString(&report);
+      if (differencer.Compare(a, b)) return absl::OkStatus();
+      return absl::FailedPreconditionError(
+          absl::StrCat("cannot go on from ", loaded_->path, ": its ", part,
+                       " is not the spec's: ", report.substr(0, report.find('\n'))));
     };
+    RETURN_IF_ERROR(same("model", manifest.spec().model(), spec_.model()));
+    RETURN_IF_ERROR(same("loss", manifest.spec().loss(), spec_.loss()));
+    RETURN_IF_ERROR(same("optimizer", manifest.spec().optimizer(), spec_.optimizer()));
+    RETURN_IF_ERROR(same("schedule", manifest.spec().schedule(), spec_.schedule()));
     const v1::DataSpec &data_then = manifest.spec().data(), &data_now = spec_.data();
-    RETURN_IF_ERROR(same("data.normalize", data_then.normalize().ShortDebugString(),
-                         data_now.normalize().ShortDebugString()));
-    RETURN_IF_ERROR(same("data.augment", data_then.augment().ShortDebugString(),
-                         data_now.augment().ShortDebugString()));
+    RETURN_IF_ERROR(same("data.normalize", data_then.normalize(), data_now.normalize()));
+    RETURN_IF_ERROR(same("data.augment", data_then.augment(), data_now.augment()));
+    if (spec_.schedule().type() == "cosine") {  // which falls over the whole run
+      const int64_t steps = MakeRunLength(manifest.spec(), train_set_->samples()).total_steps;
+      RETURN_IF_ERROR(differs("a cosine schedule of steps", steps, length_.total_steps));
+    }
     const std::string data = data::CombinedDigest(*train_set_, *validation_set_);
     if (manifest.data_digest() != data) {
       return absl::FailedPreconditionError(absl::StrCat(

@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "worker/data/sampler.h"
 
 namespace lockstep::train {
@@ -71,6 +72,30 @@ device::Augmentation MakeAugmentation(const v1::JobSpec& spec) {
   const v1::AugmentSpec& augment = spec.data().augment();
   return data::MakeAugmentation(spec.train().seed(), augment.crop_padding(), augment.flip(),
                                 augment.cutout());
+}
+
+data::ValueRule MakeValueRule(const spec::Graph& graph) {
+  using spec::LayerType;
+  for (const spec::Layer& layer : graph.layers) {
+    if (layer.type != LayerType::kEmbedding) continue;
+    // Layers that move values and leave them as they are.
+    int input = layer.inputs[0];
+    while (input != spec::kData) {
+      const LayerType type = graph.layers[input].type;
+      if (type != LayerType::kFlatten && type != LayerType::kReshape &&
+          type != LayerType::kTranspose) {
+        break;
+      }
+      input = graph.layers[input].inputs[0];
+    }
+    if (input != spec::kData) continue;
+    return {0, static_cast<double>(layer.tensors[0].shape[0] - 1), true,
+            absl::StrCat("the embedding ", layer.name)};
+  }
+  if (graph.loss == spec::LossType::kSigmoidCrossEntropy && graph.target == spec::Target::kInput) {
+    return {0, 1, false, "sigmoid_cross_entropy with target: input"};
+  }
+  return {};
 }
 
 device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec) {

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <string>
 
+#include "common/spec/graph.h"
 #include "lockstep/v1/spec.pb.h"
 #include "worker/data/load.h"
+#include "worker/data/values.h"
 #include "worker/device/device.h"
 #include "worker/optim/optimizer.h"
 
@@ -37,6 +39,9 @@ RunLength MakeRunLength(const v1::JobSpec& spec, int64_t samples);
 // `folder`: data.path, resolved on this host.
 data::DataOptions MakeDataOptions(const v1::JobSpec& spec, const std::string& folder);
 device::Augmentation MakeAugmentation(const v1::JobSpec& spec);
+// What the model asks of its data: of an embedding that reads it, positions; of a cross-entropy
+// that reproduces it, probabilities.
+data::ValueRule MakeValueRule(const spec::Graph& graph);
 
 device::OptimizerCoefficients MakeCoefficients(const v1::OptimizerSpec& spec);
 optim::ScheduleOptions MakeSchedule(const v1::JobSpec& spec, const RunLength& length);

@@ -56,7 +56,7 @@ void Product(const GemmShape& s, const float* a, const float* b, const float* bi
   for (int64_t j = 0; j < s.columns; j += kTileVectors * kLanes) {
     const float* const from = b + j / kGemmPanel * s.b_panel + j % kGemmPanel;
     const float* const shift = bias == nullptr ? nullptr : bias + j;
-    ForTileOfColumns(s.columns - j, [&](auto vectors, auto m) {
+    ForTileOfColumns<kTileVectors>(s.columns - j, [&](auto vectors, auto m) {
       Columns<Numbers, decltype(vectors)::value>(s, a, from, shift, c + j, m);
     });
   }
@@ -84,7 +84,7 @@ void ForwardProduct(int64_t rows, int64_t in, int64_t out, const float* x, const
         }
       }
       for (int64_t v = 0; v < vectors; v += kTileVectors) {
-        ForTileOfColumns((vectors - v) * kLanes, [&](auto width, auto m) {
+        ForTileOfColumns<kTileVectors>((vectors - v) * kLanes, [&](auto width, auto m) {
           constexpr int kVectors = decltype(width)::value;
           ForEachTileOfRows<RowsOfTile(kVectors)>(out, [&](int64_t r, auto tile_rows) {
             Accumulators<decltype(tile_rows)::value, kVectors> sum;
@@ -123,32 +123,51 @@ void ForwardProduct(int64_t rows, int64_t in, int64_t out, const float* x, const
   }
 }
 
+// A leaf has few rows, so that storing its sums until they are combined would cost much beside its
+// products: two leaves that are combined at once both stay in registers.
 template <class Numbers>
 void WeightGradient(const LeafFold& fold, int64_t in, int64_t out, const int64_t* rows,
                     const float* const* x, const float* const* dy, float* const* dw) {
-  alignas(64) float waiting[kMostFoldBuffers][kTileAccumulators * kLanes];
-  for (int64_t j = 0; j < in; j += kTileVectors * kLanes) {
-    ForTileOfColumns(in - j, [&](auto vectors, auto m) {
-      constexpr int kVectors = decltype(vectors)::value;
-      constexpr int64_t kStride = kVectors * kLanes;
-      ForEachTileOfRows<RowsOfTile(kVectors)>(out, [&](int64_t r, auto tile_rows) {
-        Accumulators<decltype(tile_rows)::value, kVectors> sum;
+  using Tile = LeafTile<Numbers>;
+  alignas(64) float waiting[kMostFoldBuffers][Tile::kRows * Tile::kVectors * kLanes];
+  for (int64_t j = 0; j < in; j += Tile::kVectors * kLanes) {
+    ForTileOfColumns<Tile::kVectors>(in - j, [&](auto vectors, auto m) {
+      constexpr int64_t kStride = decltype(vectors)::value * kLanes;
+      ForEachTileOfRows<Tile::kRows>(out, [&](int64_t r, auto tile_rows) {
+        using Sums = Accumulators<decltype(tile_rows)::value, decltype(vectors)::value>;
         const FoldPair* combine = fold.combines;
         for (int leaf = 0; leaf < fold.leaves; ++leaf) {
-          sum.Clear();
-          sum.template Multiply<Numbers>(Numbers::Elements(rows[leaf]), dy[leaf] + r, 1, out,
-                                         x[leaf] + j, in, m);
-          int current = fold.buffer[leaf];
-          for (int i = 0; i < fold.combine_count[leaf]; ++i, ++combine) {
+          Sums sum;
+          int current = fold.buffer[leaf], combines = fold.combine_count[leaf];
+          if (Tile::kTwo && combines == 0 && leaf + 1 < fold.leaves &&
+              fold.combine_count[leaf + 1] > 0) {
+            Sums left;
+            left.template Product<Numbers>(Numbers::Elements(rows[leaf]), dy[leaf] + r, out,
+                                           x[leaf] + j, in, m);
+            ++leaf;
+            sum.template Product<Numbers>(Numbers::Elements(rows[leaf]), dy[leaf] + r, out,
+                                          x[leaf] + j, in, m);
+            sum.AddLeft(left);
+            current = combine->left;
+            combines = fold.combine_count[leaf] - 1;
+            ++combine;
+          } else {
+            sum.template Product<Numbers>(Numbers::Elements(rows[leaf]), dy[leaf] + r, out,
+                                          x[leaf] + j, in, m);
+          }
+          for (; combines > 0; --combines, ++combine) {
             sum.AddFromLeft(waiting[combine->left], kStride, All());
             current = combine->left;
           }
           if (leaf + 1 < fold.leaves || fold.parts > 1) {
             sum.Store(waiting[current], kStride, All());
+          } else {
+            sum.Store(dw[0] + r * in + j, in, m);
           }
         }
-        if (fold.parts == 1) return sum.Store(dw[0] + r * in + j, in, m);
+        if (fold.parts == 1) return;
         for (int part = 0; part < fold.parts; ++part) {
+          Sums sum;
           sum.Load(waiting[fold.part_buffer[part]], kStride, All());
           sum.Store(dw[part] + r * in + j, in, m);
         }
