@@ -1,6 +1,8 @@
 // `diff` on real files.
 #include "client/diff.h"
 
+#include <unistd.h>
+
 #include "common/fs.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -25,7 +27,7 @@ class DiffTest : public ::testing::Test {
  protected:
   DiffTest() {
     const auto* info = ::testing::UnitTest::GetInstance()->current_test_info();
-    folder_ = ::testing::TempDir() + "/diff_" + info->name();
+    folder_ = ::testing::TempDir() + "/diff_" + std::to_string(getpid()) + "_" + info->name();
     EXPECT_TRUE(RemoveTree(folder_).ok());
   }
   ~DiffTest() override { RemoveTree(folder_).IgnoreError(); }

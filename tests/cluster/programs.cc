@@ -30,6 +30,13 @@ bool TakesCoordinator(const std::string& command) {
   return true;
 }
 
+// A loopback address of this process alone: a server that is restarted finds its port free,
+// although other tests run beside this one. A pid has at most 22 bits.
+std::string OwnHost() {
+  const int pid = getpid();
+  return absl::StrCat("127.", 64 + (pid >> 16), ".", pid >> 8 & 255, ".", pid & 255);
+}
+
 }  // namespace
 
 Programs::Programs() {
@@ -86,7 +93,7 @@ void Programs::StartServer() {
   client::SpawnOptions options;
   options.arguments = {absl::StrCat(kBin, "/lockstep-server"),
                        "--listen",
-                       address_.empty() ? "127.0.0.1:0" : address_,
+                       address_.empty() ? OwnHost() + ":0" : address_,
                        "--data-dir",
                        JoinedPath("server"),
                        "--ready-fd",
@@ -165,7 +172,8 @@ client::Child Programs::Start(const std::vector<std::string>& arguments, const s
 }
 
 nlohmann::json Programs::Job(const std::string& job) {
-  return Lockstep({"describe", job, "-o", "json"}).json();
+  nlohmann::json json = Lockstep({"describe", job, "-o", "json"}).json();
+  return json.is_object() ? json : nlohmann::json::object();
 }
 
 std::string Programs::Submit(const std::string& spec, const std::vector<std::string>& arguments) {
@@ -203,7 +211,8 @@ void Programs::WaitForStep(const std::string& job, int64_t step) {
 void Programs::WaitForWorkers(int idle) {
   EXPECT_TRUE(Eventually([&] {
     const nlohmann::json workers = Lockstep({"workers", "-o", "json"}).json();
-    return std::count_if(workers.begin(), workers.end(), [](const nlohmann::json& worker) {
+    return workers.is_array() &&
+           std::count_if(workers.begin(), workers.end(), [](const nlohmann::json& worker) {
              return worker["state"] == "IDLE";
            }) == idle;
   }));

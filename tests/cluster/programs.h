@@ -1,5 +1,5 @@
-// The real programs as a test starts them: a coordinator, workers, and `lockstep` commands, on
-// ports that the system chooses and in a folder of the test's own.
+// The real programs as a test starts them: a coordinator, workers, and `lockstep` commands, at a
+// loopback address and in a folder of the test's own.
 //
 // Everything that a test starts, and whatever that starts in turn, carries a mark in its
 // environment: Survivors() finds what is left of it anywhere on the machine. The destructor kills
@@ -58,7 +58,7 @@ class Programs {
   // Any program to its end.
   Result Execute(const std::vector<std::string>& arguments);
 
-  // `describe JOB -o json`
+  // `describe JOB -o json`; an empty object where it fails.
   nlohmann::json Job(const std::string& job);
   std::string Submit(const std::string& spec, const std::vector<std::string>& arguments = {});
   // Follows the job to its end and returns it; fails the test after a minute.

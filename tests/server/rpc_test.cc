@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
 #include "server/rpc/monotonic_clock.h"
 #include "server/rpc/server.h"
 #include "tests/common/temporary_folder.h"
@@ -31,6 +32,7 @@ class RpcTest : public testing::Test {
     ServerOptions options;
     options.listen = "127.0.0.1:0";
     options.data_dir = folder_.path();
+    options.core.expiry = absl::Minutes(1);  // a FakeWorker sends no heartbeats
     auto server = Server::Start(options, clock_);
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = *std::move(server);
@@ -273,6 +275,14 @@ TEST_F(RpcTest, AWorkerThatDoesNotReadIsCutOff) {
   int64_t said = 0;
   while (said < 200'000 && worker.Say(message)) ++said;
   EXPECT_LT(said, 200'000);
+  // Until the coordinator has seen the end of the connection, the job may go to the deaf one.
+  const auto lost = [this] {
+    const std::vector<v1::WorkerInfo> workers = client_->Workers();
+    return workers.size() == 1 && workers[0].state() == "LOST";
+  };
+  const absl::Time deadline = absl::Now() + absl::Seconds(20);
+  while (!lost() && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(10));
+  EXPECT_TRUE(lost());
   FakeWorker other(address(), "w0", 1);
   const std::string job = SubmitSmall();
   EXPECT_EQ(other.StartJob().job(), job);

@@ -91,6 +91,16 @@ void Recorder::Work() {
   for (;;) {
     const bool last = stop_;
     v1::Progress progress;
+    // Before the steps: an evaluation is pushed after its step, which therefore goes out in the
+    // same message or an earlier one.
+    int sent_evaluations = 0;
+    {
+      absl::MutexLock lock(&mutex_);
+      for (v1::Evaluation& evaluation : evaluations_)
+        *progress.add_evaluations() = std::move(evaluation);
+      sent_evaluations = static_cast<int>(evaluations_.size());
+      evaluations_.clear();
+    }
     const int64_t end = pushed_.load(std::memory_order_acquire);
     int64_t at = taken_.load(std::memory_order_relaxed);
     for (; at < end; ++at) {
@@ -108,14 +118,6 @@ void Recorder::Work() {
         step->set_state_digest(ToHex(entry.record.state));
         WriteLine(entry);
       }
-    }
-    int sent_evaluations = 0;
-    {
-      absl::MutexLock lock(&mutex_);
-      for (v1::Evaluation& evaluation : evaluations_)
-        *progress.add_evaluations() = std::move(evaluation);
-      sent_evaluations = static_cast<int>(evaluations_.size());
-      evaluations_.clear();
     }
     if (progress.steps_size() > 0 || sent_evaluations > 0) options_.send(std::move(progress));
     taken_.store(at, std::memory_order_release);
