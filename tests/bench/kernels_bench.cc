@@ -1,4 +1,5 @@
-// One row for each kernel, at the sizes of fashion-cnn with 16 samples in a shard.
+// One row for each kernel, at the sizes of fashion-cnn with 16 samples in a shard; prepared
+// operations in both precisions.
 //   kernels_bench --benchmark_filter=Conv
 // FLOP/s counts a multiply-add as two; bytes/s counts each array read or written once.
 #include <benchmark/benchmark.h>
@@ -50,6 +51,12 @@ void ReportBytes(benchmark::State& state, double elements, double bytes_per_elem
 
 enum Pass { kForward, kInput, kWeight, kPack };
 
+// Of prepared operations: the argument is the precision of the products.
+void InBoth(benchmark::internal::Benchmark* rows) { rows->ArgName("bf16")->Arg(0)->Arg(1); }
+Precision PrecisionOf(const benchmark::State& state) {
+  return state.range(0) == 0 ? Precision::kFp32 : Precision::kBf16;
+}
+
 void BackwardWeight(Conv2d& op, Stream& stream, const float* x, const float* dy, float* dw,
                     float* db, void* scratch) {
   op.BackwardWeight(stream, kRows, x, dy, dw, db, scratch);
@@ -77,38 +84,88 @@ void RunPass(benchmark::State& state, Bench& b, Op& op, Pass pass, double produc
 
 void Conv(benchmark::State& state, Conv2dShape s, Pass pass) {
   Bench b;
+  s.precision = PrecisionOf(state);
   auto op = b.device().MakeConv2d(s, {kRows}).value();
   const int64_t pixels = kRows * s.out_height() * s.out_width(),
-                weights = s.out * s.kernel * s.kernel * s.in;
+                weights = s.out * s.kernel * s.kernel * s.in / s.groups;
   RunPass(state, b, *op, pass, static_cast<double>(pixels * weights), b.Floats(weights),
           b.Floats(kRows * s.height * s.width * s.in), b.Floats(pixels * s.out), b.Floats(weights),
           b.Floats(s.out));
 }
 constexpr Conv2dShape kConv1{28, 28, 1, 32, 3, 1, 1}, kConv2{14, 14, 32, 64, 3, 1, 1};
-BENCHMARK_CAPTURE(Conv, conv1_forward, kConv1, kForward);
-BENCHMARK_CAPTURE(Conv, conv1_weight, kConv1, kWeight);
-BENCHMARK_CAPTURE(Conv, conv2_forward, kConv2, kForward);
-BENCHMARK_CAPTURE(Conv, conv2_input, kConv2, kInput);
-BENCHMARK_CAPTURE(Conv, conv2_weight, kConv2, kWeight);
+constexpr Conv2dShape kGrouped{
+    .height = 14, .width = 14, .in = 64, .out = 64, .kernel = 3, .padding = 1, .groups = 4};
+constexpr Conv2dShape kDilated{
+    .height = 14, .width = 14, .in = 32, .out = 64, .kernel = 3, .padding = 2, .dilation = 2};
+BENCHMARK_CAPTURE(Conv, conv1_forward, kConv1, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, conv1_weight, kConv1, kWeight)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, conv2_forward, kConv2, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, conv2_input, kConv2, kInput)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, conv2_weight, kConv2, kWeight)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, grouped_forward, kGrouped, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, grouped_input, kGrouped, kInput)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, grouped_weight, kGrouped, kWeight)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, dilated_forward, kDilated, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, dilated_input, kDilated, kInput)->Apply(InBoth);
+BENCHMARK_CAPTURE(Conv, dilated_weight, kDilated, kWeight)->Apply(InBoth);
 
 void DenseLayer(benchmark::State& state, DenseShape s, Pass pass) {
   Bench b;
+  s.precision = PrecisionOf(state);
   auto op = b.device().MakeDense(s, {kRows}).value();
   RunPass(state, b, *op, pass, static_cast<double>(kRows * s.in * s.out), b.Floats(s.in * s.out),
           b.Floats(kRows * s.in), b.Floats(kRows * s.out), b.Floats(s.in * s.out), b.Floats(s.out));
 }
 constexpr DenseShape kDense1{3136, 128, true}, kDense2{128, 10, true};
-BENCHMARK_CAPTURE(DenseLayer, dense1_forward, kDense1, kForward);
-BENCHMARK_CAPTURE(DenseLayer, dense1_input, kDense1, kInput);
-BENCHMARK_CAPTURE(DenseLayer, dense1_weight, kDense1, kWeight);
-BENCHMARK_CAPTURE(DenseLayer, dense1_pack, kDense1, kPack);
-BENCHMARK_CAPTURE(DenseLayer, dense2_forward, kDense2, kForward);
-BENCHMARK_CAPTURE(DenseLayer, dense2_input, kDense2, kInput);
-BENCHMARK_CAPTURE(DenseLayer, dense2_weight, kDense2, kWeight);
+BENCHMARK_CAPTURE(DenseLayer, dense1_forward, kDense1, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(DenseLayer, dense1_input, kDense1, kInput)->Apply(InBoth);
+BENCHMARK_CAPTURE(DenseLayer, dense1_weight, kDense1, kWeight)->Apply(InBoth);
+BENCHMARK_CAPTURE(DenseLayer, dense1_pack, kDense1, kPack)->Apply(InBoth);
+BENCHMARK_CAPTURE(DenseLayer, dense2_forward, kDense2, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(DenseLayer, dense2_input, kDense2, kInput)->Apply(InBoth);
+BENCHMARK_CAPTURE(DenseLayer, dense2_weight, kDense2, kWeight)->Apply(InBoth);
+
+// Of 64 samples: one leaf of them all, or the four leaves of a slot that has four shards, folded by
+// the canonical tree. Their difference is what the tree costs a layer, which exactness/ of cpu.py
+// has mixed with what smaller shards gain.
+void DenseGradient(benchmark::State& state, int64_t in, int64_t out) {
+  Bench b;
+  const auto leaves = static_cast<int>(state.range(1));
+  constexpr int64_t kSamples = 4 * kRows;
+  constexpr int kBuffers[] = {0, 1, 1, 2}, kCombineCounts[] = {0, 1, 0, 2};
+  constexpr FoldPair kCombines[] = {{0, 1}, {1, 2}, {0, 1}};
+  const LeafFold fold =
+      leaves == 1 ? kOneLeaf : LeafFold{4, kBuffers, kCombineCounts, kCombines, 1, &kFirstBuffer};
+  const DenseShape shape{
+      .in = in, .out = out, .bias = true, .precision = PrecisionOf(state), .most_leaves = leaves};
+  auto op = b.device().MakeDense(shape, {kSamples}).value();
+  const std::vector<int64_t> rows(leaves, kSamples / leaves);
+  const float *x = b.Floats(kSamples * in), *dy = b.Floats(kSamples * out);
+  std::vector<const float*> leaf_x, leaf_dy;
+  for (int leaf = 0; leaf < leaves; ++leaf) {
+    leaf_x.push_back(x + leaf * rows[leaf] * in);
+    leaf_dy.push_back(dy + leaf * rows[leaf] * out);
+  }
+  float *dw = b.Floats(in * out), *db = b.Floats(out);
+  void* const scratch = b.Bytes(static_cast<int64_t>(op->scratch_bytes()));
+  op->Pack(b.stream(), b.Floats(in * out));
+  for (auto _ : state) {
+    op->BackwardWeight(b.stream(), fold, rows.data(), leaf_x.data(), leaf_dy.data(), &dw, &db,
+                       scratch);
+    benchmark::ClobberMemory();
+  }
+  ReportFlops(state, 2 * static_cast<double>(kSamples * in * out));
+}
+void OfLeaves(benchmark::internal::Benchmark* rows) {
+  rows->ArgNames({"bf16", "leaves"})->ArgsProduct({{0, 1}, {1, 4}});
+}
+BENCHMARK_CAPTURE(DenseGradient, 784x500, 784, 500)->Apply(OfLeaves);
+BENCHMARK_CAPTURE(DenseGradient, 500x500, 500, 500)->Apply(OfLeaves);
 
 // Images row by row. Backward uses up what forward left, so it is measured with it.
 void LstmLayer(benchmark::State& state, LstmShape s, Pass pass) {
   Bench b;
+  s.precision = PrecisionOf(state);
   auto op = b.device().MakeLstm(s, {kRows}).value();
   const int64_t gates = 4 * s.hidden, from_x = gates * s.in, from_h = gates * s.hidden;
   const std::vector<LstmTensors<const float>> tensors(
@@ -135,9 +192,28 @@ void LstmLayer(benchmark::State& state, LstmShape s, Pass pass) {
   if (pass != kPack) ReportFlops(state, 2 * steps * (forward + backward));
 }
 constexpr LstmShape kLstm{.steps = 28, .in = 28, .hidden = 128, .bias = true};
-BENCHMARK_CAPTURE(LstmLayer, lstm_forward, kLstm, kForward);
-BENCHMARK_CAPTURE(LstmLayer, lstm_forward_and_backward, kLstm, kWeight);
-BENCHMARK_CAPTURE(LstmLayer, lstm_pack, kLstm, kPack);
+BENCHMARK_CAPTURE(LstmLayer, lstm_forward, kLstm, kForward)->Apply(InBoth);
+BENCHMARK_CAPTURE(LstmLayer, lstm_forward_and_backward, kLstm, kWeight)->Apply(InBoth);
+BENCHMARK_CAPTURE(LstmLayer, lstm_pack, kLstm, kPack)->Apply(InBoth);
+
+void Embedding(benchmark::State& state) {
+  Bench b;
+  const int64_t n = kRows * 64, vocabulary = 10000, features = 128;
+  float *x = b.Floats(n), *y = b.Floats(n * features), *w = b.Floats(vocabulary * features);
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(i * 7919 % vocabulary);
+  const bool backward = state.range(0) != 0;
+  for (auto _ : state) {
+    if (backward) {
+      b.device().EmbeddingBackward(b.stream(), n, vocabulary, features, x, y, w);
+    } else {
+      b.device().EmbeddingForward(b.stream(), n, vocabulary, features, x, w, y);
+    }
+    benchmark::ClobberMemory();
+  }
+  // Backward writes the gradient of every word.
+  ReportBytes(state, static_cast<double>((backward ? n + vocabulary : 2 * n) * features), 4);
+}
+BENCHMARK(Embedding)->ArgName("backward")->Arg(0)->Arg(1);
 
 void BatchNorm(benchmark::State& state) {
   Bench b;

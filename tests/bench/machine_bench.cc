@@ -1,20 +1,21 @@
-// What the machine can do at best, to judge everything else by: the rate of large matrix products
+// What the machine can do at best, to judge everything else by: the rate of matrix products
 // of oneDNN with every instruction set the processor has, and of memory copies that no cache holds,
 // on one core and on all of them at once. One JSON object per line:
 //   {"what":"gemm","precision":"fp32","threads":2,"per_second":2.24e+11,"library":"oneDNN 2.6.3"}
 // gemm: FLOP/s, a multiply-add as two. memcpy: bytes copied per second (each is read and written).
-// The best of several repeats, since whatever disturbs one can only make it slower.
-// usage: machine_bench [threads, default all cores [seconds of a repeat, default 0.3]]
+// The best of many short bursts, since whatever disturbs one can only make it slower.
+// usage: machine_bench [threads, default all cores [seconds of each figure, default 0.3]]
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
+#include <barrier>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -25,7 +26,7 @@
 namespace lockstep {
 namespace {
 
-constexpr int kRepeats = 5;
+constexpr double kBurst = 0.01;  // seconds; shorter than what others leave of a busy core at a time
 
 using Clock = std::chrono::steady_clock;
 using Work = std::function<void()>;
@@ -37,44 +38,38 @@ void UseOneThread() {
   if (set_threads != nullptr) set_threads(1);
 }
 
-// How often a second `threads` threads, all at work at the same time, finish their work.
-double Rate(int threads, double seconds, const MakeWork& make) {
-  std::atomic<int> ready{0};
-  std::vector<double> rates(threads);
+// How often a second `threads` threads, all at work at the same time, finish their work: the sum of
+// what each did in its best burst.
+double Best(int threads, double seconds, const MakeWork& make) {
+  const int bursts = std::max(1, static_cast<int>(seconds / kBurst));
+  std::vector<double> best(threads);
+  std::barrier together(threads);
   std::vector<std::thread> team;
   for (int i = 0; i < threads; ++i) {
     team.emplace_back([&, i] {
       UseOneThread();
       const Work work = make();
       work();
-      work();
-      ++ready;
-      while (ready < threads) std::this_thread::yield();
-      const auto start = Clock::now();
-      std::chrono::duration<double> took{0};
-      int64_t done = 0;
-      while (took.count() < seconds) {
-        work();
-        ++done;
-        took = Clock::now() - start;
+      for (int burst = 0; burst < bursts; ++burst) {
+        together.arrive_and_wait();
+        const auto start = Clock::now();
+        std::chrono::duration<double> took{0};
+        int64_t done = 0;
+        while (took.count() < kBurst) {
+          work();
+          ++done;
+          took = Clock::now() - start;
+        }
+        best[i] = std::max(best[i], static_cast<double>(done) / took.count());
       }
-      rates[i] = static_cast<double>(done) / took.count();
     });
   }
   for (std::thread& thread : team) thread.join();
-  double sum = 0;
-  for (const double rate : rates) sum += rate;
-  return sum;
+  return std::accumulate(best.begin(), best.end(), 0.0);
 }
 
-double Best(int threads, double seconds, const MakeWork& make) {
-  double best = 0;
-  for (int i = 0; i < kRepeats; ++i) best = std::max(best, Rate(threads, seconds, make));
-  return best;
-}
-
-// Square matrices that lie in the second-level cache in part, as in any large product.
-constexpr int64_t kOrder = 1024;
+// Square matrices that the second-level cache holds.
+constexpr int64_t kOrder = 256;
 
 MakeWork Gemm(const dnnl::engine& engine, dnnl::memory::data_type type) {
   using dnnl::memory;
@@ -137,7 +132,7 @@ int main(int argc, char** argv) {
   const int cores = argc > 1 ? std::atoi(argv[1]) : lockstep::AvailableCores();
   const double seconds = argc > 2 ? std::atof(argv[2]) : 0.3;
   if (cores < 1 || seconds <= 0) {
-    std::fprintf(stderr, "usage: machine_bench [threads [seconds of a repeat]]\n");
+    std::fprintf(stderr, "usage: machine_bench [threads [seconds of each figure]]\n");
     return 2;
   }
   lockstep::Measure(cores, seconds);

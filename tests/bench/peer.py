@@ -1,4 +1,5 @@
 """Drives torch_train.py and torch_allreduce.py: PyTorch, if this `python3` can import it."""
+import importlib.util
 import json
 import os
 import selectors
@@ -7,18 +8,20 @@ import sys
 import tempfile
 import time
 
-from own import Failed, last_line
+from processes import Failed, last_line, output_of
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 START_TIMEOUT = 600  # seconds; a cold compilation takes tens of them
 SLOWEST_STEP = 20  # seconds
+IMPORT_TIMEOUT = 300  # seconds
+ALL_REDUCE_TIMEOUT = 900  # seconds of all sizes between some processes
 
 
 def version():
-    """PyTorch's version, or None where there is none."""
-    done = subprocess.run([sys.executable, "-c", "import torch; print(torch.__version__)"], capture_output=True,
-                          text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """PyTorch's version, or None where there is none; Failed where there is one that cannot be imported."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    return output_of([sys.executable, "-c", "import torch; print(torch.__version__)"], IMPORT_TIMEOUT).strip()
 
 
 def configurations(convolutional):
@@ -38,14 +41,18 @@ def name(configuration):
 
 
 class Peer:
-    """One configuration, made and warm; its processes sleep between measurements."""
+    """One configuration, made and warm; its processes sleep between measurements.
+
+    parameters: how many numbers the model learns. first_step_seconds: from the start of the processes to the end
+    of the first step of all of them.
+    """
 
     def __init__(self, model, precision, configuration, batch, warmup):
         self.name, self.ranks, self.batch = name(configuration), configuration["ranks"], batch
         self.folder = tempfile.TemporaryDirectory()
         self.errors = [open(os.path.join(self.folder.name, f"stderr-{rank}"), "w+") for rank in range(self.ranks)]
         self.processes = []
-        self.started_at = time.time()
+        started_at = time.time()
         for rank in range(self.ranks):
             command = [sys.executable, os.path.join(HERE, "torch_train.py"), model, "--precision", precision,
                        "--batch", str(batch), "--warmup", str(warmup), "--rank", str(rank),
@@ -58,8 +65,9 @@ class Peer:
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                                    stderr=self.errors[rank], env=environment))
         try:
-            self.first_step_seconds = max(answer["first_step_at"] for answer in self._answers(START_TIMEOUT))
-            self.first_step_seconds -= self.started_at
+            answers = self._answers(START_TIMEOUT)
+            self.first_step_seconds = max(answer["first_step_at"] for answer in answers) - started_at
+            self.parameters = answers[0]["parameters"]
         except BaseException:
             self.close()
             raise
@@ -87,7 +95,8 @@ class Peer:
         return list(lines.values())
 
     def measure(self, steps):
-        """Samples/s of that many steps, and the peak bytes of all ranks together so far."""
+        """Samples/s of that many steps, and the peak bytes of all ranks together so far: of all processes of the
+        configuration, but for the compilers that it may have run at its start."""
         try:
             for process in self.processes:
                 process.stdin.write(f"measure {steps}\n".encode())
@@ -119,9 +128,6 @@ class Peer:
 
 def all_reduce(members):
     """Seconds of an all-reduce by its bytes."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, "torch_allreduce.py"), str(members)],
-                          capture_output=True, text=True)
-    if done.returncode != 0:
-        raise Failed(f"all-reduce of {members}: {last_line(done.stderr)}")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    output = output_of([sys.executable, os.path.join(HERE, "torch_allreduce.py"), str(members)], ALL_REDUCE_TIMEOUT)
+    rows = [json.loads(line) for line in output.splitlines()]
     return {row["bytes"]: row["us"] * 1e-6 for row in rows}

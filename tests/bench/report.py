@@ -1,38 +1,47 @@
 """The benchmark's rows: JSON lines for machines, tables for the README."""
 import json
+import os
 import re
 import sys
 
 MARKED = re.compile(r"<!-- bench -->.*?<!-- /?bench -->", re.DOTALL)
 
 
+def rounded(value):
+    return None if value is None else float(f"{value:.5g}")
+
+
 class Report:
-    """Rows in the order in which they were measured; each is written at once."""
+    """Rows in the order in which they were measured. Each is written at once, and anew at the end, when the
+    fractions of the floor are known."""
 
     def __init__(self, path):
-        self.path, self.rows, self.failures = path, {}, []
+        self.path, self.lines, self.rows, self.failures = path, [], {}, []
         self.file = open(path, "w")
 
     def write(self, row):
+        self.lines.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
-    def add(self, name, value, unit, peer=None, peer_value=None, fraction_of_floor=None, less_is_better=False):
-        """`ratio` says how many times better than the peer: above 1 is good whatever the unit."""
-        ratio = None
-        if value and peer_value:
+    def add(self, name, value, unit, peer=None, peer_value=None, ratio=None, less_is_better=False):
+        """`ratio` says how many times better than the peer: above 1 is good whatever the unit. Where it is not
+        given, it is that of the two values."""
+        if ratio is None and value and peer_value:
             ratio = peer_value / value if less_is_better else value / peer_value
-        row = {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio,
-               "fraction_of_floor": fraction_of_floor}
-        for key in ("value", "peer_value", "ratio", "fraction_of_floor"):
-            if row[key] is not None:
-                row[key] = float(f"{row[key]:.5g}")
+        row = {"name": name, "value": rounded(value), "unit": unit, "peer": peer, "peer_value": rounded(peer_value),
+               "ratio": rounded(ratio), "fraction_of_floor": None}
         self.rows[name] = row
         self.write(row)
-        shown = "failed" if value is None else f"{row['value']:,g} {unit}"
+        shown = "no value" if value is None else f"{row['value']:,g} {unit}"
         if ratio is not None:
             shown += f", {row['ratio']:.2f} times {peer} ({row['peer_value']:,g})"
         print(f"  {name}: {shown}", file=sys.stderr, flush=True)
+
+    def add_fraction(self, name, fraction):
+        self.rows[name]["fraction_of_floor"] = rounded(fraction)
+        if fraction > 1:
+            self.fail(name, f"{fraction:.3f} of the machine's peak, which was measured too low")
 
     def fail(self, what, why):
         self.failures.append(f"{what}: {why}")
@@ -43,6 +52,9 @@ class Report:
             self.write({"name": "failures", "value": len(self.failures), "unit": "configurations", "peer": None,
                         "peer_value": None, "ratio": None, "fraction_of_floor": None, "what": self.failures})
         self.file.close()
+        with open(self.path + ".new", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.lines)
+        os.replace(self.path + ".new", self.path)
 
 
 def number(value):
@@ -74,10 +86,12 @@ def markdown(rows, machine, models):
              + ", ".join(f"{get(f'machine/gemm/{p}/1')} GFLOP/s in {p}" for p in ("fp32", "bf16")
                          if f"machine/gemm/{p}/1" in rows)
              + f" on one core; copies {get('machine/memcpy/1')} GB/s), medians of {machine['rounds']} interleaved "
-             "rounds.", "",
+             "rounds. Ratios and prices are medians of the ratios within the rounds, and so not always the ratio of the "
+             "medians that stand beside them.", "",
              "Training, samples/s of whole steps: batch 128 in 8 shards, SGD with momentum, with batches gathered and "
-             f"normalized, and reports; per-step digests are off. {beside} Columns are workers x slots; `floor` is the share "
-             "of the two cores' matrix peak in that precision.",
+             f"normalized, and reports; per-step digests are off. {beside} Columns are workers x slots; `floor` is the "
+             "share of the two cores' matrix peak in that precision; memory is that of all processes, ours being "
+             "client, coordinator and worker.",
              ""]
     training = []
     for model in models:
@@ -92,11 +106,16 @@ def markdown(rows, machine, models):
                              if row["peer_value"] else "", ratio, percent(f"{name}/1x2"),
                              f"{get(f'memory/{model}/{precision}/1x2')} / "
                              f"{get(f'memory/{model}/{precision}/1x2', 'peer_value')}",
-                             f"{get(price)}%" if price in rows else ""])
-    lines += table(["model", "precision", "1x1", "1x2", "2x1", "1x2, sync: batch", "PyTorch's best", "1x2 / PyTorch", "floor",
-                    "peak MB, ours / its", "price of exactness"], training)
-    lines += ["", "The price of exactness is what 8 canonical shards cost against one shard a slot. All-reduce "
-              "(median time or bus bandwidth"
+                             f"{get(price)}%" if get(price) else ""])
+    lines += table(["model", "precision", "1x1", "1x2", "2x1", "1x2, sync: batch", "PyTorch's best",
+                    "1x2 / PyTorch", "floor", "peak MB, ours / its", "price of exactness"], training)
+    digests = ", ".join(f"{get(f'price/digests/{model}')}% of {model}" for model in models
+                        if get(f"price/digests/{model}"))
+    lines += ["", "The price of exactness is what 8 shards and their canonical tree cost against one shard a slot, "
+              "whose two gradients have one order of adding only: the order-free sum. It can be negative, since a slot "
+              "works shard by shard and small ones stay in its caches."
+              + (f" Digests of every step, the default, cost, in fp32: {digests}." if digests else ""),
+              "", "All-reduce (median time or bus bandwidth"
               + (f"; {torch} over Gloo between as many processes" if torch else "") + "):", ""]
     sizes = [("1KiB", "us"), ("64KiB", "us"), ("1MiB", "GB/s"), ("4MiB", "GB/s"), ("64MiB", "GB/s")]
     kinds = {"us": "latency", "GB/s": "bandwidth"}
@@ -111,7 +130,7 @@ def markdown(rows, machine, models):
             reduces.append(cells)
     lines += table([""] + [f"{size}, {unit}" for size, unit in sizes], reduces)
     run, submit = "start/run-to-first-step", "start/submit-to-first-step"
-    new = f" (PyTorch, importing included: {get(run, 'peer_value')} s)" if get(run, "peer_value") else ""
+    new = f" (PyTorch, eager, importing included: {get(run, 'peer_value')} s)" if get(run, "peer_value") else ""
     lines += ["", f"From `lockstep submit` to the end of the first step {get(submit)} s; from `lockstep run`, which "
               f"starts coordinator and workers first, {get(run)} s{new}."]
     return "\n".join(lines)

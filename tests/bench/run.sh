@@ -2,8 +2,9 @@
 # The benchmark: Lockstep beside PyTorch on this machine, interleaved in one run. Builds the programs, prints the
 # README's tables and writes a JSON line for each figure to tests/bench/results/cpu-<UTC time>.jsonl: first the
 # machine, versions and command, then {name, value, unit, peer, peer_value, ratio, fraction_of_floor}.
-# The PyTorch is that of the `python3` in PATH; without one the peer's columns stay empty. Whatever does not run,
-# ours or the peer's, fails the benchmark at its end. Leave the machine alone meanwhile.
+# The PyTorch is that of the `python3` in PATH; without one the peer's columns stay empty. Whatever does not run or
+# does not end in time, ours or the peer's, fails the benchmark at its end, and --readme then changes nothing.
+# About half an hour, --quick a few minutes; leave the machine alone meanwhile.
 # usage: tests/bench/run.sh cpu [--quick] [--readme] [--models mlp,lenet,resnet20,lstm]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

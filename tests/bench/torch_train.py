@@ -1,9 +1,10 @@
 """One rank of one configuration of the peer: whole training steps of PyTorch on the CPU.
 
-Builds the model, warms it up (which compiles it where asked to), says so on standard output and then
-obeys lines on standard input: `measure N` runs N steps and answers with their seconds and this
-process's peak memory; the end of the input ends the process. So the configurations of a model can be
-made once and measured in turns. The data lie ready as tensors: nothing is read, decoded or shuffled.
+Builds the model, warms it up (which compiles it where asked to), says so on standard output, with the
+time at which all ranks had done the first step and the number of parameters, and then obeys lines on
+standard input: `measure N` runs N steps and answers with their seconds and this process's peak memory;
+the end of the input ends the process. So the configurations of a model can be made once and measured in
+turns. The data lie ready as tensors: nothing is read, decoded or shuffled.
 """
 import argparse
 import json
@@ -77,7 +78,7 @@ def peak_bytes():
         for line in status:
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
-    return 0
+    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def main():
@@ -102,6 +103,7 @@ def main():
         torch.distributed.init_process_group("gloo", init_method=f"file://{options.rendezvous}", rank=options.rank,
                                              world_size=options.ranks)
     model, shape = models(torch)[options.model]()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     model = model.to(memory_format=layout)
     if options.compiled:
@@ -134,7 +136,7 @@ def main():
     first_step = time.time()
     steps(options.warmup)
     barrier()
-    say(ready=True, torch=torch.__version__, first_step_at=first_step)
+    say(ready=True, torch=torch.__version__, first_step_at=first_step, parameters=parameters)
     for line in sys.stdin:
         count = int(line.split()[1])
         barrier()
