@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <fstream>
 #include <string>
 
@@ -28,7 +29,10 @@ using testing::HasSubstr;
 
 std::string WithBatch(int64_t batch) {
   std::string yaml = CnnYaml();
-  return yaml.replace(yaml.find("batch: 100"), 10, absl::StrCat("batch: ", batch));
+  yaml.replace(yaml.find("batch: 100"), 10, absl::StrCat("batch: ", batch));
+  const std::string samples = "train_samples: 1030";
+  return yaml.replace(yaml.find(samples), samples.size(),
+                      absl::StrCat("train_samples: ", std::max<int64_t>(1030, batch)));
 }
 
 TEST(Explain, ShowsTheMemoryThatAPlanTakes) {

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "common/fs.h"
 #include "tests/data/cifar10_files.h"
 #include "tests/train/members.h"
@@ -47,8 +48,10 @@ const std::map<std::string, std::string>& Cases() {
       {"bf16_mlp",
        Fashion("bf16", "model: {preset: mlp, hidden: [520, 33], dropout: 0.2, sync: batch}\n")},
       {"bf16_mlp_accumulate",
-       Fashion("bf16", "model: {preset: mlp, hidden: [520, 33], dropout: 0.2, sync: shard}\n",
-               ", accumulate: 2")},
+       absl::StrReplaceAll(
+           Fashion("bf16", "model: {preset: mlp, hidden: [520, 33], dropout: 0.2, sync: shard}\n",
+                   ", accumulate: 2"),
+           {{"batch: 20", "batch: 37"}})},
       {"bf16_lenet", Fashion("bf16", "model: {preset: lenet}\n")},
       {"bf16_lstm", Fashion("bf16", R"(model:
   layers:
