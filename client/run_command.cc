@@ -258,7 +258,9 @@ std::string Closing(const RunOptions& options, const v1::Job& job, const std::st
   std::vector<std::pair<std::string, std::string>> next;
   if (!job.checkpoints().empty()) {
     next.emplace_back("lockstep evaluate " + Quoted(shown), "score the checkpoint");
-    std::string resume = GoOn(options, folder);
+    // A cosine falls to its floor over the whole run: a longer one is another from its first step.
+    const bool anew = job.state() == v1::SUCCEEDED && job.spec().schedule().type() == "cosine";
+    std::string resume = anew ? RunAgain(options, folder) : GoOn(options, folder);
     const v1::TrainSpec& train = job.spec().train();
     if (job.state() == v1::SUCCEEDED && train.has_epochs()) {
       absl::StrAppend(&resume, " --set train.epochs=", 2 * train.epochs());
@@ -266,7 +268,7 @@ std::string Closing(const RunOptions& options, const v1::Job& job, const std::st
     if (job.state() == v1::SUCCEEDED && train.has_steps()) {
       absl::StrAppend(&resume, " --set train.steps=", 2 * train.steps());
     }
-    next.emplace_back(resume, "go on from it");
+    next.emplace_back(resume, anew ? "twice as long, from the start" : "go on from it");
   }
   next.emplace_back(
       absl::StrCat(RunAgain(options, folder), " --set train.seed=", job.spec().train().seed() + 1),

@@ -215,8 +215,8 @@ class GraphBuilder {
         return shard / train.accumulate() + (m < shard % train.accumulate() ? 1 : 0);
       };
       const int64_t all = larger * rows(base + 1) + (train.shards() - larger) * rows(base);
-      const int64_t one = rows(base) > 0 ? rows(base) : rows(base + 1);
-      const int64_t seen = sync == Sync::kBatch ? all : larger == 0 ? rows(base) : one;
+      const int64_t one = rows(base) > 0 || larger == 0 ? rows(base) : rows(base + 1);
+      const int64_t seen = sync == Sync::kBatch ? all : one;
       if (seen > 0) fewest = std::min(fewest, seen);
     }
     return fewest;

@@ -312,7 +312,7 @@ bool AcceptsNumber(const FieldDescriptor& field, double value) {
   const Rule& rule = *FindRule(field);
   // Kernels take floats: what is not the end of an open range must not become it.
   const auto rounded = static_cast<float>(value);
-  const bool above = rule.open_from ? value > rule.from && rounded > rule.from : value >= rule.from;
+  const bool above = rule.open_from ? rounded > rule.from : value >= rule.from;
   const bool below = rule.open_to ? rounded < rule.to : value <= rule.to;
   return above && below;
 }

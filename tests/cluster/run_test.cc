@@ -460,6 +460,20 @@ TEST_F(RunTest, WhatItPrintsToDoNextRunsTheSpecAsItWas) {
   EXPECT_THAT(Content(Out("it's") + "/spec.yaml"), HasSubstr("steps: 3"));
 }
 
+// A longer cosine differs from its first step: what is printed must not be refused when it is run.
+TEST_F(RunTest, ACosineIsNotGoneOnFromButRunAnew) {
+  const std::string spec = programs_.Spec("small", "schedule: {type: cosine}\n");
+  const Programs::Result result = programs_.Lockstep({"run", spec, "--out", Out()});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("/spec.yaml --set train.epochs=4"));
+  EXPECT_THAT(result.out, HasSubstr("twice as long, from the start"));
+  EXPECT_THAT(result.out, Not(HasSubstr("--resume")));
+  const Programs::Result longer = programs_.Lockstep(
+      {"run", spec, "--resume", Out(), "--set", "train.epochs=4", "--out", Out("longer")});
+  EXPECT_EQ(longer.code, 1);
+  EXPECT_THAT(longer.err, HasSubstr("made with a cosine schedule of steps 16, the spec says 32"));
+}
+
 TEST_F(RunTest, StandardOutputThatCannotBeWrittenIsAnError) {
   const std::string lockstep = std::string(LOCKSTEP_BIN_DIR) + "/lockstep ";
   for (const std::string& command :

@@ -1,8 +1,8 @@
 #include "worker/data/load.h"
 
 #include <new>
-#include "absl/status/status.h"
 
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "worker/data/cifar10.h"
 #include "worker/data/content_reader.h"

@@ -1,6 +1,5 @@
 #include "worker/data/values.h"
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
