@@ -1,5 +1,5 @@
-// Lets ThreadSanitizer see absl::Mutex. The distribution's Abseil is built without it, so locks
-// would order nothing in its eyes and every guarded field would be a race. In
+// Lets ThreadSanitizer see absl::Mutex and absl::Notification. The distribution's Abseil is built
+// without it, so locks would order nothing in its eyes and every guarded field would be a race. In
 // -DLOCKSTEP_SANITIZE=thread builds (and only there) these definitions come before the shared
 // library's: they call the real ones and say what was acquired and released. Conditions are
 // evaluated inside the library, by whichever thread unlocks: each is wrapped, so that its
@@ -12,7 +12,9 @@
 #include <string>
 
 #include "absl/base/config.h"
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 
 #define LOCKSTEP_QUOTE_INNER(x) #x
 #define LOCKSTEP_QUOTE(x) LOCKSTEP_QUOTE_INNER(x)
@@ -27,10 +29,11 @@ extern "C" const char* __tsan_default_suppressions() {
 
 namespace {
 
-// The library's own function; `name` is the mangled name after the namespaces.
+// The library's own function; `name` is the mangled name after the namespaces, `qualified` is "K"
+// for a const member.
 template <typename Function>
-Function* Real(const char* name) {
-  std::string mangled = "_ZN4absl";
+Function* Real(const char* name, const char* qualified = "") {
+  std::string mangled = absl::StrCat("_ZN", qualified, "4absl");
 #if ABSL_OPTION_USE_INLINE_NAMESPACE == 1
   const std::string space = LOCKSTEP_QUOTE(ABSL_OPTION_INLINE_NAMESPACE_NAME);
   mangled += std::to_string(space.size()) + space;
@@ -46,6 +49,10 @@ using WhenDeadline = bool(absl::Mutex*, const absl::Condition&, absl::Time);
 using Wait = void(absl::CondVar*, absl::Mutex*);
 using WaitTimeout = bool(absl::CondVar*, absl::Mutex*, absl::Duration);
 using WaitDeadline = bool(absl::CondVar*, absl::Mutex*, absl::Time);
+using Notify = void(absl::Notification*);
+using Notified = void(const absl::Notification*);
+using NotifiedTimeout = bool(const absl::Notification*, absl::Duration);
+using NotifiedDeadline = bool(const absl::Notification*, absl::Time);
 
 // On the waiter's stack. Not instrumented itself: who evaluates it has yet to acquire.
 struct Seen {
@@ -155,6 +162,35 @@ bool CondVar::WaitWithDeadline(Mutex* mutex, Time deadline) {
   const bool late = real(this, mutex, deadline);
   __tsan_acquire(mutex);
   return late;
+}
+
+// Who comes after the notice reads an atomic inside the library and takes no lock.
+void Notification::Notify() {
+  static ::Notify* const real = Real<::Notify>("12Notification6NotifyEv");
+  __tsan_release(this);
+  real(this);
+}
+
+void Notification::WaitForNotification() const {
+  static Notified* const real = Real<Notified>("12Notification19WaitForNotificationEv", "K");
+  real(this);
+  __tsan_acquire(const_cast<Notification*>(this));
+}
+
+bool Notification::WaitForNotificationWithTimeout(Duration timeout) const {
+  static NotifiedTimeout* const real =
+      Real<NotifiedTimeout>("12Notification30WaitForNotificationWithTimeoutENS0_8DurationE", "K");
+  const bool notified = real(this, timeout);
+  if (notified) __tsan_acquire(const_cast<Notification*>(this));
+  return notified;
+}
+
+bool Notification::WaitForNotificationWithDeadline(Time deadline) const {
+  static NotifiedDeadline* const real =
+      Real<NotifiedDeadline>("12Notification31WaitForNotificationWithDeadlineENS0_4TimeE", "K");
+  const bool notified = real(this, deadline);
+  if (notified) __tsan_acquire(const_cast<Notification*>(this));
+  return notified;
 }
 
 ABSL_NAMESPACE_END
