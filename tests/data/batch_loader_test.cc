@@ -1,5 +1,8 @@
 #include "worker/data/batch_loader.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cmath>
 #include <functional>
@@ -36,7 +39,8 @@ std::shared_ptr<const Dataset> MakeSet(int64_t channels = 1, int64_t samples = 5
 
 class BatchLoaderTest : public testing::Test {
  protected:
-  BatchLoaderTest() : device_(device::MakeCpuDevice().value()) {
+  BatchLoaderTest()
+      : device_(device::MakeCpuDevice().value()), stream_(device_->MakeStream().value()) {
     options_.dataset = MakeSet();
     options_.batch = 10;
     options_.shards = 4;
@@ -50,7 +54,12 @@ class BatchLoaderTest : public testing::Test {
     return loader.ok() ? *std::move(loader) : nullptr;
   }
 
-  // Everything a batch says, as text: floats bit by bit.
+  absl::StatusOr<const Batch*> Acquire(BatchLoader& loader, int64_t step, int first_shard = 0,
+                                       int last_shard = 100) {
+    return loader.Acquire(*stream_, step, first_shard, last_shard);
+  }
+
+  // What a batch says of some shards, as text: floats bit by bit.
   static std::string Describe(const Batch& batch, int64_t features, int first, int last) {
     std::string text = absl::StrCat(batch.step, " ", batch.epoch, " ", batch.samples);
     for (const ShardBatch& shard : batch.shards) {
@@ -68,7 +77,7 @@ class BatchLoaderTest : public testing::Test {
                                 int first_shard = 0, int last_shard = 100) {
     std::vector<std::string> batches;
     for (int64_t step = first; step <= last; ++step) {
-      const auto batch = loader.Acquire(step);
+      const auto batch = Acquire(loader, step, first_shard, last_shard);
       EXPECT_EQ(batch.status(), absl::OkStatus());
       batches.push_back(Describe(**batch, options_.dataset->features(), first_shard, last_shard));
       loader.Release(step);
@@ -77,6 +86,7 @@ class BatchLoaderTest : public testing::Test {
   }
 
   std::unique_ptr<device::Device> device_;
+  std::unique_ptr<device::Stream> stream_;  // the CPU's does nothing: slots may share it
   BatchLoaderOptions options_;
 };
 
@@ -91,7 +101,7 @@ TEST_F(BatchLoaderTest, HoldsTheRightSamples) {
     const auto loader = Make();
     const Dataset& set = *options_.dataset;
     for (int64_t step = 1; step <= 18; ++step) {
-      const auto batch = loader->Acquire(step);
+      const auto batch = Acquire(*loader, step);
       ASSERT_EQ(batch.status(), absl::OkStatus());
       const int64_t epoch = (step - 1) / 6 + 1, first = (step - 1) % 6 * 10;
       EXPECT_EQ((*batch)->step, step);
@@ -132,7 +142,7 @@ TEST_F(BatchLoaderTest, AugmentsByStepAndPosition) {
   const auto* bytes = static_cast<const uint8_t*>(set.data());
   int changed = 0;
   for (int64_t step = 1; step <= 18; ++step) {
-    const auto batch = loader->Acquire(step);
+    const auto batch = Acquire(*loader, step);
     ASSERT_EQ(batch.status(), absl::OkStatus());
     for (const ShardBatch& shard : (*batch)->shards) {
       for (int64_t row = 0; row < shard.rows; ++row) {
@@ -186,17 +196,19 @@ TEST_F(BatchLoaderTest, ContentDoesNotDependOnTheShardsOwned) {
   EXPECT_EQ(Take(*Make(), 1, 2), (std::vector<std::string>{"1 1 10", "2 1 10"}));
 }
 
-TEST_F(BatchLoaderTest, SlotsShareBatches) {
-  const std::vector<std::string> expected = Take(*Make(), 1, 200);
+TEST_F(BatchLoaderTest, SlotsDecodeTheirShards) {
+  std::vector<std::vector<std::string>> expected, seen(4);
+  for (int shard = 0; shard < 4; ++shard) {
+    expected.push_back(Take(*Make(), 1, 200, shard, shard + 1));
+  }
   options_.slots = 4;
   const auto loader = Make();
-  std::vector<std::vector<std::string>> seen(4);
   std::vector<std::thread> slots;
-  for (auto& batches : seen) {
-    slots.emplace_back([&] { batches = Take(*loader, 1, 200); });
+  for (int shard = 0; shard < 4; ++shard) {
+    slots.emplace_back([&, shard] { seen[shard] = Take(*loader, 1, 200, shard, shard + 1); });
   }
   for (std::thread& slot : slots) slot.join();
-  for (const auto& batches : seen) EXPECT_EQ(batches, expected);
+  EXPECT_EQ(seen, expected);
 }
 
 // The batch stays as it is while one slot still holds it, however far the others have come.
@@ -204,27 +216,71 @@ TEST_F(BatchLoaderTest, ABatchStaysUntilTheLastSlotReleasesIt) {
   options_.slots = 2;
   options_.depth = 3;
   const auto loader = Make();
-  const Batch* held = loader->Acquire(1).value();
-  const std::string before = Describe(*held, 4, 0, 4);
+  const Batch* held = Acquire(*loader, 1, 0, 2).value();
+  const std::string before = Describe(*held, 4, 0, 2);
   for (int64_t step = 1; step <= 4; ++step) {  // the other slot, as far as the buffers go
-    ASSERT_TRUE(loader->Acquire(step).ok());
+    ASSERT_TRUE(Acquire(*loader, step, 2, 4).ok());
     loader->Release(step);
   }
-  EXPECT_EQ(Describe(*held, 4, 0, 4), before);
+  EXPECT_EQ(Describe(*held, 4, 0, 2), before);
   loader->Release(1);
-  EXPECT_TRUE(loader->Acquire(5).ok());
+  EXPECT_TRUE(Acquire(*loader, 5, 2, 4).ok());
+}
+
+// Of a set that is mapped: every page of the samples chosen is in memory before a slot decodes
+// them, and no other.
+TEST_F(BatchLoaderTest, BringsChosenSamplesToMemory) {
+  constexpr int64_t kSamples = 40, kPages = 3;
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t bytes = kSamples * kPages * page;
+  void* pages = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(pages, MAP_FAILED);
+  ASSERT_EQ(madvise(pages, bytes, MADV_NOHUGEPAGE), 0);
+  DatasetParts parts;
+  parts.shape = {kPages, static_cast<int64_t>(page), 1};
+  parts.classes = 1;
+  parts.data = std::shared_ptr<const void>(pages, [bytes](void* p) { munmap(p, bytes); });
+  parts.mapped = true;
+  parts.labels.resize(kSamples);
+  parts.digest = "none";  // computing it would read all
+  options_.dataset = std::make_shared<const Dataset>(std::move(parts));
+  options_.depth = 1;
+  const auto loader = Make();
+  ASSERT_TRUE(Acquire(*loader, 2, 0, 0).ok());  // both buffers are full, nothing is decoded
+  std::vector<uint8_t> resident(kSamples * kPages);
+  ASSERT_EQ(mincore(pages, bytes, resident.data()), 0);
+  const std::vector<int64_t> order = Permutation(9, 1, kSamples);
+  for (int64_t at = 0; at < kSamples; ++at) {
+    for (int64_t k = 0; k < kPages; ++k) {
+      EXPECT_EQ(resident[static_cast<size_t>(order[at] * kPages + k)] & 1, at < 20 ? 1 : 0)
+          << "sample " << at << ", page " << k;
+    }
+  }
+}
+
+// A slot's memory is its own: the others' samples stay as they are, whoever acquires what.
+TEST_F(BatchLoaderTest, DecodesOnlyTheShardsAskedFor) {
+  const auto loader = Make();
+  const ShardBatch& shard = Acquire(*loader, 1).value()->shards.front();
+  const std::vector<float> before(shard.data, shard.data + shard.rows * 4);
+  loader->Release(1);
+  ASSERT_TRUE(Acquire(*loader, 2, 1, 4).ok());
+  EXPECT_EQ(std::vector<float>(shard.data, shard.data + before.size()), before);
+  loader->Release(2);
+  ASSERT_TRUE(Acquire(*loader, 3).ok());
+  EXPECT_NE(std::vector<float>(shard.data, shard.data + before.size()), before);
 }
 
 TEST_F(BatchLoaderTest, AllocatesNothingInTheStep) {
   const auto loader = Make();
   for (int64_t step = 1; step <= 3; ++step) {
-    ASSERT_TRUE(loader->Acquire(step).ok());
+    ASSERT_TRUE(Acquire(*loader, step).ok());
     loader->Release(step);
   }
   const int64_t before = AllocationCount();
   bool ok = true;
   for (int64_t step = 4; step <= 100; ++step) {
-    ok = ok && loader->Acquire(step).ok();
+    ok = ok && Acquire(*loader, step).ok();
     loader->Release(step);
   }
   EXPECT_EQ(AllocationCount(), before);
@@ -253,13 +309,13 @@ TEST_F(BatchLoaderTest, ReportsTheTimeWaited) {
   options_.clock = &clock;
   options_.depth = 1;
   const auto loader = Make();
-  ASSERT_TRUE(loader->Acquire(1).ok());
-  ASSERT_TRUE(loader->Acquire(2).ok());
+  ASSERT_TRUE(Acquire(*loader, 1).ok());
+  ASSERT_TRUE(Acquire(*loader, 2).ok());
   const absl::Duration before = loader->WaitTime();
-  ASSERT_TRUE(loader->Acquire(2).ok());
+  ASSERT_TRUE(Acquire(*loader, 2).ok());
   EXPECT_EQ(loader->WaitTime(), before);  // it was there
   clock.NotifyWhenAsked();
-  std::thread slot([&] { EXPECT_TRUE(loader->Acquire(3).ok()); });  // both buffers are held
+  std::thread slot([&] { EXPECT_TRUE(Acquire(*loader, 3).ok()); });  // both buffers are held
   clock.WaitUntilAsked();
   loader->Release(1);
   slot.join();
@@ -271,27 +327,27 @@ TEST_F(BatchLoaderTest, StopWakesEveryone) {
   options_.clock = &clock;
   options_.depth = 1;
   const auto loader = Make();
-  ASSERT_TRUE(loader->Acquire(1).ok());
-  ASSERT_TRUE(loader->Acquire(2).ok());
+  ASSERT_TRUE(Acquire(*loader, 1).ok());
+  ASSERT_TRUE(Acquire(*loader, 2).ok());
   clock.NotifyWhenAsked();
   std::vector<std::thread> slots;
   for (int i = 0; i < 3; ++i) {
-    slots.emplace_back([&] { EXPECT_TRUE(absl::IsCancelled(loader->Acquire(3).status())); });
+    slots.emplace_back([&] { EXPECT_TRUE(absl::IsCancelled(Acquire(*loader, 3).status())); });
   }
   clock.WaitUntilAsked();
   loader->Stop();
   for (std::thread& slot : slots) slot.join();
-  EXPECT_TRUE(absl::IsCancelled(loader->Acquire(3).status()));
+  EXPECT_TRUE(absl::IsCancelled(Acquire(*loader, 3).status()));
 }
 
 TEST_F(BatchLoaderTest, RefusesStepsThatAreGone) {
   options_.first_step = 5;
   options_.depth = 1;
   const auto loader = Make();
-  EXPECT_THAT(loader->Acquire(4).status().message(), HasSubstr("the loader begins at 5"));
+  EXPECT_THAT(Acquire(*loader, 4).status().message(), HasSubstr("the loader begins at 5"));
   Take(*loader, 5, 6);
-  ASSERT_TRUE(loader->Acquire(7).ok());  // in the buffer that held step 5
-  EXPECT_TRUE(absl::IsFailedPrecondition(loader->Acquire(5).status()));
+  ASSERT_TRUE(Acquire(*loader, 7).ok());  // in the buffer that held step 5
+  EXPECT_TRUE(absl::IsFailedPrecondition(Acquire(*loader, 5).status()));
 }
 
 TEST_F(BatchLoaderTest, RefusesOptionsThatMakeNoSense) {

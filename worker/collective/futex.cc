@@ -36,7 +36,7 @@ void FutexWakeAll(std::atomic<uint32_t>& word, bool shared) {
 int SpinRounds(int threads) {
   cpu_set_t set;
   const int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
-  return threads <= cores ? 2000 : 0;
+  return threads <= cores ? 20000 : 0;
 }
 
 }  // namespace lockstep::collective

@@ -15,9 +15,10 @@ namespace lockstep::collective {
 bool FutexWait(std::atomic<uint32_t>& word, uint32_t expected, absl::Time deadline, bool shared);
 void FutexWakeAll(std::atomic<uint32_t>& word, bool shared);
 
-// Rounds of Pause worth spending before sleeping when `threads` of one machine wait for each other:
-// a few tens of microseconds (about what a sleep and a wake-up cost), or none where threads
-// outnumber the cores this process may use.
+// Rounds of Pause worth spending before sleeping when `threads` of one machine wait for each other,
+// or none where threads outnumber the cores this process may use. A few hundred microseconds: to
+// sleep and be woken costs tens of them on a virtual machine, in which the other thread comes to
+// the next wait and sleeps too, so that one short interruption would cost several waits.
 int SpinRounds(int threads);
 
 inline void Pause() {

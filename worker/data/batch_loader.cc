@@ -6,12 +6,14 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
 #include "common/thread_name.h"
 
 namespace lockstep::data {
 namespace {
 
 constexpr int64_t kAlignedFloats = 16;  // 64 bytes
+constexpr int64_t kPageBytes = 4096;    // the smallest of the machines we run on
 
 int64_t RoundUp(int64_t n) { return (n + kAlignedFloats - 1) / kAlignedFloats * kAlignedFloats; }
 
@@ -67,10 +69,6 @@ absl::StatusOr<std::unique_ptr<BatchLoader>> BatchLoader::Make(device::Device& d
 }
 
 absl::Status BatchLoader::Allocate() {
-  absl::StatusOr<std::unique_ptr<device::Stream>> stream = device_.MakeStream();
-  if (!stream.ok()) return stream.status();
-  stream_ = *std::move(stream);
-
   const Dataset& dataset = *options_.dataset;
   if (options_.shuffle) order_.resize(static_cast<size_t>(dataset.samples()));
 
@@ -93,32 +91,30 @@ absl::Status BatchLoader::Allocate() {
     inv_std_->floats()[c] = static_cast<float>(1.0 / std);
   }
 
-  // Where each shard lies in a buffer: at a fixed place with room for all its rows.
-  std::vector<int64_t> offsets;
+  // Each shard has a fixed place with room for all its rows.
+  std::vector<int64_t> first_floats;
   int64_t floats = 0, rows = 0;
   for (int shard = options_.first_shard; shard < options_.last_shard; ++shard) {
     const ShardRange range = RangeOfShard(options_.batch, options_.shards, options_.batch, shard);
-    offsets.push_back(floats);
+    first_floats.push_back(floats);
+    first_rows_.push_back(rows);
     floats += RoundUp(range.count * dataset.features());
     rows += range.count;
   }
-  status = host_visible(rows * static_cast<int64_t>(sizeof(int64_t)), &offsets_);
-  if (!status.ok()) return status;
+  absl::StatusOr<std::unique_ptr<device::Memory>> samples =
+      device_.Allocate(static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float));
+  if (!samples.ok()) return samples.status();
+  samples_ = *std::move(samples);
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
-    absl::StatusOr<std::unique_ptr<device::Memory>> data =
-        device_.Allocate(static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float));
-    if (!data.ok()) return data.status();
-    buffer->data = *std::move(data);
+    buffer->offsets.resize(static_cast<size_t>(rows));
     status = host_visible(rows * static_cast<int64_t>(sizeof(int32_t)), &buffer->labels);
     if (!status.ok()) return status;
     const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
-    for (int shard = options_.first_shard; shard < options_.last_shard; ++shard) {
-      const ShardRange range = RangeOfShard(options_.batch, options_.shards, options_.batch, shard);
-      const auto place = static_cast<size_t>(shard - options_.first_shard);
-      buffer->batch.shards.push_back(
-          {shard, 0, buffer->data->floats() + offsets[place], labels, range.first});
-      labels += range.count;
+    for (size_t place = 0; place < first_rows_.size(); ++place) {
+      buffer->batch.shards.push_back({options_.first_shard + static_cast<int>(place), 0,
+                                      samples_->floats() + first_floats[place],
+                                      labels + first_rows_[place], 0});
     }
     buffers_.push_back(std::move(buffer));
   }
@@ -130,14 +126,7 @@ BatchLoader::~BatchLoader() {
   if (thread_.joinable()) thread_.join();
 }
 
-void BatchLoader::Stop() { End(absl::CancelledError("the data loader was stopped")); }
-
-// The first status stays.
-void BatchLoader::End(const absl::Status& status) {
-  {
-    absl::MutexLock lock(&mutex_);
-    if (status_.ok()) status_ = status;
-  }
+void BatchLoader::Stop() {
   ended_ = true;
   Wake();
 }
@@ -158,7 +147,7 @@ void BatchLoader::WaitFor(Condition condition) {
 
 absl::Duration BatchLoader::WaitTime() const { return absl::Nanoseconds(waited_.load()); }
 
-absl::StatusOr<const Batch*> BatchLoader::Acquire(int64_t step) {
+absl::StatusOr<BatchLoader::Buffer*> BatchLoader::WaitForStep(int64_t step) {
   if (step < options_.first_step) {
     return absl::FailedPreconditionError(absl::StrCat(
         "batch ", step, " was asked for, but the loader begins at ", options_.first_step));
@@ -172,16 +161,29 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(int64_t step) {
       return ready >= step || ended_;
     });
     waited_ += absl::ToInt64Nanoseconds(options_.clock->Now() - begin);
-    if (ready < step) {
-      absl::MutexLock lock(&mutex_);
-      return status_;
-    }
+    if (ready < step) return absl::CancelledError("the data loader was stopped");
   }
   if (ready > step) {
     return absl::FailedPreconditionError(absl::StrCat(
         "batch ", step, " was asked for again after it was released (now at ", ready, ")"));
   }
-  return &buffer.batch;
+  return &buffer;
+}
+
+absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_t step,
+                                                  int first_shard, int last_shard) {
+  ASSIGN_OR_RETURN(Buffer* const buffer, WaitForStep(step));
+  const Dataset& dataset = *options_.dataset;
+  for (size_t place = 0; place < first_rows_.size(); ++place) {
+    const ShardBatch& shard = buffer->batch.shards[place];
+    if (shard.rows == 0 || shard.shard < first_shard || shard.shard >= last_shard) continue;
+    device_.GatherSamples(stream, dataset.shape(), shard.rows, dataset.type(), dataset.data(),
+                          buffer->offsets.data() + first_rows_[place], mean_->floats(),
+                          inv_std_->floats(), options_.augmentation, static_cast<uint64_t>(step),
+                          static_cast<uint64_t>(shard.first_position),
+                          const_cast<float*>(shard.data));  // of our own memory
+  }
+  return &buffer->batch;
 }
 
 void BatchLoader::Release(int64_t step) {
@@ -197,18 +199,14 @@ void BatchLoader::Run() {
     WaitFor([&] { return released_ >= needed || ended_; });
     if (ended_) return;
     Buffer& buffer = BufferOf(step);
-    const absl::Status decoded = Decode(step, buffer);
-    if (!decoded.ok()) {
-      return End(absl::Status(decoded.code(),
-                              absl::StrCat("decoding batch ", step, ": ", decoded.message())));
-    }
+    Choose(step, buffer);
     buffer.holders.store(options_.slots, std::memory_order_relaxed);
     buffer.ready_step.store(step, std::memory_order_release);
     Wake();
   }
 }
 
-absl::Status BatchLoader::Decode(int64_t step, Buffer& buffer) {
+void BatchLoader::Choose(int64_t step, Buffer& buffer) {
   const Dataset& dataset = *options_.dataset;
   const BatchRange range = RangeOfStep(step, dataset.samples(), options_.batch);
   if (options_.shuffle && order_epoch_ != range.epoch) {
@@ -218,27 +216,32 @@ absl::Status BatchLoader::Decode(int64_t step, Buffer& buffer) {
   buffer.batch.step = step;
   buffer.batch.epoch = range.epoch;
   buffer.batch.samples = range.count;
-  auto* offsets = static_cast<int64_t*>(offsets_->data());
-  for (ShardBatch& shard : buffer.batch.shards) {
+  for (size_t place = 0; place < first_rows_.size(); ++place) {
+    ShardBatch& shard = buffer.batch.shards[place];
     const ShardRange rows = RangeOfShard(options_.batch, options_.shards, range.count, shard.shard);
     shard.rows = rows.count;
     shard.first_position = rows.first;
+    int64_t* offsets = buffer.offsets.data() + first_rows_[place];
     auto* labels = const_cast<int32_t*>(shard.labels);  // of our own memory
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t position = range.first + rows.first + row;
       const int64_t sample = options_.shuffle ? order_[static_cast<size_t>(position)] : position;
       offsets[row] = dataset.OffsetOf(sample);
       labels[row] = dataset.labels()[sample];
+      if (dataset.mapped()) BringToMemory(sample);
     }
-    if (rows.count > 0) {
-      device_.GatherSamples(*stream_, dataset.shape(), rows.count, dataset.type(), dataset.data(),
-                            offsets, mean_->floats(), inv_std_->floats(), options_.augmentation,
-                            static_cast<uint64_t>(step), static_cast<uint64_t>(rows.first),
-                            const_cast<float*>(shard.data));
-    }
-    offsets += rows.count;
   }
-  return stream_->Synchronize();
+}
+
+// A slot should not wait for a disk: reads something of each page.
+void BatchLoader::BringToMemory(int64_t sample) const {
+  const Dataset& dataset = *options_.dataset;
+  const int64_t element = dataset.type() == SampleType::kUint8 ? 1 : sizeof(float);
+  const auto* bytes =
+      static_cast<const volatile uint8_t*>(dataset.data()) + dataset.OffsetOf(sample) * element;
+  const int64_t size = dataset.features() * element;
+  for (int64_t at = 0; at < size; at += kPageBytes) static_cast<void>(bytes[at]);
+  static_cast<void>(bytes[size - 1]);
 }
 
 }  // namespace lockstep::data

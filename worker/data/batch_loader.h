@@ -1,19 +1,20 @@
-// Decodes batches ahead of the step, on a thread of its own, for the shards that this process owns.
+// Chooses the samples of batches ahead of the step, on a thread of its own, and brings those of a
+// mapped file into memory; each slot then decodes the shards that it computes, on its own stream,
+// when it takes the batch: into memory that only it writes and reads, so that the samples lie in
+// the caches of the core that needs them, and no core is asked to decode while others wait for it.
 // A job has two: training (a new permutation every epoch) and validation (index order, over and
 // over: evaluation k begins at step (k - 1) * StepsPerEpoch + 1).
 //
-// Use is SPMD: every one of the process's slot threads calls Acquire(s) and then Release(s) for
-// s = first_step, first_step + 1, ...; a batch is shared by the slots, which read their own shards
-// of it, and its buffer is refilled when all of them have released it. No thread may acquire more
-// than `depth` batches beyond one that it still holds.
+// Use is SPMD: every one of the process's slot threads calls Acquire(s) for its own shards and then
+// Release(s) for s = first_step, first_step + 1, ...; a batch's place is filled anew when all slots
+// have released it. A slot's samples stay until its next Acquire. No thread may acquire more than
+// `depth` batches beyond one that it still holds.
 //
-// On CUDA the loader's stream is the copy stream of one GPU: GatherSamples writes device memory,
-// and a batch is ready when the stream has been synchronized, so the step needs no event to wait
-// for.
+// On CUDA GatherSamples reads a set that is resident on the slot's GPU, or registered host memory;
+// it is ordered before the step by the stream alone.
 //
-// Thread-safe. Owns its thread, stream and buffers; the device and clock outlive it. Nothing is
-// allocated after Make. Acquire takes a lock only where it has to wait, Release only in the last
-// slot.
+// Thread-safe. Owns its thread and buffers; the device and clock outlive it. Nothing is allocated
+// after Make. Takes no lock.
 //
 // Invariants:
 //  1. A batch's content is a function of (data set, options, step): not of depth, slots, or
@@ -27,10 +28,8 @@
 #include <thread>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
 #include "worker/data/dataset.h"
@@ -46,7 +45,7 @@ struct BatchLoaderOptions {
   int first_shard = 0;  // this process owns [first_shard, last_shard)
   int last_shard = 1;
   int slots = 1;  // threads that acquire every batch
-  int depth = 2;  // batches decoded ahead, at least 1
+  int depth = 2;  // batches chosen ahead, at least 1
   bool shuffle = true;
   uint64_t seed = 0;       // of the job
   int64_t first_step = 1;  // anywhere: in mid-epoch too
@@ -60,8 +59,8 @@ struct BatchLoaderOptions {
 // One shard's samples, in memory that the device reads.
 struct ShardBatch {
   int shard = 0;
-  int64_t rows = 0;                 // 0: the shard is empty in this batch
-  const float* data = nullptr;      // {rows, h, w, c}, 64-byte aligned
+  int64_t rows = 0;             // 0: the shard is empty in this batch
+  const float* data = nullptr;  // {rows, h, w, c}, 64-byte aligned; of the slot that acquired it
   const int32_t* labels = nullptr;  // {rows}; host-visible
   int64_t first_position = 0;       // of its first sample in the global batch
 };
@@ -83,10 +82,11 @@ class BatchLoader {
   BatchLoader(const BatchLoader&) = delete;
   BatchLoader& operator=(const BatchLoader&) = delete;
 
-  // Waits until the batch is decoded; valid until this thread releases it. Cancelled: Stop was
-  // called; FailedPrecondition: the step was released already; else what the device's stream
-  // reported.
-  absl::StatusOr<const Batch*> Acquire(int64_t step);
+  // Waits until the batch is chosen and decodes its shards [first_shard, last_shard) on the stream;
+  // they are valid until this thread's next Acquire, the batch until this thread releases it.
+  // Cancelled: Stop was called; FailedPrecondition: the step was released already.
+  absl::StatusOr<const Batch*> Acquire(device::Stream& stream, int64_t step, int first_shard,
+                                       int last_shard);
   void Release(int64_t step);
 
   // Wakes everyone that waits; Acquire fails from then on, except for batches that are ready.
@@ -98,7 +98,8 @@ class BatchLoader {
  private:
   struct Buffer {
     Batch batch;
-    std::unique_ptr<device::Memory> data, labels;
+    std::unique_ptr<device::Memory> labels;
+    std::vector<int64_t> offsets;  // of samples in the data set, in elements
     std::atomic<int64_t> ready_step{0};
     std::atomic<int> holders{0};
   };
@@ -106,29 +107,28 @@ class BatchLoader {
   BatchLoader(device::Device& device, BatchLoaderOptions options);
   absl::Status Allocate();
   void Run();
-  void End(const absl::Status& status);
   void Wake();
   template <typename Condition>
   void WaitFor(Condition condition);
-  absl::Status Decode(int64_t step, Buffer& buffer);
+  absl::StatusOr<Buffer*> WaitForStep(int64_t step);
+  void Choose(int64_t step, Buffer& buffer);
+  void BringToMemory(int64_t sample) const;
   Buffer& BufferOf(int64_t step) {
     return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
   }
 
   device::Device& device_;
   const BatchLoaderOptions options_;
-  std::unique_ptr<device::Stream> stream_;
   std::unique_ptr<device::Memory> mean_, inv_std_;
+  std::unique_ptr<device::Memory> samples_;  // decoded; a shard's part is its slot's
+  std::vector<int64_t> first_rows_;  // where each owned shard begins in a buffer's labels, offsets
   std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
 
-  // Of the decoding thread alone.
-  std::unique_ptr<device::Memory> offsets_;  // of one batch's samples
-  std::vector<int64_t> order_;               // the permutation of order_epoch_
+  // Of the loader's thread alone.
+  std::vector<int64_t> order_;  // the permutation of order_epoch_
   int64_t order_epoch_ = 0;
 
-  absl::Mutex mutex_;
-  absl::Status status_ ABSL_GUARDED_BY(mutex_);  // why nothing more is decoded
-  std::atomic<bool> ended_{false};               // status_ is set
+  std::atomic<bool> ended_{false};
   // Slots release steps in order, so this many steps from first_step on are free.
   std::atomic<int64_t> released_{0};
   std::atomic<int64_t> waited_{0};  // nanoseconds

@@ -31,6 +31,7 @@ struct DatasetParts {
   int64_t classes = 0;
   SampleType type = SampleType::kUint8;
   std::shared_ptr<const void> data;  // {samples, height, width, channels}, unless offsets are given
+  bool mapped = false;               // data lies in a file, and not all of it in memory
   std::vector<int64_t> offsets;      // of each sample, in elements; empty: one after the other
   std::vector<int32_t> labels;
   std::string source;  // the file that decides the number of samples, for messages
@@ -50,6 +51,7 @@ class Dataset {
   int64_t classes() const { return parts_.classes; }
   SampleType type() const { return parts_.type; }
   const void* data() const { return parts_.data.get(); }
+  bool mapped() const { return parts_.mapped; }
   int64_t OffsetOf(int64_t sample) const {
     return parts_.offsets.empty() ? sample * features()
                                   : parts_.offsets[static_cast<size_t>(sample)];

@@ -249,6 +249,7 @@ absl::StatusOr<std::shared_ptr<const Dataset>> LoadNpy(FileSystem& fs, const Npy
   parts.classes = options.classes;
   parts.type = features->header.type == "<f4" ? SampleType::kFloat32 : SampleType::kUint8;
   parts.data = features->data;
+  parts.mapped = true;
   parts.labels.resize(
       static_cast<size_t>(options.max_samples > 0 ? options.max_samples : features->rows()));
   for (size_t row = 0; row < parts.labels.size(); ++row) {

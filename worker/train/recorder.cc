@@ -17,7 +17,11 @@
 namespace lockstep::train {
 namespace {
 
-constexpr absl::Duration kInterval = absl::Milliseconds(50);
+// A message costs coordinator, worker and client the same whether it tells of one step or of fifty,
+// and where all run on one machine, that is time of the step. So messages are this far apart, but
+// for what somebody waits for: the first step, evaluations, the end, or a ring that is half full.
+constexpr absl::Duration kInterval = absl::Milliseconds(200);
+constexpr absl::Duration kLookEvery = absl::Milliseconds(20);
 
 // The length of the part of the file that holds whole lines of steps before `first_step`.
 int64_t LengthBefore(const std::string& path, int64_t first_step) {
@@ -73,13 +77,6 @@ void Recorder::PushEvaluation(const v1::Evaluation& evaluation) {
   ++evaluations_pending_;
 }
 
-void Recorder::Flush() {
-  const int64_t target = pushed_.load(std::memory_order_relaxed);
-  while (taken_.load(std::memory_order_acquire) < target || evaluations_pending_ > 0) {
-    absl::SleepFor(absl::Milliseconds(1));
-  }
-}
-
 absl::Status Recorder::status() {
   if (!failed_.load(std::memory_order_acquire)) return absl::OkStatus();
   absl::MutexLock lock(&mutex_);
@@ -88,6 +85,7 @@ absl::Status Recorder::status() {
 
 void Recorder::Work() {
   NameThread("recorder");
+  absl::Time sent = absl::InfinitePast();
   for (;;) {
     const bool last = stop_;
     v1::Progress progress;
@@ -119,12 +117,21 @@ void Recorder::Work() {
         WriteLine(entry);
       }
     }
-    if (progress.steps_size() > 0 || sent_evaluations > 0) options_.send(std::move(progress));
+    if (progress.steps_size() > 0 || sent_evaluations > 0) {
+      options_.send(std::move(progress));
+      sent = absl::Now();
+    }
     taken_.store(at, std::memory_order_release);
     evaluations_pending_ -= sent_evaluations;
     if (last) return;
-    if (pushed_.load() == at) absl::SleepFor(kInterval);
+    while (!Due(at, sent)) absl::SleepFor(kLookEvery);
   }
+}
+
+bool Recorder::Due(int64_t taken, absl::Time sent) const {
+  const int64_t waiting = pushed_.load(std::memory_order_relaxed) - taken;
+  return stop_ || evaluations_pending_ > 0 || waiting >= kCapacity / 2 ||
+         (waiting > 0 && absl::Now() - sent >= kInterval);
 }
 
 void Recorder::WriteLine(const Entry& entry) {

@@ -23,6 +23,7 @@
 
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "common/digest.h"
 #include "lockstep/v1/worker.pb.h"
@@ -55,8 +56,6 @@ class Recorder {
   void PushStep(const StepRecord& record, absl::Span<const Digest> tensors);
   void PushEvaluation(const v1::Evaluation& evaluation);
 
-  // Returns when everything pushed has been written and sent.
-  void Flush();
   absl::Status status();
 
  private:
@@ -66,6 +65,8 @@ class Recorder {
     std::vector<Digest> tensors;
   };
   void Work();
+  // Whether what waits after `taken` records shall go out now; the last went out at `sent`.
+  bool Due(int64_t taken, absl::Time sent) const;
   void WriteLine(const Entry& entry);
 
   const Options options_;

@@ -216,7 +216,7 @@ absl::Status StepLoop::Run(int index) {
 
 absl::Status StepLoop::NextShards(Slot& slot) {
   slot.step_began = absl::Now();
-  ASSIGN_OR_RETURN(const data::Batch* batch, parts_.train->Acquire(slot.step));
+  ASSIGN_OR_RETURN(const data::Batch* batch, Acquire(slot, *parts_.train, slot.step));
   for (int leaf = 0; leaf < options_.shards * options_.accumulate; ++leaf) {
     slot.present[leaf] =
         Microbatch(batch->samples, leaf / options_.accumulate, leaf % options_.accumulate).count >
@@ -225,6 +225,12 @@ absl::Status StepLoop::NextShards(Slot& slot) {
   TakeMicrobatches(slot, *batch);
   parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
   return parts_.all_reduce->Begin(slot.index, slot.present, Deadline());
+}
+
+// This slot's shards of a loader's batch.
+absl::StatusOr<const data::Batch*> StepLoop::Acquire(Slot& slot, data::BatchLoader& loader,
+                                                     int64_t step) {
+  return loader.Acquire(*slot.stream, step, slot.first_shard, slot.first_shard + slot.shard_count);
 }
 
 data::ShardRange StepLoop::Microbatch(int64_t samples, int shard, int microbatch) const {
@@ -418,7 +424,7 @@ absl::Status StepLoop::GatherPopulation(Slot& slot) {
   for (int i = 0; i < slot.leaf_count; ++i) new (record_of(i)) Trailer();
   for (int64_t b = 1; b <= options_.length.steps_per_epoch; ++b) {
     const int64_t ticket = ++slot.population_batches;
-    ASSIGN_OR_RETURN(const data::Batch* batch, parts_.population->Acquire(ticket));
+    ASSIGN_OR_RETURN(const data::Batch* batch, Acquire(slot, *parts_.population, ticket));
     TakeMicrobatches(slot, *batch);
     int begin = 0;
     for (const int end : slot.passes) {
@@ -526,7 +532,7 @@ absl::Status StepLoop::Evaluate(Slot& slot) {
   for (int64_t b = 1; b <= options_.evaluation.steps_per_epoch; ++b) {
     // The loader counts on through all evaluations, each an "epoch" in index order.
     const int64_t ticket = ++slot.evaluation_batches;
-    ASSIGN_OR_RETURN(const data::Batch* batch, parts_.validation->Acquire(ticket));
+    ASSIGN_OR_RETURN(const data::Batch* batch, Acquire(slot, *parts_.validation, ticket));
     TakeShards(slot, *batch);
     slot.plan->Evaluate(*slot.stream, *parts_.state, slot.shards);
     RETURN_IF_ERROR(slot.stream->Synchronize());

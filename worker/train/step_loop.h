@@ -126,6 +126,8 @@ class StepLoop {
   StepLoop(Options options, Parts parts, CheckpointSink* checkpoints);
 
   absl::Status NextShards(Slot& slot);
+  static absl::StatusOr<const data::Batch*> Acquire(Slot& slot, data::BatchLoader& loader,
+                                                    int64_t step);
   static void TakeShards(Slot& slot, const data::Batch& batch);
   void TakeMicrobatches(Slot& slot, const data::Batch& batch);
   void KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves);

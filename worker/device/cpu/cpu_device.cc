@@ -20,6 +20,10 @@
 namespace lockstep::device {
 namespace {
 
+void PrefetchLines(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 class CpuDevice : public Device {
  public:
   CpuDevice(std::string fingerprint, OnednnContext context)
@@ -290,11 +294,16 @@ class CpuDevice : public Device {
                      const float* inv_std, const Augmentation& augmentation, uint64_t step,
                      uint64_t first_position, float* out) override {
     const int64_t bytes = type == SampleType::kUint8 ? 1 : sizeof(float);
+    const auto sample = [&](int64_t i) {
+      return static_cast<const uint8_t*>(data) + offsets[i] * bytes;
+    };
     for (int64_t i = 0; i < count; ++i) {
+      // Samples lie anywhere; past its first kilobytes the processor has seen where a sample leads.
+      constexpr int64_t kAhead = 4096;
+      if (i + 1 < count) PrefetchLines(sample(i + 1), std::min(kAhead, shape.features() * bytes));
       const SampleChange change =
           DrawChange(augmentation, shape, step, first_position + static_cast<uint64_t>(i));
-      k_.gather_sample(shape, type, static_cast<const uint8_t*>(data) + offsets[i] * bytes, change,
-                       mean, inv_std, out + i * shape.features());
+      k_.gather_sample(shape, type, sample(i), change, mean, inv_std, out + i * shape.features());
     }
   }
 

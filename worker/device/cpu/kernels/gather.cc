@@ -13,13 +13,18 @@ constexpr int64_t kMostTabled = 16;
 struct Scaling {
   int64_t channels;
   const float *mean, *inv_std;
+  int64_t stride;  // from a vector's first channel to the next one's, modulo channels
   bool tabled;
   float means[kMostTabled + kLanes], scales[kMostTabled + kLanes];
 };
 
+// b / 255 as the division rounds it (so for each of the 256 values), in less than half its time:
+// the product with the rounded reciprocal, and one correction by what is left.
 template <class Lanes>
 LOCKSTEP_SIMD F16 LoadElements(const uint8_t* p, Lanes m) {
-  return ToFloat(LoadBytes(p, m)) / F16(255.0f);
+  const F16 reciprocal(1.0f / 255.0f), byte = ToFloat(LoadBytes(p, m));
+  const F16 quotient = byte * reciprocal;
+  return Fma(Fma(quotient, F16(-255.0f), byte), reciprocal, quotient);
 }
 template <class Lanes>
 LOCKSTEP_SIMD F16 LoadElements(const float* p, Lanes m) {
@@ -33,7 +38,8 @@ LOCKSTEP_SIMD void NormalizePixels(const Scaling& s, const T* in, int64_t pixels
     ForEachVector(pixels * s.channels, [&](int64_t i, auto m) {
       const F16 centred = LoadElements(in + i, m) - Load(s.means + channel, All());
       Store(out + i, centred * Load(s.scales + channel, All()), m);
-      channel = (channel + kLanes) % s.channels;
+      channel += s.stride;
+      if (channel >= s.channels) channel -= s.channels;
     });
     return;
   }
@@ -112,10 +118,12 @@ void GatherSample(const SampleShape& shape, SampleType type, const void* sample,
   s.channels = shape.channels;
   s.mean = mean;
   s.inv_std = inv_std;
+  s.stride = kLanes % s.channels;
   s.tabled = shape.channels <= kMostTabled;
-  for (int64_t i = 0; s.tabled && i < s.channels + kLanes; ++i) {
-    s.means[i] = mean[i % s.channels];
-    s.scales[i] = inv_std[i % s.channels];
+  for (int64_t i = 0, channel = 0; s.tabled && i < s.channels + kLanes; ++i) {
+    s.means[i] = mean[channel];
+    s.scales[i] = inv_std[channel];
+    if (++channel == s.channels) channel = 0;
   }
   if (type == SampleType::kUint8) {
     Gather(shape, static_cast<const uint8_t*>(sample), change, s, out);
