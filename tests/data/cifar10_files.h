@@ -1,9 +1,11 @@
-// Makes CIFAR-10 batches, whole or wrong, for tests. Thread-safe: pure functions.
+// Makes CIFAR-10 batches, whole or wrong, for tests; finds the official ones. Thread-safe.
 #pragma once
 
 #include <lzma.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <filesystem>
 #include <string>
 
 #include "gtest/gtest.h"
@@ -39,6 +41,14 @@ inline std::string Xz(const std::string& content) {
             LZMA_OK);
   bytes.resize(size);
   return bytes;
+}
+
+// Whether LOCKSTEP_DATA holds cifar10/, plain or compressed.
+inline bool HasOfficialCifar10() {
+  const char* root = std::getenv("LOCKSTEP_DATA");
+  if (root == nullptr) return false;
+  const std::string batch = std::string(root) + "/cifar10/test_batch.bin";
+  return std::filesystem::exists(batch) || std::filesystem::exists(batch + ".xz");
 }
 
 }  // namespace lockstep::data

@@ -270,7 +270,7 @@ TEST(Waiting, IsReported) {
 
 // The official files, where they are: the same equality on real pixels.
 TEST(Cifar10Official, TrainsToTheSameBits) {
-  if (std::getenv("LOCKSTEP_DATA") == nullptr) {
+  if (!data::HasOfficialCifar10()) {
     GTEST_SKIP() << "LOCKSTEP_DATA does not name a folder that holds cifar10/";
   }
   const std::string yaml = absl::StrReplaceAll(YamlOf("augment"), {{Cifar10Folder(), "cifar10"}});

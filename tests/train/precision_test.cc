@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <map>
 #include <string>
 #include <tuple>
@@ -20,7 +19,7 @@ namespace {
 // The official CIFAR-10 where LOCKSTEP_DATA has it, else a folder in its format.
 const std::string& Cifar10() {
   static const std::string& folder = *new std::string([] {
-    if (std::getenv("LOCKSTEP_DATA") != nullptr) return std::string("cifar10");
+    if (data::HasOfficialCifar10()) return std::string("cifar10");
     std::string path = TemporaryFolder();
     EXPECT_TRUE(WriteFileAtomically(path + "/data_batch_1.bin", data::CifarBatch(0, 130)).ok());
     EXPECT_TRUE(WriteFileAtomically(path + "/test_batch.bin", data::CifarBatch(200, 61)).ok());

@@ -203,6 +203,13 @@ int64_t LabelAt(const Array& labels, int64_t row) {
   }
 }
 
+std::string LabelText(const Array& labels, int64_t row) {
+  if (labels.header.type != "<u8") return absl::StrCat(LabelAt(labels, row));
+  uint64_t value;
+  std::memcpy(&value, labels.data.get() + row * static_cast<int64_t>(sizeof(value)), sizeof(value));
+  return absl::StrCat(value);
+}
+
 // The dimensions of one sample, without those of size 1.
 std::vector<int64_t> Essential(std::vector<int64_t> shape) {
   shape.erase(std::remove(shape.begin(), shape.end(), 1), shape.end());
@@ -255,7 +262,8 @@ absl::StatusOr<std::shared_ptr<const Dataset>> LoadNpy(FileSystem& fs, const Npy
   for (size_t row = 0; row < parts.labels.size(); ++row) {
     const int64_t value = LabelAt(*labels, static_cast<int64_t>(row));
     if (value < 0 || value >= options.classes) {
-      return absl::DataLossError(absl::StrCat(options.labels, ": row ", row, " has label ", value,
+      return absl::DataLossError(absl::StrCat(options.labels, ": row ", row, " has label ",
+                                              LabelText(*labels, static_cast<int64_t>(row)),
                                               "; accepted: 0 to ", options.classes - 1,
                                               " (data.classes)"));
     }
