@@ -470,13 +470,14 @@ void CanonicalOnCommunicator::Complete(int slot, device::Stream& stream, int64_t
 }
 
 // The last slot of the member to be done with a bucket folds it and starts its exchange, unless it
-// has nothing else left to compute: then all slots will be free, and share the work in Finish.
+// has nothing else left to compute: then all slots will be free, and share the work in Finish. So
+// they do where there is nothing to exchange: the last slot is the one that is behind.
 void CanonicalOnCommunicator::Arrive(int slot, device::Stream* stream, size_t bucket) {
   Slot& s = slots_[slot];
   const uint64_t all = s.step * static_cast<uint64_t>(slots_count_);
   if (arrivals_[bucket].fetch_add(1, std::memory_order_acq_rel) + 1 != all) return;
   if (!s.pattern->member_trivial) {
-    if (s.elements_left <= 0 || stream == nullptr) return;
+    if (members_ == 1 || s.elements_left <= 0 || stream == nullptr) return;
     FoldMember(s, stream, buckets_[bucket].begin, buckets_[bucket].end);
   }
   folded_[bucket].store(s.step, std::memory_order_seq_cst);
