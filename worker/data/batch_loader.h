@@ -74,7 +74,7 @@ struct Batch {
 
 class BatchLoader {
  public:
-  // Starts decoding. InvalidArgument names an option that makes no sense; what the device reports
+  // Starts choosing. InvalidArgument names an option that makes no sense; what the device reports
   // where it lacks memory.
   static absl::StatusOr<std::unique_ptr<BatchLoader>> Make(device::Device& device,
                                                            BatchLoaderOptions options);
