@@ -15,7 +15,7 @@ MEMORY_INTERVAL = 0.05  # seconds; the kernel keeps the peak, so only what follo
 STEP_INTERVAL = 0.002  # seconds
 
 # The first step has ended, and nothing else has happened, when its checkpoint begins to be written:
-# digests.jsonl and events come up to 50 ms later.
+# digests.jsonl and events come some tenths of a second later.
 FIRST_STEP = ["checkpoint.every_steps=1", "train.steps=2"]
 
 

@@ -48,7 +48,8 @@ inline bool HasOfficialCifar10() {
   const char* root = std::getenv("LOCKSTEP_DATA");
   if (root == nullptr) return false;
   const std::string batch = std::string(root) + "/cifar10/test_batch.bin";
-  return std::filesystem::exists(batch) || std::filesystem::exists(batch + ".xz");
+  const auto exists = [&](const char* suffix) { return std::filesystem::exists(batch + suffix); };
+  return exists("") || exists(".xz") || exists(".gz");
 }
 
 }  // namespace lockstep::data

@@ -1,5 +1,5 @@
 // The slot threads of one member: a barrier with a deadline that an abort wakes. Slots outnumber
-// cores in tests and on small machines, so waiting spins briefly (only where every slot can have a
+// cores in tests and on small machines, so waiting spins (only where every slot can have a
 // core) and then sleeps (futex).
 // Thread-safe. After a failure the team is dead: every later Barrier returns that failure.
 #pragma once

@@ -107,8 +107,10 @@ absl::Status BatchLoader::Allocate() {
   samples_ = *std::move(samples);
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
-    buffer->offsets.resize(static_cast<size_t>(rows));
     status = host_visible(rows * static_cast<int64_t>(sizeof(int32_t)), &buffer->labels);
+    if (status.ok()) {
+      status = host_visible(rows * static_cast<int64_t>(sizeof(int64_t)), &buffer->offsets);
+    }
     if (!status.ok()) return status;
     const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
     for (size_t place = 0; place < first_rows_.size(); ++place) {
@@ -174,12 +176,13 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
                                                   int first_shard, int last_shard) {
   ASSIGN_OR_RETURN(Buffer* const buffer, WaitForStep(step));
   const Dataset& dataset = *options_.dataset;
+  const auto* offsets = static_cast<const int64_t*>(buffer->offsets->data());
   for (size_t place = 0; place < first_rows_.size(); ++place) {
     const ShardBatch& shard = buffer->batch.shards[place];
     if (shard.rows == 0 || shard.shard < first_shard || shard.shard >= last_shard) continue;
     device_.GatherSamples(stream, dataset.shape(), shard.rows, dataset.type(), dataset.data(),
-                          buffer->offsets.data() + first_rows_[place], mean_->floats(),
-                          inv_std_->floats(), options_.augmentation, static_cast<uint64_t>(step),
+                          offsets + first_rows_[place], mean_->floats(), inv_std_->floats(),
+                          options_.augmentation, static_cast<uint64_t>(step),
                           static_cast<uint64_t>(shard.first_position),
                           const_cast<float*>(shard.data));  // of our own memory
   }
@@ -221,7 +224,7 @@ void BatchLoader::Choose(int64_t step, Buffer& buffer) {
     const ShardRange rows = RangeOfShard(options_.batch, options_.shards, range.count, shard.shard);
     shard.rows = rows.count;
     shard.first_position = rows.first;
-    int64_t* offsets = buffer.offsets.data() + first_rows_[place];
+    int64_t* offsets = static_cast<int64_t*>(buffer.offsets->data()) + first_rows_[place];
     auto* labels = const_cast<int32_t*>(shard.labels);  // of our own memory
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t position = range.first + rows.first + row;

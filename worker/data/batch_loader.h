@@ -98,8 +98,7 @@ class BatchLoader {
  private:
   struct Buffer {
     Batch batch;
-    std::unique_ptr<device::Memory> labels;
-    std::vector<int64_t> offsets;  // of samples in the data set, in elements
+    std::unique_ptr<device::Memory> labels, offsets;  // int32_t; int64_t, for GatherSamples
     std::atomic<int64_t> ready_step{0};
     std::atomic<int> holders{0};
   };

@@ -363,8 +363,8 @@ class Device {
   // * inv_std[c], x = u8 / 255 or the float itself, of the samples that begin at elements
   // offsets[i] of `data`, each changed by what `augmentation` draws for `step` and position
   // first_position + i (worker/device/augment.h). On CUDA `data` is a set that is resident on the
-  // device or a staging buffer, and the draws are made in the kernel; it runs on the slot's stream
-  // before the step and is not captured, so step and position are plain arguments.
+  // device, or registered host memory, and the draws are made in the kernel; it runs on the slot's
+  // stream before the step and is not captured, so step and position are plain arguments.
   virtual void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count,
                              SampleType type, const void* data, const int64_t* offsets,
                              const float* mean, const float* inv_std,

@@ -18,10 +18,11 @@ namespace lockstep::train {
 namespace {
 
 // A message costs coordinator, worker and client the same whether it tells of one step or of fifty,
-// and where all run on one machine, that is time of the step. So messages are this far apart, but
-// for what somebody waits for: the first step, evaluations, the end, or a ring that is half full.
-constexpr absl::Duration kInterval = absl::Milliseconds(200);
+// and where all run on one machine, that is time of the step. So messages are this many looks
+// apart, but for what somebody waits for: the first step, evaluations, checkpoints, the end, or a
+// ring that is half full.
 constexpr absl::Duration kLookEvery = absl::Milliseconds(20);
+constexpr int kLooks = 10;
 
 // The length of the part of the file that holds whole lines of steps before `first_step`.
 int64_t LengthBefore(const std::string& path, int64_t first_step) {
@@ -85,9 +86,10 @@ absl::Status Recorder::status() {
 
 void Recorder::Work() {
   NameThread("recorder");
-  absl::Time sent = absl::InfinitePast();
+  int looks = kLooks;
   for (;;) {
     const bool last = stop_;
+    soon_.store(false, std::memory_order_relaxed);
     v1::Progress progress;
     // Before the steps: an evaluation is pushed after its step, which therefore goes out in the
     // same message or an earlier one.
@@ -119,19 +121,19 @@ void Recorder::Work() {
     }
     if (progress.steps_size() > 0 || sent_evaluations > 0) {
       options_.send(std::move(progress));
-      sent = absl::Now();
+      looks = 0;
     }
     taken_.store(at, std::memory_order_release);
     evaluations_pending_ -= sent_evaluations;
     if (last) return;
-    while (!Due(at, sent)) absl::SleepFor(kLookEvery);
+    for (; !Due(at, looks); ++looks) absl::SleepFor(kLookEvery);
   }
 }
 
-bool Recorder::Due(int64_t taken, absl::Time sent) const {
+bool Recorder::Due(int64_t taken, int looks) const {
   const int64_t waiting = pushed_.load(std::memory_order_relaxed) - taken;
   return stop_ || evaluations_pending_ > 0 || waiting >= kCapacity / 2 ||
-         (waiting > 0 && absl::Now() - sent >= kInterval);
+         (waiting > 0 && (looks >= kLooks || soon_.load(std::memory_order_relaxed)));
 }
 
 void Recorder::WriteLine(const Entry& entry) {

@@ -23,7 +23,6 @@
 
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "common/digest.h"
 #include "lockstep/v1/worker.pb.h"
@@ -55,6 +54,9 @@ class Recorder {
   // Waits only where the thread is kCapacity records behind. `tensors` is empty without digests.
   void PushStep(const StepRecord& record, absl::Span<const Digest> tensors);
   void PushEvaluation(const v1::Evaluation& evaluation);
+  // What was pushed shall not wait for more: a checkpoint should not outlive the lines of its
+  // steps.
+  void SendSoon() { soon_.store(true, std::memory_order_relaxed); }
 
   absl::Status status();
 
@@ -65,14 +67,14 @@ class Recorder {
     std::vector<Digest> tensors;
   };
   void Work();
-  // Whether what waits after `taken` records shall go out now; the last went out at `sent`.
-  bool Due(int64_t taken, absl::Time sent) const;
+  // Whether what waits after `taken` records shall go out now, `looks` after something last did.
+  bool Due(int64_t taken, int looks) const;
   void WriteLine(const Entry& entry);
 
   const Options options_;
   std::vector<Entry> ring_;
   std::atomic<int64_t> pushed_{0}, taken_{0};
-  std::atomic<bool> stop_{false}, failed_{false};  // failed_: status_ is set
+  std::atomic<bool> stop_{false}, soon_{false}, failed_{false};  // failed_: status_ is set
   absl::Mutex mutex_;
   std::vector<v1::Evaluation> evaluations_ ABSL_GUARDED_BY(mutex_);
   absl::Status status_ ABSL_GUARDED_BY(mutex_);

@@ -596,6 +596,7 @@ bool StepLoop::CheckpointDue(int64_t step) const {
 
 absl::Status StepLoop::Checkpoint(Slot& slot) {
   if (!CheckpointDue(slot.step)) return absl::OkStatus();
+  if (slot.index == 0 && parts_.recorder != nullptr) parts_.recorder->SendSoon();
   RETURN_IF_ERROR(DigestState(slot));
   if (slot.index == 0) checkpoints_->ReplicaDigest(slot.step, state_digest_);
   RETURN_IF_ERROR(CompareReplicas(slot));

@@ -135,7 +135,7 @@ void WeightGradient(const LeafFold& fold, int64_t in, int64_t out, const int64_t
       constexpr int64_t kStride = decltype(vectors)::value * kLanes;
       ForEachTileOfRows<Tile::kRows>(out, [&](int64_t r, auto tile_rows) {
         using Sums = Accumulators<decltype(tile_rows)::value, decltype(vectors)::value>;
-        // A line a row, none of which the one before foretells: they come while the tile is
+        // A few lines a row, which those before do not foretell: they come while the tile is
         // computed.
         for (int row = 0; row < decltype(tile_rows)::value; ++row) {
           for (int v = 0; v < decltype(vectors)::value; ++v)
