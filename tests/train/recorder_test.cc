@@ -17,7 +17,7 @@ namespace {
 TEST(Recorder, AnEvaluationGoesOutWithItsStepOrLater) {
   const lockstep::TemporaryFolder folder;
   constexpr int64_t kSteps = 1000;
-  int64_t step = 0, evaluations = 0, early = 0;  // of what was sent
+  std::atomic<int64_t> step = 0, evaluations = 0, early = 0;  // of what was sent
   {
     Recorder::Options options;
     options.digest_path = folder / "digests.jsonl";
@@ -40,8 +40,9 @@ TEST(Recorder, AnEvaluationGoesOutWithItsStepOrLater) {
       recorder.PushEvaluation(evaluation);
       absl::SleepFor(absl::Microseconds(250));
     }
+    while (step < kSteps || evaluations < kSteps) absl::SleepFor(absl::Milliseconds(1));
     EXPECT_EQ(recorder.status(), absl::OkStatus());
-  }  // sends the rest
+  }
   EXPECT_EQ(step, kSteps);
   EXPECT_EQ(evaluations, kSteps);
   EXPECT_EQ(early, 0);

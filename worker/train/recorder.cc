@@ -89,7 +89,7 @@ void Recorder::Work() {
   int looks = kLooks;
   for (;;) {
     const bool last = stop_;
-    soon_.store(false, std::memory_order_relaxed);
+    soon_.exchange(false, std::memory_order_acquire);  // what was pushed before it is seen below
     v1::Progress progress;
     // Before the steps: an evaluation is pushed after its step, which therefore goes out in the
     // same message or an earlier one.

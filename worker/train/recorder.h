@@ -56,7 +56,7 @@ class Recorder {
   void PushEvaluation(const v1::Evaluation& evaluation);
   // What was pushed shall not wait for more: a checkpoint should not outlive the lines of its
   // steps.
-  void SendSoon() { soon_.store(true, std::memory_order_relaxed); }
+  void SendSoon() { soon_.store(true, std::memory_order_release); }
 
   absl::Status status();
 
