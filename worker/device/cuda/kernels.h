@@ -1,0 +1,222 @@
+// The hand-written CUDA kernels. Contracts are those of the functions of the same name in
+// worker/device/device.h, except that what a leaf must have for itself is given for several leaves
+// at once, which lie one behind the other: a leaf's results have the bits that it has alone.
+//
+// A call enqueues on queue.stream and returns; pointers are to device or pinned host memory.
+// Arguments are fixed when the call is made, so that it can be captured in a CUDA graph.
+// Thread-safe, each thread with its own Queue. Results do not depend on how many multiprocessors
+// there are or in which order blocks run.
+#pragma once
+
+#include <cstdint>
+
+#include "common/digest.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/kernel_types.h"
+
+namespace lockstep::device::cuda {
+
+// Leaf l has rows (or elements a channel) [begin[l], begin[l + 1]).
+constexpr int kMostLeaves = 32;
+struct Leaves {
+  int count = 1;
+  int64_t begin[kMostLeaves + 1] = {0};
+  int64_t total() const { return begin[count]; }
+};
+
+// What normalizes leaf l: mean + l * stride and spread + l * stride; the variance is spread / n, n
+// = `divisor`, or where that is 0 the leaf's own count. Stride 0: the same for all leaves.
+struct Moments {
+  const float* mean = nullptr;
+  const float* spread = nullptr;
+  int64_t stride = 0;
+  int64_t divisor = 0;
+};
+
+// Of one leaf; the fields that a kernel does not compute it leaves alone.
+struct LeafResult {
+  double loss_sum = 0;
+  int64_t correct = 0;
+};
+
+// ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
+// equals; a NaN wins), so max pooling takes kernels up to 16. Backward overwrites dx.
+void MaxPoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x, float* y,
+                    uint8_t* argmax);
+void MaxPoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
+                     const uint8_t* argmax, float* dx);
+// Padding counts in the average (PyTorch's count_include_pad).
+void AveragePoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x,
+                        float* y);
+void AveragePoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
+                         float* dx);
+// x {rows, spatial, channels} -> y {rows, channels}.
+void GlobalAveragePoolForward(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
+                              const float* x, float* y);
+void GlobalAveragePoolBackward(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
+                               const float* dy, float* dx);
+
+// ---- batch norm. Leaf l has n = leaves.begin[l + 1] - leaves.begin[l] elements a channel (rows *
+// spatial); x, y and dy {leaves.begin[count], channels}.
+// Each leaf's mean[c], m2[c] = sum (x - mean)^2 at mean + l * stride and m2 + l * stride, without
+// cancellation, one pass over memory.
+void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* x,
+                      float* mean, float* m2, int64_t stride);
+// (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a.
+void MergeMoments(const Queue& q, int64_t channels, int64_t count_a, const float* mean_a,
+                  const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
+                  float* mean, float* m2);
+// inv_std = 1 / sqrt(spread / divisor + epsilon); y = (x - mean) * inv_std * weight + bias, plus
+// residual (null: none), then relu. y may alias x or residual.
+void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                      const float* x, const Moments& moments, float epsilon, const float* weight,
+                      const float* bias, const float* residual, float* y);
+// g = dy + more (null: none), masked by y > 0 where shape.relu. In the same pass each leaf's
+// sum_dy[c] = sum g and sum_dy_xhat[c] = sum g * xhat, leaf l's at l * stride behind. `g` null: not
+// written. g may alias an input.
+void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                       const float* x, const float* y, const float* dy, const float* more,
+                       const Moments& moments, float epsilon, float* g, float* sum_dy,
+                       float* sum_dy_xhat, int64_t stride);
+// dx = weight * inv_std * (dy - sum_dy / divisor - xhat * sum_dy_xhat / divisor), dy masked by y >
+// 0 where shape.relu. Leaf l's sums are at l * sums_stride behind. dx may alias x, y or dy.
+void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                       const float* x, const float* y, const float* dy, const Moments& moments,
+                       float epsilon, const float* weight, const float* sum_dy,
+                       const float* sum_dy_xhat, int64_t sums_stride, float* dx);
+// running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
+void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,
+                           const float* m2, float momentum, float* running_mean,
+                           float* running_var);
+
+// ---- rearranging.
+void CopyStrided(const Queue& q, const StridedCopy& copy, int64_t rows, const float* x, float* y);
+
+// ---- elementwise. Outputs may alias inputs.
+void ReluForward(const Queue& q, int64_t n, const float* x, float* y);
+void ReluBackward(const Queue& q, int64_t n, const float* y, const float* dy, float* dx);
+void TanhForward(const Queue& q, int64_t n, const float* x, float* y);
+void TanhBackward(const Queue& q, int64_t n, const float* y, const float* dy, float* dx);
+void SigmoidForward(const Queue& q, int64_t n, const float* x, float* y);
+void SigmoidBackward(const Queue& q, int64_t n, const float* y, const float* dy, float* dx);
+void LeakyReluForward(const Queue& q, int64_t n, float slope, const float* x, float* y);
+void LeakyReluBackward(const Queue& q, int64_t n, float slope, const float* y, const float* dy,
+                       float* dx);
+void EluForward(const Queue& q, int64_t n, float alpha, const float* x, float* y);
+void EluBackward(const Queue& q, int64_t n, float alpha, const float* y, const float* dy,
+                 float* dx);
+void SoftplusForward(const Queue& q, int64_t n, const float* x, float* y);
+// From the input, which the output does not give back precisely.
+void SoftplusBackward(const Queue& q, int64_t n, const float* x, const float* dy, float* dx);
+void Add(const Queue& q, int64_t n, const float* a, const float* b, float* out);
+void Multiply(const Queue& q, int64_t n, const float* a, const float* b, float* out);
+// Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
+// stream (key, scalars->step); kept where ToUniform >= rate, times 1 / (1 - rate) rounded to
+// float; 0 <= rate < 1. Backward is the same call on dy: the mask is computed again, not stored.
+void Dropout(const Queue& q, int64_t n, const float* x, float rate, PhiloxKey key,
+             const StepScalars* scalars, uint64_t first, float* y);
+
+// ---- over the last dimension: n vectors of `features` elements, each by itself. Outputs may
+// alias inputs of their size.
+void SoftmaxForward(const Queue& q, int64_t n, int64_t features, const float* x, float* y);
+// dx = y (dy - sum(dy y)).
+void SoftmaxBackward(const Queue& q, int64_t n, int64_t features, const float* y, const float* dy,
+                     float* dx);
+// y = xhat * weight + bias, xhat = (x - mean) * inv_std (Ba, Kiros & Hinton 2016); `stats` {n, 2}
+// takes each vector's mean and inv_std = 1 / sqrt(variance + epsilon).
+void LayerNormForward(const Queue& q, int64_t n, int64_t features, const float* x, float epsilon,
+                      const float* weight, const float* bias, float* y, float* stats);
+// dx = inv_std * (g - mean(g) - xhat * mean(g xhat)), g = dy * weight.
+void LayerNormBackward(const Queue& q, int64_t n, int64_t features, const float* x,
+                       const float* stats, const float* weight, const float* dy, float* dx);
+// dweight = sum over a leaf's vectors of dy xhat, dbias = of dy; leaf l's at l * stride behind.
+void LayerNormBackwardWeight(const Queue& q, const Leaves& leaves, int64_t features, const float* x,
+                             const float* stats, const float* dy, float* dweight, float* dbias,
+                             int64_t stride);
+
+// ---- embedding: y {n, features} = rows of weight {vocabulary, features} at x {n}, each rounded
+// to the nearest integer; NaN where that is no row.
+void EmbeddingForward(const Queue& q, int64_t n, int64_t vocabulary, int64_t features,
+                      const float* x, const float* weight, float* y);
+// dweight: sums of dy over a leaf's positions of each row, in their order; leaf l's at l * stride
+// behind.
+void EmbeddingBackward(const Queue& q, const Leaves& leaves, int64_t vocabulary, int64_t features,
+                       const float* x, const float* dy, float* dweight, int64_t stride);
+
+// ---- losses. Gradients are already divided by the number of samples of the global batch. Leaf l
+// has rows [leaves.begin[l], leaves.begin[l + 1]); its sums go to results[l].
+// loss_sum: sum over rows of -log softmax(logits)[label]; correct: rows whose first largest logit
+// is the label. dlogits = (softmax - onehot) * scale; null for evaluation. With smoothing > 0
+// against (1 - smoothing) onehot + smoothing / classes.
+void SoftmaxCrossEntropy(const Queue& q, const Leaves& leaves, int64_t classes, const float* logits,
+                         const int32_t* labels, float smoothing, float scale, LeafResult* results,
+                         float* dlogits);
+// loss_sum: sum over rows of mean over features of softplus(x) - x t, the cross-entropy of
+// sigmoid(x) with t; dx = (sigmoid(x) - t) / features * scale, null for evaluation.
+void SigmoidCrossEntropy(const Queue& q, const Leaves& leaves, int64_t features, const float* x,
+                         const float* target, float scale, LeafResult* results, float* dx);
+// loss_sum: sum over rows of mean over features of (y - t)^2; dy = 2 (y - t) / features * scale.
+void MeanSquaredError(const Queue& q, const Leaves& leaves, int64_t features, const float* y,
+                      const float* target, float scale, LeafResult* results, float* dy);
+// correct: rows whose first largest element is the label.
+void CountCorrect(const Queue& q, const Leaves& leaves, int64_t classes, const float* scores,
+                  const int32_t* labels, LeafResult* results);
+// out {rows, classes}: 1 at the label, else 0.
+void OneHot(const Queue& q, int64_t rows, int64_t classes, const int32_t* labels, float* out);
+
+// ---- parts of dense layers, convolutions and LSTMs.
+// sums[c] = sum over a leaf's rows of x {leaves.begin[count], columns}; leaf l's at l * stride
+// behind.
+void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const float* x, float* sums,
+                int64_t stride);
+// To nearest even; NaN stays NaN.
+void RoundToBf16(const Queue& q, int64_t n, const float* x, uint16_t* bf16);
+// One step of one direction of an LSTM (device.h, LstmShape). gates {rows, 4 hidden} in the order i
+// f g o, gates_row elements from row to row: from pre-activations to activations. c_before, c,
+// tanh_c and h {rows, hidden}, state_row elements from row to row; null c_before: zero. `h16` takes
+// h rounded to bf16 {rows, hidden}, or is null.
+void LstmForwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates, int64_t gates_row,
+                     const float* c_before, float* c, float* tanh_c, float* h, int64_t state_row,
+                     uint16_t* h16);
+// gates: from activations to gradients of the pre-activations. The gradient of h is dh (dh_row
+// elements from row to row) + dh_after {rows, hidden}; null: zero. dc {rows, hidden}: from the
+// gradient of c through the step behind to that of c_before; `last`: it counts as zero before.
+// `gates16` takes the gradients rounded to bf16 {rows, 4 hidden}, or is null.
+void LstmBackwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates, int64_t gates_row,
+                      const float* c_before, const float* tanh_c, int64_t state_row,
+                      const float* dh, int64_t dh_row, const float* dh_after, bool last, float* dc,
+                      uint16_t* gates16);
+
+// ---- flat vectors.
+// One fused pass over [0, n) of the given pointers.
+void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
+                     const StepScalars* scalars, const float* gradient, float* parameters,
+                     const OptimizerSlots& slots);
+// sums[b] = the sum of squares of block b of kNormBlock elements (the last may be shorter), in an
+// order that depends on the block's length alone. In double, where no finite float overflows: a
+// sum is finite exactly where all elements of its block are.
+void SquaredNorms(const Queue& q, int64_t n, const float* x, double* sums);
+// *flag |= 1 where any element is infinite or NaN.
+void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag);
+// *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
+void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
+                      uint64_t first_index, Digest* digest);
+
+// ---- samples.
+// Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])
+// * inv_std[c], x = u8 / 255 or the float itself, of the samples that begin at elements
+// offsets[i] of `data`, each changed by what `augmentation` draws for `step` and position
+// first_position + i (worker/device/augment.h). On CUDA `data` is a set that is resident on the
+// device, or registered host memory, and the draws are made in the kernel; it runs on the slot's
+// stream before the step and is not captured, so step and position are plain arguments.
+void GatherSamples(const Queue& q, const SampleShape& shape, int64_t count, SampleType type,
+                   const void* data, const int64_t* offsets, const float* mean,
+                   const float* inv_std, const Augmentation& augmentation, uint64_t step,
+                   uint64_t first_position, float* out);
+
+// out[i] = the canonical tree (worker/collective/tree.h) over parts 0..count-1 of parts[p][i], for
+// i in [0, n); one pass over memory. At most kMostParts; out may be one of the parts.
+constexpr int kMostParts = 64;
+void TreeSum(const Queue& q, int64_t n, const float* const* parts, int count, float* out);
+
+}  // namespace lockstep::device::cuda

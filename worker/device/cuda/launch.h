@@ -1,0 +1,54 @@
+// The one seam through which hand-written kernels are launched. <cuda_runtime.h> is the toolkit's,
+// or the header of the same name of the SIMT emulator (tests/gpu/emulator), which runs the same
+// sources as plain C++: nothing here or in a kernel asks which.
+//
+// Rules that keep the emulator able to check a kernel:
+//  - shared memory is dynamic, through SharedMemory(), never a __shared__ variable: its size is
+//    that of the launch, beyond which an access is an error, and it holds garbage at block start;
+//  - no inline assembly, no cooperative groups: __syncthreads, __syncwarp, __shfl_*_sync,
+//    __ballot_sync, integer atomics, __threadfence and vector types;
+//  - a barrier or shuffle is reached by all threads (lanes of the mask) that take part;
+//  - the result must not depend on the order in which blocks and threads run: no float atomics.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lockstep::device::cuda {
+
+// Where a kernel is put, and memory for what one call's kernels hand each other: at least
+// kWorkspaceBytes, 256-byte aligned, used by nothing else while they run (a stream runs in order).
+constexpr size_t kWorkspaceBytes = size_t{16} << 20;
+struct Queue {
+  cudaStream_t stream = nullptr;
+  void* workspace = nullptr;
+};
+
+// A failure is kept by the runtime and returned by Stream::Synchronize.
+template <class... Parameters, class... Arguments>
+void Launch(const Queue& queue, dim3 grid, dim3 block, size_t shared_bytes,
+            void (*kernel)(Parameters...), Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = queue.stream;
+  static_cast<void>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ T* SharedMemory() {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return reinterpret_cast<T*>(shared_memory);
+}
+
+constexpr int kWarp = 32;
+
+inline bool IsAligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace lockstep::device::cuda
