@@ -227,22 +227,23 @@ void BatchNorm(benchmark::State& state) {
   for (auto _ : state) {
     if (stage == 0) b.device().BatchNormMoments(b.stream(), shape, n, x, mean, m2);
     if (stage == 1)
-      b.device().BatchNormForward(b.stream(), shape, n, x, mean, m2, n, 1e-5f, w, w, y);
+      b.device().BatchNormForward(b.stream(), shape, n, x, {mean, m2, 0, n}, 1e-5f, w, w, nullptr,
+                                  y);
     if (stage == 2) {
-      b.device().BatchNormBackwardSums(b.stream(), shape, n, x, y, dy, mean, m2, n, 1e-5f, sum,
-                                       sum_x);
+      b.device().BatchNormGradient(b.stream(), shape, n, x, y, dy, nullptr, {mean, m2, 0, n}, 1e-5f,
+                                   nullptr, sum, sum_x);
     }
     if (stage == 3) {
-      b.device().BatchNormBackward(b.stream(), shape, n, x, y, dy, mean, m2, n, 1e-5f, w, sum,
-                                   sum_x, dx);
+      b.device().BatchNormBackward(b.stream(), shape, n, x, y, dy, {mean, m2, 0, n}, 1e-5f, w, sum,
+                                   sum_x, 0, dx);
     }
     // At the end of a residual block.
     if (stage == 4) {
-      b.device().BatchNormAddForward(b.stream(), shape, n, x, mean, m2, n, 1e-5f, w, w, dy, y);
+      b.device().BatchNormForward(b.stream(), shape, n, x, {mean, m2, 0, n}, 1e-5f, w, w, dy, y);
     }
     if (stage == 5) {
-      b.device().BatchNormGradient(b.stream(), shape, n, x, y, dy, dx, mean, m2, n, 1e-5f, dx, sum,
-                                   sum_x);
+      b.device().BatchNormGradient(b.stream(), shape, n, x, y, dy, dx, {mean, m2, 0, n}, 1e-5f, dx,
+                                   sum, sum_x);
     }
     benchmark::ClobberMemory();
   }
@@ -415,11 +416,10 @@ void Softmax(benchmark::State& state) {
   const int64_t classes = state.range(0), n = kRows * classes;
   float *x = b.Floats(n), *dx = b.Floats(n);
   const std::vector<int32_t> labels(kRows, 1);
-  double loss;
-  int64_t correct;
+  LeafResult result;
   for (auto _ : state) {
-    b.device().SoftmaxCrossEntropy(b.stream(), kRows, classes, x, labels.data(), 0.1f, &loss,
-                                   &correct, dx);
+    b.device().SoftmaxCrossEntropy(b.stream(), kRows, classes, x, labels.data(), 0, 0.1f, &result,
+                                   dx);
     benchmark::ClobberMemory();
   }
   ReportBytes(state, static_cast<double>(n), 8);

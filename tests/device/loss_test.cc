@@ -49,14 +49,12 @@ TEST_P(LossTest, SoftmaxMatchesTheReference) {
       const float scale = 1.0f / 64;
       const auto in = In(x), dx = Out(x.size());
       const auto in_labels = In(labels);
-      const auto loss = OutOf<double>(1);
-      const auto correct = OutOf<int64_t>(1);
-      device().SoftmaxCrossEntropy(stream(), rows, classes, in, in_labels, scale, loss, correct,
-                                   dx);
+      const auto loss = OutOf<LeafResult>(1);
+      device().SoftmaxCrossEntropy(stream(), rows, classes, in, in_labels, 0, scale, loss, dx);
       const double expected = SoftmaxLoss(classes, ToDoubles(x), labels);
-      EXPECT_NEAR(loss.Read()[0], expected, 2e-7 * std::max(1.0, expected))
+      EXPECT_NEAR(loss.Read()[0].loss_sum, expected, 2e-7 * std::max(1.0, expected))
           << classes << " classes";
-      EXPECT_EQ(correct.Read()[0], CorrectRows(classes, x, labels)) << classes << " classes";
+      EXPECT_EQ(loss.Read()[0].correct, CorrectRows(classes, x, labels)) << classes << " classes";
       std::vector<double> gradient(x.size());
       for (int64_t r = 0; r < rows; ++r) {
         double sum = 0;
@@ -67,11 +65,11 @@ TEST_P(LossTest, SoftmaxMatchesTheReference) {
         }
       }
       EXPECT_TRUE(Near(dx.Read(), gradient, 1e-8)) << classes << " classes";
-      device().SoftmaxCrossEntropy(stream(), rows, classes, in, in_labels, scale, loss, correct,
-                                   nullptr);
-      EXPECT_NEAR(loss.Read()[0], expected, 2e-7 * std::max(1.0, expected)) << "evaluation";
-      device().CountCorrect(stream(), rows, classes, in, in_labels, correct);
-      EXPECT_EQ(correct.Read()[0], CorrectRows(classes, x, labels)) << "CountCorrect";
+      device().SoftmaxCrossEntropy(stream(), rows, classes, in, in_labels, 0, scale, loss, nullptr);
+      EXPECT_NEAR(loss.Read()[0].loss_sum, expected, 2e-7 * std::max(1.0, expected))
+          << "evaluation";
+      device().CountCorrect(stream(), rows, classes, in, in_labels, loss);
+      EXPECT_EQ(loss.Read()[0].correct, CorrectRows(classes, x, labels)) << "CountCorrect";
     }
   }
 }
@@ -82,9 +80,8 @@ TEST_P(LossTest, SoftmaxGradientMatchesFiniteDifferences) {
   const std::vector<int32_t> labels = Labels(kRows, kClasses);
   const auto in = In(x), dx = Out(x.size());
   const auto in_labels = In(labels);
-  const auto loss = OutOf<double>(1);
-  const auto correct = OutOf<int64_t>(1);
-  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, in_labels, 1.0f, loss, correct, dx);
+  const auto loss = OutOf<LeafResult>(1);
+  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, in_labels, 0, 1.0f, loss, dx);
   EXPECT_TRUE(MatchesFiniteDifferences(
       [&](const std::vector<double>& at) { return SoftmaxLoss(kClasses, at, labels); },
       ToDoubles(x), dx.Read()));
@@ -95,18 +92,17 @@ TEST_P(LossTest, SoftmaxSurvivesLargeLogitsAndShowsNan) {
   const std::vector<int32_t> labels = {0, 1, 0};
   const auto in = In(x), dx = Out(9);
   const auto in_labels = In(labels);
-  const auto loss = OutOf<double>(1);
-  const auto correct = OutOf<int64_t>(1);
-  device().SoftmaxCrossEntropy(stream(), 3, 3, in, in_labels, 1.0f, loss, correct, dx);
-  EXPECT_NEAR(loss.Read()[0], std::log(3.0) + 400, 1e-5);
-  EXPECT_EQ(correct.Read()[0], 1);  // the first of equals wins, so row 1 is wrong
+  const auto loss = OutOf<LeafResult>(1);
+  device().SoftmaxCrossEntropy(stream(), 3, 3, in, in_labels, 0, 1.0f, loss, dx);
+  EXPECT_NEAR(loss.Read()[0].loss_sum, std::log(3.0) + 400, 1e-5);
+  EXPECT_EQ(loss.Read()[0].correct, 1);  // the first of equals wins, so row 1 is wrong
   for (float value : dx.Read()) EXPECT_TRUE(std::isfinite(value));
   for (int at = 0; at < 3; ++at) {
     std::vector<float> bad = {1, 2, 3};
     bad[at] = kNan;
     const auto in_bad = In(bad), dx_bad = Out(3);
-    device().SoftmaxCrossEntropy(stream(), 1, 3, in_bad, in_labels, 1.0f, loss, correct, dx_bad);
-    EXPECT_TRUE(std::isnan(loss.Read()[0])) << "NaN at " << at;
+    device().SoftmaxCrossEntropy(stream(), 1, 3, in_bad, in_labels, 0, 1.0f, loss, dx_bad);
+    EXPECT_TRUE(std::isnan(loss.Read()[0].loss_sum)) << "NaN at " << at;
   }
 }
 
@@ -115,13 +111,11 @@ TEST_P(LossTest, SoftmaxGradientMayAliasTheLogits) {
   const std::vector<float> x = RandomFloats(kRows * kClasses, 52, -3, 3);
   const auto in = In(x), apart = Out(x.size());
   const auto labels = In(Labels(kRows, kClasses));
-  const auto loss = OutOf<double>(1), loss_aliased = OutOf<double>(1);
-  const auto correct = OutOf<int64_t>(1);
-  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, labels, 0.5f, loss, correct, apart);
-  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, labels, 0.5f, loss_aliased, correct,
-                               in);
+  const auto loss = OutOf<LeafResult>(1), loss_aliased = OutOf<LeafResult>(1);
+  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, labels, 0, 0.5f, loss, apart);
+  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, labels, 0, 0.5f, loss_aliased, in);
   EXPECT_TRUE(SameBits(in.Read(), apart.Read()));
-  EXPECT_EQ(loss_aliased.Read(), loss.Read());
+  EXPECT_EQ(loss_aliased.Read()[0].loss_sum, loss.Read()[0].loss_sum);
 }
 
 TEST_P(LossTest, RowsDoNotDependOnTheirNumber) {
@@ -130,18 +124,16 @@ TEST_P(LossTest, RowsDoNotDependOnTheirNumber) {
   const std::vector<int32_t> labels = Labels(kRows, kClasses);
   const auto in = In(x), whole = Out(x.size()), alone = Out(x.size());
   const auto in_labels = In(labels);
-  const auto loss = OutOf<double>(1), part = OutOf<double>(1);
-  const auto correct = OutOf<int64_t>(1);
-  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, in_labels, 0.5f, loss, correct,
-                               whole);
+  const auto loss = OutOf<LeafResult>(1), part = OutOf<LeafResult>(1);
+  device().SoftmaxCrossEntropy(stream(), kRows, kClasses, in, in_labels, 0, 0.5f, loss, whole);
   double total = 0;
   for (int64_t r = 0; r < kRows; ++r) {
-    device().SoftmaxCrossEntropy(stream(), 1, kClasses, in + r * kClasses, in_labels + r, 0.5f,
-                                 part, correct, alone + r * kClasses);
-    total += part.Read()[0];
+    device().SoftmaxCrossEntropy(stream(), 1, kClasses, in + r * kClasses, in_labels + r, 0, 0.5f,
+                                 part, alone + r * kClasses);
+    total += part.Read()[0].loss_sum;
   }
   EXPECT_TRUE(SameBits(alone.Read(), whole.Read()));
-  EXPECT_EQ(total, loss.Read()[0]);
+  EXPECT_EQ(total, loss.Read()[0].loss_sum);
 }
 
 TEST_P(LossTest, MeanSquaredErrorMatchesTheReferenceAndFiniteDifferences) {
@@ -150,14 +142,14 @@ TEST_P(LossTest, MeanSquaredErrorMatchesTheReferenceAndFiniteDifferences) {
       const std::vector<float> y = RandomFloats(rows * features, 54),
                                t = RandomFloats(rows * features, 55);
       const auto in = In(y), target = In(t), dy = Out(y.size());
-      const auto loss = OutOf<double>(1);
+      const auto loss = OutOf<LeafResult>(1);
       device().MeanSquaredError(stream(), rows, features, in, target, 0.25f, loss, dy);
       const auto reference = [&](const std::vector<double>& at) {
         double sum = 0;
         for (size_t i = 0; i < at.size(); ++i) sum += (at[i] - t[i]) * (at[i] - t[i]);
         return sum / static_cast<double>(features);
       };
-      EXPECT_NEAR(loss.Read()[0], reference(ToDoubles(y)), 1e-6 * rows);
+      EXPECT_NEAR(loss.Read()[0].loss_sum, reference(ToDoubles(y)), 1e-6 * rows);
       std::vector<float> unscaled = dy.Read();
       for (float& value : unscaled) value *= 4;
       if (rows * features < 300) {
@@ -169,7 +161,7 @@ TEST_P(LossTest, MeanSquaredErrorMatchesTheReferenceAndFiniteDifferences) {
       }
       EXPECT_TRUE(Near(dy.Read(), expected, 1e-7));
       device().MeanSquaredError(stream(), rows, features, in, target, 0.25f, loss, nullptr);
-      EXPECT_NEAR(loss.Read()[0], reference(ToDoubles(y)), 1e-6 * rows) << "evaluation";
+      EXPECT_NEAR(loss.Read()[0].loss_sum, reference(ToDoubles(y)), 1e-6 * rows) << "evaluation";
     }
   }
 }
@@ -183,12 +175,12 @@ TEST_P(LossTest, OneHotAndCountCorrect) {
   std::vector<double> expected(kRows * kClasses, 0.0);
   for (int64_t r = 0; r < kRows; ++r) expected[r * kClasses + labels[r]] = 1;
   EXPECT_TRUE(Near(out.Read(), expected, 0));
-  const auto correct = OutOf<int64_t>(1);
+  const auto correct = OutOf<LeafResult>(1);
   device().CountCorrect(stream(), kRows, kClasses, out, in_labels, correct);
-  EXPECT_EQ(correct.Read()[0], kRows);
+  EXPECT_EQ(correct.Read()[0].correct, kRows);
   const auto nothing = In(std::vector<float>(kRows * kClasses, kNan));
   device().CountCorrect(stream(), kRows, kClasses, nothing, in_labels, correct);
-  EXPECT_EQ(correct.Read()[0], 0);
+  EXPECT_EQ(correct.Read()[0].correct, 0);
 }
 
 LOCKSTEP_DEVICE_TESTS(LossTest);

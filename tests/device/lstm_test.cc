@@ -1,5 +1,6 @@
 // Lstm against its definition in double, its gradients against the definition's differences.
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <thread>
 
@@ -258,7 +259,9 @@ TEST_P(LstmTest, RowsDoNotDependOnTheirNumber) {
     SCOPED_TRACE(Describe(s));
     constexpr int64_t kMost = 34;
     const LstmData d(s, kMost);
-    auto lstm = device().MakeLstm(s, {kMost});
+    std::vector<int64_t> counts(kMost);
+    std::iota(counts.begin(), counts.end(), 1);
+    auto lstm = device().MakeLstm(s, counts);
     ASSERT_TRUE(lstm.ok()) << lstm.status();
     const Result whole = Run(**lstm, s, d, kMost);
     for (int64_t rows = 1; rows < kMost; ++rows) {
@@ -282,6 +285,22 @@ TEST_P(LstmTest, ThreadsAndRepetitionsAgree) {
   ASSERT_TRUE(lstm.ok()) << lstm.status();
   const Result expected = Run(**lstm, s, d, kRows);
   constexpr int kThreads = 4, kRepeats = 3;
+  // Inputs, and what each thread has for itself.
+  const auto x = In(d.x), dy = In(d.dy);
+  struct Own {
+    Buffer<float> y, dx, reserve;
+    Buffer<char> scratch;
+    std::vector<Buffer<float>> gradients;
+  };
+  std::vector<Own> owns;
+  for (int t = 0; t < kThreads; ++t) {
+    owns.push_back({Out(d.dy.size()),
+                    Out(d.x.size()),
+                    Out(kRows * s.reserve()),
+                    Scratch((*lstm)->scratch_bytes()),
+                    {}});
+    for (const auto& tensor : d.tensors) owns.back().gradients.push_back(Out(tensor.size()));
+  }
   std::vector<Result> results(kThreads * kRepeats);
   std::vector<absl::Status> statuses(kThreads);
   std::vector<std::thread> threads;
@@ -292,21 +311,26 @@ TEST_P(LstmTest, ThreadsAndRepetitionsAgree) {
         statuses[t] = mine.status();
         return;
       }
-      std::vector<char> scratch((*lstm)->scratch_bytes(), static_cast<char>(t * 63));
-      std::vector<float> reserve(kRows * s.reserve());
-      for (int k = 0; k < kRepeats; ++k) {
-        Result& r = results[t * kRepeats + k];
-        r = {std::vector<float>(d.dy.size()), std::vector<float>(d.x.size()), d.tensors};
-        std::vector<LstmTensors<float>> out(s.directions());
-        for (int64_t i = 0; i < s.directions(); ++i) {
-          auto* const g = &r.gradients[i * kTensors];
-          out[i] = {g[0].data(), g[1].data(), g[2].data(), g[3].data()};
-        }
-        (*lstm)->Forward(**mine, kRows, d.x.data(), r.y.data(), reserve.data(), scratch.data());
-        (*lstm)->Backward(**mine, kRows, d.x.data(), d.dy.data(), reserve.data(), out, r.dx.data(),
-                          scratch.data());
+      const Own& own = owns[t];
+      std::vector<LstmTensors<float>> out(s.directions());
+      for (int64_t i = 0; i < s.directions(); ++i) {
+        const auto* const g = &own.gradients[i * kTensors];
+        out[i] = {g[0], g[1], g[2], g[3]};
       }
-      statuses[t] = (*mine)->Synchronize();
+      const auto read = [&](const Buffer<float>& from, std::vector<float>& to) {
+        to.resize(from.size());
+        device().Copy(**mine, from, to.data(), to.size() * sizeof(float));
+      };
+      for (int k = 0; k < kRepeats; ++k) {
+        (*lstm)->Forward(**mine, kRows, x, own.y, own.reserve, own.scratch);
+        (*lstm)->Backward(**mine, kRows, x, dy, own.reserve, out, own.dx, own.scratch);
+        Result& r = results[t * kRepeats + k];
+        r.gradients.resize(d.tensors.size());
+        read(own.y, r.y);
+        read(own.dx, r.dx);
+        for (size_t i = 0; i < d.tensors.size(); ++i) read(own.gradients[i], r.gradients[i]);
+        statuses[t].Update((*mine)->Synchronize());
+      }
     });
   }
   for (std::thread& thread : threads) thread.join();

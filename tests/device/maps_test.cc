@@ -295,24 +295,22 @@ TEST_P(MapsTest, SmoothedCrossEntropy) {
     };
     const auto x = In(values), dx = Out(values.size());
     const auto given = In(labels);
-    const auto sum = OutOf<double>(1);
-    const auto correct = OutOf<int64_t>(1), plain_correct = OutOf<int64_t>(1);
-    device().SmoothedCrossEntropy(stream(), kRows, classes, x, given, kSmoothing, kScale, sum,
-                                  correct, dx);
+    const auto sum = OutOf<LeafResult>(1);
+    const auto plain = OutOf<LeafResult>(1);
+    device().SoftmaxCrossEntropy(stream(), kRows, classes, x, given, kSmoothing, kScale, sum, dx);
     const double expected = loss(ToDoubles(values));
-    EXPECT_NEAR(sum.Read()[0], expected, 1e-5 * (1 + expected));
+    EXPECT_NEAR(sum.Read()[0].loss_sum, expected, 1e-5 * (1 + expected));
     EXPECT_TRUE(
         MatchesFiniteDifferences([&](const std::vector<double>& at) { return kScale * loss(at); },
                                  ToDoubles(values), dx.Read()));
-    const auto again = OutOf<double>(1);
-    device().SmoothedCrossEntropy(stream(), kRows, classes, x, given, kSmoothing, kScale, again,
-                                  correct, nullptr);
-    EXPECT_EQ(again.Read()[0], sum.Read()[0]);
-    device().SoftmaxCrossEntropy(stream(), kRows, classes, x, given, kScale, again, plain_correct,
+    const auto again = OutOf<LeafResult>(1);
+    device().SoftmaxCrossEntropy(stream(), kRows, classes, x, given, kSmoothing, kScale, again,
                                  nullptr);
-    EXPECT_EQ(correct.Read()[0], plain_correct.Read()[0]);
-    device().SmoothedCrossEntropy(stream(), kRows, classes, x, given, kSmoothing, kScale, sum,
-                                  correct, x);  // in place
+    EXPECT_EQ(again.Read()[0].loss_sum, sum.Read()[0].loss_sum);
+    device().SoftmaxCrossEntropy(stream(), kRows, classes, x, given, 0, kScale, plain, nullptr);
+    EXPECT_EQ(again.Read()[0].correct, plain.Read()[0].correct);
+    device().SoftmaxCrossEntropy(stream(), kRows, classes, x, given, kSmoothing, kScale, sum,
+                                 x);  // in place
     EXPECT_TRUE(SameBits(x.Read(), dx.Read()));
   }
 }
@@ -334,15 +332,15 @@ TEST_P(MapsTest, SigmoidCrossEntropy) {
       return sum;
     };
     const auto x = In(values), target = In(wanted), dx = Out(values.size());
-    const auto sum = OutOf<double>(1), again = OutOf<double>(1);
+    const auto sum = OutOf<LeafResult>(1), again = OutOf<LeafResult>(1);
     device().SigmoidCrossEntropy(stream(), kRows, features, x, target, kScale, sum, dx);
     const double expected = loss(ToDoubles(values));
-    EXPECT_NEAR(sum.Read()[0], expected, 1e-6 * (1 + expected));
+    EXPECT_NEAR(sum.Read()[0].loss_sum, expected, 1e-6 * (1 + expected));
     EXPECT_TRUE(
         MatchesFiniteDifferences([&](const std::vector<double>& at) { return kScale * loss(at); },
                                  ToDoubles(values), dx.Read()));
     device().SigmoidCrossEntropy(stream(), kRows, features, x, target, kScale, again, nullptr);
-    EXPECT_EQ(again.Read()[0], sum.Read()[0]);
+    EXPECT_EQ(again.Read()[0].loss_sum, sum.Read()[0].loss_sum);
   }
 }
 

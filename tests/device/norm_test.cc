@@ -81,8 +81,8 @@ TEST_P(NormTest, ChannelsDoNotDependOnTheirNeighbours) {
   const auto x = In(d.x), dy = In(d.dy), mean = Out(kChannels), m2 = Out(kChannels);
   const auto sums = Out(kChannels), sums_x = Out(kChannels);
   device().BatchNormMoments(stream(), {kChannels}, kN, x, mean, m2);
-  device().BatchNormBackwardSums(stream(), {kChannels}, kN, x, nullptr, dy, mean, m2, kN, kEpsilon,
-                                 sums, sums_x);
+  device().BatchNormGradient(stream(), {kChannels}, kN, x, nullptr, dy, nullptr, {mean, m2, 0, kN},
+                             kEpsilon, nullptr, sums, sums_x);
   for (int64_t c = 0; c < kChannels; ++c) {
     std::vector<float> one(kN), one_dy(kN);
     for (int64_t i = 0; i < kN; ++i) {
@@ -92,8 +92,8 @@ TEST_P(NormTest, ChannelsDoNotDependOnTheirNeighbours) {
     const auto in = In(one), gradient = In(one_dy);
     const auto one_mean = Out(1), one_m2 = Out(1), one_sum = Out(1), one_sum_x = Out(1);
     device().BatchNormMoments(stream(), {1}, kN, in, one_mean, one_m2);
-    device().BatchNormBackwardSums(stream(), {1}, kN, in, nullptr, gradient, one_mean, one_m2, kN,
-                                   kEpsilon, one_sum, one_sum_x);
+    device().BatchNormGradient(stream(), {1}, kN, in, nullptr, gradient, nullptr,
+                               {one_mean, one_m2, 0, kN}, kEpsilon, nullptr, one_sum, one_sum_x);
     ASSERT_EQ(one_mean.Read()[0], mean.Read()[c]);
     ASSERT_EQ(one_m2.Read()[0], m2.Read()[c]);
     ASSERT_EQ(one_sum.Read()[0], sums.Read()[c]);
@@ -140,7 +140,8 @@ TEST_P(NormTest, ForwardMatchesTheReference) {
         const auto x = In(d.x), weight = In(d.weight), bias = In(d.bias);
         const auto mean = Out(channels), m2 = Out(channels), y = Out(d.x.size());
         device().BatchNormMoments(stream(), shape, n, x, mean, m2);
-        device().BatchNormForward(stream(), shape, n, x, mean, m2, n, kEpsilon, weight, bias, y);
+        device().BatchNormForward(stream(), shape, n, x, {mean, m2, 0, n}, kEpsilon, weight, bias,
+                                  nullptr, y);
         const NormReference reference(channels, ToDoubles(d.x));
         // With n = 1 the result is the bias; the deviation is sqrt(epsilon), which magnifies
         // rounding.
@@ -160,8 +161,8 @@ TEST_P(NormTest, InferenceUsesTheRunningAverages) {
     const std::vector<float> running_var = RandomFloats(channels, 36, 0.5, 2);
     const auto x = In(d.x), weight = In(d.weight), bias = In(d.bias), mean = In(running_mean),
                variance = In(running_var), y = Out(d.x.size());
-    device().BatchNormInference(stream(), {channels, false}, d.n, x, mean, variance, kEpsilon,
-                                weight, bias, y);
+    device().BatchNormForward(stream(), {channels, false}, d.n, x, {mean, variance, 0, 1}, kEpsilon,
+                              weight, bias, nullptr, y);
     std::vector<double> expected(d.x.size());
     for (size_t i = 0; i < d.x.size(); ++i) {
       const int64_t c = i % channels;
@@ -181,12 +182,14 @@ TEST_P(NormTest, ForwardGivesTheSameBitsForAnyCutOfRows) {
   const auto mean = Out(kChannels), m2 = Out(kChannels), whole = Out(d.x.size()),
              cut = Out(d.x.size());
   device().BatchNormMoments(stream(), shape, kN, x, mean, m2);
-  device().BatchNormForward(stream(), shape, kN, x, mean, m2, kN, kEpsilon, weight, bias, whole);
+  device().BatchNormForward(stream(), shape, kN, x, {mean, m2, 0, kN}, kEpsilon, weight, bias,
+                            nullptr, whole);
   for (int64_t at = 0; at <= kN; ++at) {
     const int64_t offset = at * kChannels;
-    device().BatchNormForward(stream(), shape, at, x, mean, m2, kN, kEpsilon, weight, bias, cut);
-    device().BatchNormForward(stream(), shape, kN - at, x + offset, mean, m2, kN, kEpsilon, weight,
-                              bias, cut + offset);
+    device().BatchNormForward(stream(), shape, at, x, {mean, m2, 0, kN}, kEpsilon, weight, bias,
+                              nullptr, cut);
+    device().BatchNormForward(stream(), shape, kN - at, x + offset, {mean, m2, 0, kN}, kEpsilon,
+                              weight, bias, nullptr, cut + offset);
     ASSERT_TRUE(SameBits(cut.Read(), whole.Read())) << "cut at " << at;
   }
 }
@@ -202,11 +205,12 @@ TEST_P(NormTest, BackwardMatchesFiniteDifferences) {
                  dx = Out(d.x.size());
       const auto sum_dy = Out(channels), sum_dy_xhat = Out(channels);
       device().BatchNormMoments(stream(), shape, kN, x, mean, m2);
-      device().BatchNormForward(stream(), shape, kN, x, mean, m2, kN, kEpsilon, weight, bias, y);
-      device().BatchNormBackwardSums(stream(), shape, kN, x, y, dy, mean, m2, kN, kEpsilon, sum_dy,
-                                     sum_dy_xhat);
-      device().BatchNormBackward(stream(), shape, kN, x, y, dy, mean, m2, kN, kEpsilon, weight,
-                                 sum_dy, sum_dy_xhat, dx);
+      device().BatchNormForward(stream(), shape, kN, x, {mean, m2, 0, kN}, kEpsilon, weight, bias,
+                                nullptr, y);
+      device().BatchNormGradient(stream(), shape, kN, x, y, dy, nullptr, {mean, m2, 0, kN},
+                                 kEpsilon, nullptr, sum_dy, sum_dy_xhat);
+      device().BatchNormBackward(stream(), shape, kN, x, y, dy, {mean, m2, 0, kN}, kEpsilon, weight,
+                                 sum_dy, sum_dy_xhat, 0, dx);
       const std::vector<double> at_x = ToDoubles(d.x), at_weight = ToDoubles(d.weight),
                                 at_bias = ToDoubles(d.bias);
       EXPECT_TRUE(MatchesFiniteDifferences(
@@ -241,11 +245,12 @@ TEST_P(NormTest, BackwardMatchesTheReference) {
                    dx = Out(d.x.size());
         const auto sum_dy = Out(channels), sum_dy_xhat = Out(channels);
         device().BatchNormMoments(stream(), shape, n, x, mean, m2);
-        device().BatchNormForward(stream(), shape, n, x, mean, m2, n, kEpsilon, weight, bias, y);
-        device().BatchNormBackwardSums(stream(), shape, n, x, y, dy, mean, m2, n, kEpsilon, sum_dy,
-                                       sum_dy_xhat);
-        device().BatchNormBackward(stream(), shape, n, x, y, dy, mean, m2, n, kEpsilon, weight,
-                                   sum_dy, sum_dy_xhat, dx);
+        device().BatchNormForward(stream(), shape, n, x, {mean, m2, 0, n}, kEpsilon, weight, bias,
+                                  nullptr, y);
+        device().BatchNormGradient(stream(), shape, n, x, y, dy, nullptr, {mean, m2, 0, n},
+                                   kEpsilon, nullptr, sum_dy, sum_dy_xhat);
+        device().BatchNormBackward(stream(), shape, n, x, y, dy, {mean, m2, 0, n}, kEpsilon, weight,
+                                   sum_dy, sum_dy_xhat, 0, dx);
         const NormReference r(channels, ToDoubles(d.x));
         const std::vector<float> mask = y.Read();
         std::vector<double> g(d.x.size()), sum(channels, 0.0), sum_x(channels, 0.0),
@@ -287,19 +292,19 @@ TEST_P(NormTest, AddForwardGivesTheBitsOfThreePasses) {
         const auto over_x = In(d.x), over_residual = In(other);
         const auto run = [&](const float* from, const float* added, float* to) {
           if (inference) {
-            device().BatchNormAddInference(stream(), shape, kN, from, mean, var, kEpsilon, weight,
-                                           bias, added, to);
+            device().BatchNormForward(stream(), shape, kN, from, {mean, var, 0, 1}, kEpsilon,
+                                      weight, bias, added, to);
           } else {
-            device().BatchNormAddForward(stream(), shape, kN, from, mean, m2, kN, kEpsilon, weight,
-                                         bias, added, to);
+            device().BatchNormForward(stream(), shape, kN, from, {mean, m2, 0, kN}, kEpsilon,
+                                      weight, bias, added, to);
           }
         };
         if (inference) {
-          device().BatchNormInference(stream(), plain, kN, x, mean, var, kEpsilon, weight, bias,
-                                      apart);
+          device().BatchNormForward(stream(), plain, kN, x, {mean, var, 0, 1}, kEpsilon, weight,
+                                    bias, nullptr, apart);
         } else {
-          device().BatchNormForward(stream(), plain, kN, x, mean, m2, kN, kEpsilon, weight, bias,
-                                    apart);
+          device().BatchNormForward(stream(), plain, kN, x, {mean, m2, 0, kN}, kEpsilon, weight,
+                                    bias, nullptr, apart);
         }
         const auto n = static_cast<int64_t>(d.x.size());
         device().Add(stream(), n, apart, residual, apart);
@@ -332,7 +337,7 @@ TEST_P(NormTest, GradientMatchesSeparatePasses) {
           device().BatchNormMoments(stream(), shape, n, x, mean, m2);
           const auto run = [&](const float* from, const float* a, const float* b, float* to) {
             device().BatchNormGradient(stream(), shape, n, from, relu ? y.data() : nullptr, a,
-                                       two ? b : nullptr, mean, m2, n, kEpsilon, to, sum_dy,
+                                       two ? b : nullptr, {mean, m2, 0, n}, kEpsilon, to, sum_dy,
                                        sum_dy_xhat);
           };
           device().Copy(stream(), dy.data(), apart.data(), d.x.size() * sizeof(float));
@@ -376,11 +381,11 @@ TEST_P(NormTest, BackwardMayLieOverItsInputs) {
   const auto mean = Out(kChannels), m2 = Out(kChannels), sum_dy = Out(kChannels),
              sum_dy_xhat = Out(kChannels), dx = Out(d.x.size());
   device().BatchNormMoments(stream(), shape, kN, x, mean, m2);
-  device().BatchNormBackwardSums(stream(), shape, kN, x, y, dy, mean, m2, kN, kEpsilon, sum_dy,
-                                 sum_dy_xhat);
+  device().BatchNormGradient(stream(), shape, kN, x, y, dy, nullptr, {mean, m2, 0, kN}, kEpsilon,
+                             nullptr, sum_dy, sum_dy_xhat);
   const auto run = [&](const float* a, const float* b, const float* c, float* to) {
-    device().BatchNormBackward(stream(), shape, kN, a, b, c, mean, m2, kN, kEpsilon, weight, sum_dy,
-                               sum_dy_xhat, to);
+    device().BatchNormBackward(stream(), shape, kN, a, b, c, {mean, m2, 0, kN}, kEpsilon, weight,
+                               sum_dy, sum_dy_xhat, 0, to);
   };
   run(x, y, dy, dx);
   const std::vector<float> expected = dx.Read();

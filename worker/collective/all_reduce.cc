@@ -11,7 +11,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "common/status_macros.h"
+#include "worker/collective/device_all_reduce.h"
 #include "worker/collective/fold_program.h"
+#include "worker/collective/small_exchange.h"
 
 namespace lockstep::collective {
 namespace {
@@ -21,12 +23,6 @@ constexpr size_t RoundUp(size_t bytes) { return (bytes + kLine - 1) / kLine * kL
 // Elements that are finished before they are written to the other members: they stay in the
 // second-level cache in between.
 constexpr int64_t kDelivery = 8 * FoldProgram::kBlock;
-
-constexpr absl::Duration kGrace = absl::Seconds(1);
-
-struct alignas(kLine) Line {
-  std::byte bytes[kLine];
-};
 
 // One flat vector.
 size_t VectorBytes(int64_t size) { return std::max(kLine, RoundUp(size * sizeof(float))); }
@@ -45,37 +41,6 @@ int MemberBuffers(const Placement& placement, const std::vector<int>& bounds) {
   return std::max(1, buffers);  // a member without leaves still holds the result
 }
 
-absl::Status CheckPlacement(const Placement& placement, int members, int rank, int slots) {
-  if (static_cast<int>(placement.bounds.size()) != members) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("placement over ", placement.bounds.size(), " members, expected ", members));
-  }
-  int next = 0;
-  for (const std::vector<int>& bounds : placement.bounds) {
-    if (bounds.size() < 2 || bounds.front() != next ||
-        !std::is_sorted(bounds.begin(), bounds.end())) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("placement is not a list of adjoining ranges: a member's leaves begin at ",
-                       bounds.empty() ? -1 : bounds.front(), ", expected ", next));
-    }
-    next = bounds.back();
-  }
-  if (next != placement.leaves || next == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("placement covers ", next, " leaves of ", placement.leaves));
-  }
-  if (placement.interleaved < 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "placement has groups of ", placement.interleaved, " leaves; accepted: 1 or more"));
-  }
-  const int placed = static_cast<int>(placement.bounds[rank].size()) - 1;
-  if (placed != slots) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("placement has ", placed, " slots here, the team ", slots));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status CheckBuckets(const std::vector<Bucket>& buckets, int64_t size) {
   int64_t next = 0;
   for (const Bucket& bucket : buckets) {
@@ -87,41 +52,14 @@ absl::Status CheckBuckets(const std::vector<Bucket>& buckets, int64_t size) {
       absl::StrCat("buckets do not partition [0, ", size, "): they stop at ", next));
 }
 
-// Small values of known subtrees, left to right, folded in place.
-struct SmallValues {
-  std::vector<Node> nodes;
-  std::vector<std::byte*> values;  // null: absent
-
-  // The value of `node`, whose parts are [first, last).
-  std::byte* Fold(Node node, size_t first, size_t last,
-                  const CanonicalAllReduce::Fold& fold) const {
-    if (first == last) return nullptr;
-    if (last - first == 1) return values[first];
-    const int split = SplitPoint(node);
-    size_t middle = first;
-    while (middle < last && nodes[middle].begin < split) ++middle;
-    std::byte* left = Fold({node.begin, split}, first, middle, fold);
-    std::byte* right = Fold({split, node.end}, middle, last, fold);
-    if (left == nullptr) return right;
-    if (right != nullptr) fold(left, right);
-    return left;
-  }
-};
-
-class CanonicalOnCommunicator : public CanonicalAllReduce {
+class CanonicalOnCommunicator : public CanonicalAllReduce, private SmallExchange {
  public:
   CanonicalOnCommunicator(device::Device& device, Communicator* communicator, Team* team,
                           Placement placement, int64_t size, std::vector<Bucket> buckets)
-      : device_(device),
-        communicator_(communicator),
-        team_(team),
-        placement_(std::move(placement)),
+      : SmallExchange(communicator, team, std::move(placement)),
+        device_(device),
         size_(size),
         buckets_(std::move(buckets)),
-        members_(communicator == nullptr ? 1 : communicator->size()),
-        rank_(communicator == nullptr ? 0 : communicator->rank()),
-        bounds_(placement_.bounds[rank_]),
-        slots_count_(static_cast<int>(bounds_.size()) - 1),
         slots_(slots_count_),
         arrivals_(buckets_.size()),
         folded_(buckets_.size()),
@@ -140,9 +78,13 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
   const float* result() const override { return result_.load(std::memory_order_relaxed); }
   absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
                                          size_t bytes, const Fold& fold,
-                                         absl::Time deadline) override;
+                                         absl::Time deadline) override {
+    return SmallExchange::MergeSmall(slot, records, bytes, fold, deadline);
+  }
   absl::StatusOr<const void*> AllGather(int slot, const void* mine, size_t bytes,
-                                        absl::Time deadline) override;
+                                        absl::Time deadline) override {
+    return SmallExchange::AllGather(slot, mine, bytes, deadline);
+  }
 
  private:
   // A slot's StackSchedule without what is absent, as kernels take it.
@@ -165,7 +107,7 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
     std::vector<int> parts;                          // that each member offers
     FoldProgram root_fold;                           // all members' parts -> the root
   };
-  struct alignas(kLine) Slot {
+  struct alignas(64) Slot {
     uint64_t step = 0;
     const Pattern* pattern = nullptr;
     int64_t elements_left = 0;         // of the last leaf
@@ -173,13 +115,8 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
     std::unique_ptr<device::Memory> scratch;
     std::vector<const float*> inputs;
     std::vector<float*> outputs;
-    std::vector<Line> stack;  // MergeSmall: records in progress
   };
 
-  absl::Status Fail(const absl::Status& failure);
-  absl::Status Barrier(int slot, absl::Time deadline);
-  // Where other slots wait for slot 0, which waits for other members with the same deadline.
-  absl::Status BarrierAfterMembers(int slot, absl::Time deadline);
   float* Buffer(int index) const {
     return reinterpret_cast<float*>(memory_ + index * VectorBytes(size_));
   }
@@ -192,20 +129,10 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
   absl::Status FinishAcrossMembers(int slot, device::Stream& stream, absl::Time deadline);
   void FinishChunk(int slot, device::Stream& stream, size_t bucket);
   absl::Status EnqueueGather(size_t bucket, Ticket* ticket);
-  std::byte* FoldRecord(Slot& s, int begin, Node node, absl::Span<const void* const> records,
-                        size_t bytes, const Fold& fold, size_t top);
-  absl::Status MergeMembers(size_t bytes, const Fold& fold, absl::Time deadline);
 
   device::Device& device_;
-  Communicator* const communicator_;
-  Team* const team_;
-  const Placement placement_;
   const int64_t size_;
   const std::vector<Bucket> buckets_;
-  const int members_;
-  const int rank_;
-  const std::vector<int>& bounds_;
-  const int slots_count_;
 
   std::unique_ptr<device::Memory> owned_;  // where no other member reads it
   std::byte* memory_ = nullptr;
@@ -227,18 +154,6 @@ class CanonicalOnCommunicator : public CanonicalAllReduce {
 
   absl::Mutex mutex_;
   std::vector<std::unique_ptr<Pattern>> patterns_ ABSL_GUARDED_BY(mutex_);
-  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
-  std::atomic<bool> failed_{false};  // failure_ is set
-
-  // MergeSmall and AllGather; written by slot 0 between barriers.
-  std::vector<std::vector<Node>> slot_parts_;    // of our slots
-  std::vector<std::vector<Node>> member_parts_;  // of all members
-  size_t most_parts_ = 0;
-  SmallValues slot_values_, root_values_;
-  std::vector<Line> block_, blocks_, small_result_;
-  bool small_present_ = false;
-  std::vector<Line> gathered_[2];
-  std::vector<uint64_t> gathers_;  // of each slot
 };
 
 absl::Status CanonicalOnCommunicator::Initialize() {
@@ -252,7 +167,6 @@ absl::Status CanonicalOnCommunicator::Initialize() {
     while ((int64_t{1} << blocks) < placement_.leaves) ++blocks;
     ASSIGN_OR_RETURN(slots_[slot].scratch,
                      device_.Allocate((blocks + 1) * FoldProgram::kBlock * sizeof(float)));
-    slot_parts_.push_back(MaximalSubtrees(placement_.leaves, bounds_[slot], bounds_[slot + 1]));
   }
   if (members_ > 1) {
     ASSIGN_OR_RETURN(void* memory, communicator_->Allocate(SharedBytes(placement_, size_)));
@@ -266,44 +180,8 @@ absl::Status CanonicalOnCommunicator::Initialize() {
     ASSIGN_OR_RETURN(owned_, device_.Allocate(std::max(1, buffers) * VectorBytes(size_)));
     memory_ = static_cast<std::byte*>(owned_->data());
   }
-  for (const std::vector<int>& bounds : placement_.bounds) {
-    member_parts_.push_back(MaximalSubtrees(placement_.leaves, bounds.front(), bounds.back()));
-    most_parts_ = std::max(most_parts_, member_parts_.back().size());
-    root_values_.nodes.insert(root_values_.nodes.end(), member_parts_.back().begin(),
-                              member_parts_.back().end());
-  }
-  root_values_.values.resize(root_values_.nodes.size());
-  for (const std::vector<Node>& parts : slot_parts_) {
-    slot_values_.nodes.insert(slot_values_.nodes.end(), parts.begin(), parts.end());
-  }
-  slot_values_.values.resize(slot_values_.nodes.size());
-  gathers_.resize(slots_count_);
   result_ = Buffer(0);
   return absl::OkStatus();
-}
-
-absl::Status CanonicalOnCommunicator::Fail(const absl::Status& failure) {
-  absl::Status first;
-  {
-    absl::MutexLock lock(&mutex_);
-    if (failure_.ok()) failure_ = failure;
-    first = failure_;
-  }
-  failed_.store(true, std::memory_order_release);
-  if (team_ != nullptr) team_->Abort(first);
-  if (communicator_ != nullptr) communicator_->Abort(first);
-  return first;
-}
-
-absl::Status CanonicalOnCommunicator::Barrier(int slot, absl::Time deadline) {
-  if (team_ == nullptr) return absl::OkStatus();
-  const absl::Status status = team_->Barrier(slot, deadline);
-  return status.ok() ? status : Fail(status);
-}
-
-absl::Status CanonicalOnCommunicator::BarrierAfterMembers(int slot, absl::Time deadline) {
-  // Slot 0 is to be the one that reports, since it can name the member that is missing.
-  return Barrier(slot, members_ > 1 && slot != 0 ? deadline + kGrace : deadline);
 }
 
 // ---- the step
@@ -393,10 +271,7 @@ absl::Status CanonicalOnCommunicator::Begin(int slot, absl::Span<const uint8_t> 
         absl::StrCat("a step over ", present.size(),
                      " leaves, of which at least one is present, of ", placement_.leaves)));
   }
-  if (failed_.load(std::memory_order_acquire)) {
-    absl::MutexLock lock(&mutex_);
-    return failure_;
-  }
+  RETURN_IF_ERROR(failure());
   if (s.pattern == nullptr || absl::MakeConstSpan(s.pattern->present) != present) {
     s.pattern = &FindPattern(present);
   }
@@ -616,127 +491,6 @@ void CanonicalOnCommunicator::FinishChunk(int slot, device::Stream& stream, size
   }
 }
 
-// ---- small records
-
-std::byte* CanonicalOnCommunicator::FoldRecord(Slot& s, int begin, Node node,
-                                               absl::Span<const void* const> records, size_t bytes,
-                                               const Fold& fold, size_t top) {
-  if (node.end - node.begin == 1) {
-    const void* record = records[node.begin - begin];
-    if (record == nullptr) return nullptr;
-    std::byte* copy = s.stack[top * (RoundUp(bytes) / kLine)].bytes;
-    memcpy(copy, record, bytes);
-    return copy;
-  }
-  const int split = SplitPoint(node);
-  std::byte* left = FoldRecord(s, begin, {node.begin, split}, records, bytes, fold, top);
-  std::byte* right = FoldRecord(s, begin, {split, node.end}, records, bytes, fold,
-                                left == nullptr ? top : top + 1);
-  if (left == nullptr) return right;
-  if (right != nullptr) fold(left, right);
-  return left;
-}
-
-absl::StatusOr<const void*> CanonicalOnCommunicator::MergeSmall(
-    int slot, absl::Span<const void* const> records, size_t bytes, const Fold& fold,
-    absl::Time deadline) {
-  Slot& s = slots_[slot];
-  const int begin = bounds_[slot], leaves = bounds_[slot + 1] - begin;
-  const size_t stride = RoundUp(bytes);
-  if (bytes == 0 || static_cast<int>(records.size()) != leaves ||
-      stride * most_parts_ + RoundUp(most_parts_) > Communicator::kSmallBytes) {
-    return Fail(absl::InvalidArgumentError(
-        absl::StrCat("merge of ", records.size(), " records of ", bytes, " bytes: expected ",
-                     leaves, " records, of 1 to ",
-                     (Communicator::kSmallBytes - RoundUp(most_parts_)) / most_parts_, " bytes")));
-  }
-  // Our leaves; every part that is there takes one place of the stack for good.
-  const std::vector<Node>& parts = slot_parts_[slot];
-  size_t depth = 2;
-  while ((1 << depth) < leaves) ++depth;
-  if (s.stack.size() < (parts.size() + depth + 1) * stride / kLine) {
-    s.stack.resize((parts.size() + depth + 1) * stride / kLine);
-  }
-  size_t top = 0, first_value = 0;
-  for (int other = 0; other < slot; ++other) first_value += slot_parts_[other].size();
-  for (size_t part = 0; part < parts.size(); ++part) {
-    std::byte* value = FoldRecord(s, begin, parts[part], records, bytes, fold, top);
-    slot_values_.values[first_value + part] = value;
-    if (value != nullptr) ++top;
-  }
-  RETURN_IF_ERROR(Barrier(slot, deadline));
-  if (slot == 0) {
-    const absl::Status status = MergeMembers(bytes, fold, deadline);
-    if (!status.ok()) return Fail(status);
-  }
-  RETURN_IF_ERROR(BarrierAfterMembers(slot, deadline));
-  return small_present_ ? small_result_.data() : nullptr;
-}
-
-// A block holds a byte for each part of its member (1: there) and then the parts.
-absl::Status CanonicalOnCommunicator::MergeMembers(size_t bytes, const Fold& fold,
-                                                   absl::Time deadline) {
-  const size_t stride = RoundUp(bytes), flags = RoundUp(most_parts_);
-  const size_t block = flags + stride * most_parts_;
-  if (block_.size() < block / kLine) block_.resize(block / kLine);
-  if (blocks_.size() < members_ * block / kLine) blocks_.resize(members_ * block / kLine);
-  if (small_result_.size() < stride / kLine) small_result_.resize(stride / kLine);
-  memset(block_.data(), 0, flags);
-  size_t first = 0;
-  for (size_t part = 0; part < member_parts_[rank_].size(); ++part) {
-    const Node& node = member_parts_[rank_][part];
-    size_t last = first;
-    while (last < slot_values_.nodes.size() && slot_values_.nodes[last].end <= node.end) ++last;
-    const std::byte* value = slot_values_.Fold(node, first, last, fold);
-    first = last;
-    if (value == nullptr) continue;
-    block_[0].bytes[part] = std::byte{1};
-    memcpy(reinterpret_cast<std::byte*>(block_.data()) + flags + part * stride, value, bytes);
-  }
-  std::byte* all = reinterpret_cast<std::byte*>(block_.data());
-  if (members_ > 1) {
-    all = reinterpret_cast<std::byte*>(blocks_.data());
-    ASSIGN_OR_RETURN(const Ticket ticket, communicator_->EnqueueAllGather(
-                                              nullptr, Lane::kMoments, block_.data(), block, all));
-    RETURN_IF_ERROR(communicator_->Wait(ticket, deadline));
-  }
-  size_t index = 0;
-  for (int member = 0; member < members_; ++member) {
-    for (size_t part = 0; part < member_parts_[member].size(); ++part, ++index) {
-      std::byte* base = all + member * block;
-      const bool there = base[part] != std::byte{0};
-      root_values_.values[index] = there ? base + flags + part * stride : nullptr;
-    }
-  }
-  const std::byte* root =
-      root_values_.Fold({0, placement_.leaves}, 0, root_values_.nodes.size(), fold);
-  small_present_ = root != nullptr;
-  if (small_present_) memcpy(small_result_.data(), root, bytes);
-  return absl::OkStatus();
-}
-
-absl::StatusOr<const void*> CanonicalOnCommunicator::AllGather(int slot, const void* mine,
-                                                               size_t bytes, absl::Time deadline) {
-  // Two buffers in turn: who still reads one has not passed the barrier that lets it be written
-  // again.
-  std::vector<Line>& all = gathered_[gathers_[slot]++ % 2];
-  if (slot == 0) {
-    const size_t lines = RoundUp(members_ * bytes) / kLine;
-    if (all.size() < lines) all.resize(lines);
-    if (members_ == 1) {
-      if (bytes > 0) memcpy(all.data(), mine, bytes);
-    } else {
-      auto ticket =
-          communicator_->EnqueueAllGather(nullptr, Lane::kMoments, mine, bytes, all.data());
-      const absl::Status status =
-          ticket.ok() ? communicator_->Wait(*ticket, deadline) : ticket.status();
-      if (!status.ok()) return Fail(status);
-    }
-  }
-  RETURN_IF_ERROR(BarrierAfterMembers(slot, deadline));
-  return all.data();
-}
-
 }  // namespace
 
 std::vector<Bucket> MakeBuckets(int64_t size, const std::vector<int64_t>& offsets, int64_t bytes) {
@@ -752,7 +506,9 @@ std::vector<Bucket> MakeBuckets(int64_t size, const std::vector<int64_t>& offset
   return buckets;
 }
 
-size_t CanonicalAllReduce::SharedBytes(const Placement& placement, int64_t size) {
+size_t CanonicalAllReduce::SharedBytes(const Placement& placement, int64_t size,
+                                       bool host_addressable) {
+  if (!host_addressable) return DeviceAllReduceSharedBytes(placement, size);
   if (placement.bounds.size() < 2) return 0;
   int buffers = 0;
   for (const std::vector<int>& bounds : placement.bounds) {
@@ -769,6 +525,9 @@ absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> CanonicalAllReduce::Make(
                                  communicator == nullptr ? 0 : communicator->rank(),
                                  team == nullptr ? 1 : team->slots()));
   RETURN_IF_ERROR(CheckBuckets(buckets, size));
+  if (!device.host_addressable()) {
+    return MakeDeviceAllReduce(device, communicator, team, placement, size);
+  }
   auto reduce = std::make_unique<CanonicalOnCommunicator>(device, communicator, team, placement,
                                                           size, std::move(buckets));
   RETURN_IF_ERROR(reduce->Initialize());

@@ -41,9 +41,9 @@ std::vector<Bucket> MakeBuckets(int64_t size, const std::vector<int64_t>& offset
 
 class CanonicalAllReduce {
  public:
-  // Bytes of Communicator memory that an instance will allocate; for
-  // RendezvousOptions::shared_bytes.
-  static size_t SharedBytes(const Placement& placement, int64_t size);
+  // Bytes of Communicator memory that an instance will allocate, on a device whose memory the host
+  // addresses or not; for RendezvousOptions::shared_bytes.
+  static size_t SharedBytes(const Placement& placement, int64_t size, bool host_addressable = true);
 
   static absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> Make(
       device::Device& device, Communicator* communicator, Team* team, const Placement& placement,
@@ -65,6 +65,9 @@ class CanonicalAllReduce {
   virtual const device::LeafFold* LeafFold(int slot) = 0;
   virtual float* Part(int slot, int part) = 0;
   virtual void DoneFolded(int slot, device::Stream& stream, int64_t begin, int64_t end) = 0;
+  // Leaves and parts have memory of their own until Finish, so that what was written can be read
+  // again; the padding in it is zero.
+  virtual bool LeavesStay() const { return false; }
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot
   // may read all of it.
   virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) = 0;

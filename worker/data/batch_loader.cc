@@ -81,15 +81,19 @@ absl::Status BatchLoader::Allocate() {
 
   const int64_t channels = dataset.shape().channels;
   const int64_t channel_bytes = channels * static_cast<int64_t>(sizeof(float));
-  absl::Status status = host_visible(channel_bytes, &mean_);
-  if (status.ok()) status = host_visible(channel_bytes, &inv_std_);
-  if (!status.ok()) return status;
+  std::vector<float> mean, inv_std;
   for (size_t c = 0; c < static_cast<size_t>(channels); ++c) {
-    const double mean = options_.mean[options_.mean.size() == 1 ? 0 : c];
-    const double std = options_.std[options_.std.size() == 1 ? 0 : c];
-    mean_->floats()[c] = static_cast<float>(mean);
-    inv_std_->floats()[c] = static_cast<float>(1.0 / std);
+    mean.push_back(static_cast<float>(options_.mean[options_.mean.size() == 1 ? 0 : c]));
+    inv_std.push_back(static_cast<float>(1.0 / options_.std[options_.std.size() == 1 ? 0 : c]));
   }
+  ASSIGN_OR_RETURN(mean_, device_.Allocate(static_cast<size_t>(channel_bytes)));
+  ASSIGN_OR_RETURN(inv_std_, device_.Allocate(static_cast<size_t>(channel_bytes)));
+  ASSIGN_OR_RETURN(auto stream, device_.MakeStream());
+  device_.Copy(*stream, mean.data(), mean_->data(), static_cast<size_t>(channel_bytes));
+  device_.Copy(*stream, inv_std.data(), inv_std_->data(), static_cast<size_t>(channel_bytes));
+  absl::Status status = stream->Synchronize();
+  if (!status.ok()) return status;
+  ASSIGN_OR_RETURN(data_, device_.MakeReadable(dataset.data(), dataset.data_bytes()));
 
   // Each shard has a fixed place with room for all its rows.
   std::vector<int64_t> first_floats;
@@ -98,21 +102,30 @@ absl::Status BatchLoader::Allocate() {
     const ShardRange range = RangeOfShard(options_.batch, options_.shards, options_.batch, shard);
     first_floats.push_back(floats);
     first_rows_.push_back(rows);
-    floats += RoundUp(range.count * dataset.features());
+    // On a GPU all shards share a kernel call where they adjoin.
+    const int64_t own = range.count * dataset.features();
+    floats += device_.host_addressable() ? RoundUp(own) : own;
     rows += range.count;
   }
+  rows_ = rows;
   absl::StatusOr<std::unique_ptr<device::Memory>> samples =
       device_.Allocate(static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float));
   if (!samples.ok()) return samples.status();
   samples_ = *std::move(samples);
+  // Labels, and offsets of samples, where the kernels of a step read them.
+  const size_t label_bytes = sizeof(int32_t) * static_cast<size_t>(std::max<int64_t>(rows, 1));
+  const size_t offset_bytes = sizeof(int64_t) * static_cast<size_t>(std::max<int64_t>(rows, 1));
+  if (!device_.host_addressable()) {
+    ASSIGN_OR_RETURN(device_labels_, device_.Allocate(label_bytes));
+    ASSIGN_OR_RETURN(device_offsets_, device_.Allocate(offset_bytes));
+  }
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
-    status = host_visible(rows * static_cast<int64_t>(sizeof(int32_t)), &buffer->labels);
-    if (status.ok()) {
-      status = host_visible(rows * static_cast<int64_t>(sizeof(int64_t)), &buffer->offsets);
-    }
+    status = host_visible(static_cast<int64_t>(label_bytes), &buffer->labels);
+    if (status.ok()) status = host_visible(static_cast<int64_t>(offset_bytes), &buffer->offsets);
     if (!status.ok()) return status;
-    const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
+    const auto* labels = static_cast<const int32_t*>(
+        (device_labels_ != nullptr ? device_labels_ : buffer->labels)->data());
     for (size_t place = 0; place < first_rows_.size(); ++place) {
       buffer->batch.shards.push_back({options_.first_shard + static_cast<int>(place), 0,
                                       samples_->floats() + first_floats[place],
@@ -177,16 +190,43 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
   ASSIGN_OR_RETURN(Buffer* const buffer, WaitForStep(step));
   const Dataset& dataset = *options_.dataset;
   const auto* offsets = static_cast<const int64_t*>(buffer->offsets->data());
-  for (size_t place = 0; place < first_rows_.size(); ++place) {
-    const ShardBatch& shard = buffer->batch.shards[place];
-    if (shard.rows == 0 || shard.shard < first_shard || shard.shard >= last_shard) continue;
-    device_.GatherSamples(stream, dataset.shape(), shard.rows, dataset.type(), dataset.data(),
-                          offsets + first_rows_[place], mean_->floats(), inv_std_->floats(),
+  if (device_labels_ != nullptr) {
+    const ptrdiff_t first = std::max(first_shard, options_.first_shard) - options_.first_shard;
+    const ptrdiff_t last = std::min(last_shard, options_.last_shard) - options_.first_shard;
+    if (first < last) CopyPlaces(stream, *buffer, first, last);
+    offsets = static_cast<const int64_t*>(device_offsets_->data());
+  }
+  // Shards that adjoin in every respect are one call.
+  const std::vector<ShardBatch>& shards = buffer->batch.shards;
+  for (size_t place = 0; place < shards.size();) {
+    const ShardBatch& first = shards[place];
+    const int64_t first_row = first_rows_[place++];
+    if (first.rows == 0 || first.shard < first_shard || first.shard >= last_shard) continue;
+    int64_t rows = first.rows;
+    while (place < shards.size() && shards[place].shard < last_shard &&
+           shards[place].data == first.data + rows * dataset.features() &&
+           first_rows_[place] == first_row + rows) {
+      rows += shards[place++].rows;
+    }
+    device_.GatherSamples(stream, dataset.shape(), rows, dataset.type(), data_->data(),
+                          offsets + first_row, mean_->floats(), inv_std_->floats(),
                           options_.augmentation, static_cast<uint64_t>(step),
-                          static_cast<uint64_t>(shard.first_position),
-                          const_cast<float*>(shard.data));  // of our own memory
+                          static_cast<uint64_t>(first.first_position),
+                          const_cast<float*>(first.data));  // of our own memory
   }
   return &buffer->batch;
+}
+
+// What was chosen for the shards at places [first, last), to where kernels read it.
+void BatchLoader::CopyPlaces(device::Stream& stream, const Buffer& buffer, size_t first,
+                             size_t last) {
+  const int64_t begin = first_rows_[first];
+  const int64_t end = last < first_rows_.size() ? first_rows_[last] : rows_;
+  const auto bytes = [&](size_t each) { return each * static_cast<size_t>(end - begin); };
+  device_.Copy(stream, static_cast<const int32_t*>(buffer.labels->data()) + begin,
+               static_cast<int32_t*>(device_labels_->data()) + begin, bytes(sizeof(int32_t)));
+  device_.Copy(stream, static_cast<const int64_t*>(buffer.offsets->data()) + begin,
+               static_cast<int64_t*>(device_offsets_->data()) + begin, bytes(sizeof(int64_t)));
 }
 
 void BatchLoader::Release(int64_t step) {
@@ -225,7 +265,7 @@ void BatchLoader::Choose(int64_t step, Buffer& buffer) {
     shard.rows = rows.count;
     shard.first_position = rows.first;
     int64_t* offsets = static_cast<int64_t*>(buffer.offsets->data()) + first_rows_[place];
-    auto* labels = const_cast<int32_t*>(shard.labels);  // of our own memory
+    int32_t* labels = static_cast<int32_t*>(buffer.labels->data()) + first_rows_[place];
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t position = range.first + rows.first + row;
       const int64_t sample = options_.shuffle ? order_[static_cast<size_t>(position)] : position;

@@ -61,7 +61,7 @@ struct ShardBatch {
   int shard = 0;
   int64_t rows = 0;             // 0: the shard is empty in this batch
   const float* data = nullptr;  // {rows, h, w, c}, 64-byte aligned; of the slot that acquired it
-  const int32_t* labels = nullptr;  // {rows}; host-visible
+  const int32_t* labels = nullptr;  // {rows}; as data
   int64_t first_position = 0;       // of its first sample in the global batch
 };
 
@@ -112,6 +112,7 @@ class BatchLoader {
   absl::StatusOr<Buffer*> WaitForStep(int64_t step);
   void Choose(int64_t step, Buffer& buffer);
   void BringToMemory(int64_t sample) const;
+  void CopyPlaces(device::Stream& stream, const Buffer& buffer, size_t first, size_t last);
   Buffer& BufferOf(int64_t step) {
     return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
   }
@@ -119,8 +120,12 @@ class BatchLoader {
   device::Device& device_;
   const BatchLoaderOptions options_;
   std::unique_ptr<device::Memory> mean_, inv_std_;
+  std::unique_ptr<device::Memory> data_;     // the data set's, for kernels
   std::unique_ptr<device::Memory> samples_;  // decoded; a shard's part is its slot's
+  // A buffer's, of the batch at hand, where kernels cannot read those of the host; else null.
+  std::unique_ptr<device::Memory> device_labels_, device_offsets_;
   std::vector<int64_t> first_rows_;  // where each owned shard begins in a buffer's labels, offsets
+  int64_t rows_ = 0;                 // of all owned shards, full
   std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
 
   // Of the loader's thread alone.

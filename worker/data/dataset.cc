@@ -1,5 +1,6 @@
 #include "worker/data/dataset.h"
 
+#include <algorithm>
 #include <bit>
 #include <utility>
 
@@ -41,6 +42,9 @@ std::string ComputeDigest(const Dataset& set) {
 }  // namespace
 
 Dataset::Dataset(DatasetParts parts) : parts_(std::move(parts)) {
+  int64_t elements = parts_.offsets.empty() ? samples() * features() : 0;
+  for (const int64_t offset : parts_.offsets) elements = std::max(elements, offset + features());
+  data_bytes_ = static_cast<size_t>(elements) * (type() == SampleType::kUint8 ? 1 : sizeof(float));
   if (parts_.digest.empty()) parts_.digest = ComputeDigest(*this);
 }
 

@@ -51,6 +51,7 @@ class Dataset {
   int64_t classes() const { return parts_.classes; }
   SampleType type() const { return parts_.type; }
   const void* data() const { return parts_.data.get(); }
+  size_t data_bytes() const { return data_bytes_; }  // from data() on, of all samples
   bool mapped() const { return parts_.mapped; }
   int64_t OffsetOf(int64_t sample) const {
     return parts_.offsets.empty() ? sample * features()
@@ -65,6 +66,7 @@ class Dataset {
 
  private:
   DatasetParts parts_;
+  size_t data_bytes_ = 0;
 };
 
 // One digest of the two sets a job uses; what workers compare when it starts.

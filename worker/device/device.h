@@ -170,11 +170,19 @@ class Device {
 
   // "cpu avx512 onednn 2.6.3"; devices with equal strings give equal bits in that precision.
   virtual std::string fingerprint(Precision precision) const = 0;
+  // The host may read and write what Allocate returns, and kernels all memory of the host. Where
+  // not, only host-visible memory is shared, and other memory of the host is for Copy alone.
+  virtual bool host_addressable() const = 0;
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
   // ResourceExhausted names the size.
   virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) = 0;
   // Memory that both host and kernels address (pinned on CUDA).
   virtual absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) = 0;
+  // Memory in which kernels find the `bytes` at `data`, which is memory of the host: that itself
+  // (it must stay, unchanged), or a copy on the device where it fits in a part of what is free.
+  virtual absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes) = 0;
+  // From and to any memory of device or host. The host's, where it is not host-visible, may be
+  // reused at once if it is the source, and is valid after Synchronize if it is the target.
   virtual void Copy(Stream& stream, const void* from, void* to, size_t bytes) = 0;
   virtual void Zero(Stream& stream, void* to, size_t bytes) = 0;
 
@@ -203,53 +211,37 @@ class Device {
   virtual void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial,
                                          int64_t channels, const float* dy, float* dx) = 0;
 
-  // ---- batch norm. n = rows * spatial.
+  // ---- batch norm. n = rows * spatial of a leaf; x, y and dy {leaves.total(), channels}. What a
+  // leaf has for itself, leaf l has `stride` floats behind leaf l - 1's.
   // mean[c], m2[c] = sum (x - mean)^2, without cancellation, one pass over memory.
-  virtual void BatchNormMoments(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                const float* x, float* mean, float* m2) = 0;
-  // (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a.
+  virtual void BatchNormMoments(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                                const float* x, float* mean, float* m2, int64_t stride = 0) = 0;
+  // (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a. On every device
+  // of records in memory of the host, at once: they come from other members.
   virtual void MergeMoments(Stream& stream, int64_t channels, int64_t count_a, const float* mean_a,
                             const float* m2_a, int64_t count_b, const float* mean_b,
                             const float* m2_b, float* mean, float* m2) = 0;
-  // inv_std = 1 / sqrt(m2 / n + epsilon); y = (x - mean) * inv_std * weight + bias, then relu.
-  virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                const float* x, const float* mean, const float* m2,
-                                int64_t moments_n, float epsilon, const float* weight,
-                                const float* bias, float* y) = 0;
-  // Same from running averages (inference). y may alias x.
-  virtual void BatchNormInference(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                  const float* x, const float* running_mean,
-                                  const float* running_var, float epsilon, const float* weight,
-                                  const float* bias, float* y) = 0;
-  // sum_dy[c] = sum dy, sum_dy_xhat[c] = sum dy * xhat, dy masked by y > 0 where shape.relu.
-  virtual void BatchNormBackwardSums(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                     const float* x, const float* y, const float* dy,
-                                     const float* mean, const float* m2, int64_t moments_n,
-                                     float epsilon, float* sum_dy, float* sum_dy_xhat) = 0;
-  // dx = weight * inv_std * (dy - sum_dy / moments_n - xhat * sum_dy_xhat / moments_n). dx may
-  // alias x, y or dy.
-  virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                 const float* x, const float* y, const float* dy, const float* mean,
-                                 const float* m2, int64_t moments_n, float epsilon,
-                                 const float* weight, const float* sum_dy, const float* sum_dy_xhat,
-                                 float* dx) = 0;
-  // y = relu(normalized x + residual), in one pass; without the relu where shape says so. Otherwise
-  // BatchNormForward and BatchNormInference. y may alias x or residual.
-  virtual void BatchNormAddForward(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                   const float* x, const float* mean, const float* m2,
-                                   int64_t moments_n, float epsilon, const float* weight,
-                                   const float* bias, const float* residual, float* y) = 0;
-  virtual void BatchNormAddInference(Stream& stream, const BatchNormShape& shape, int64_t n,
-                                     const float* x, const float* running_mean,
-                                     const float* running_var, float epsilon, const float* weight,
-                                     const float* bias, const float* residual, float* y) = 0;
-  // g = dy + more, masked by y > 0 where shape.relu: what reaches the residual, and the norm's
-  // BatchNormBackward with a shape without relu. In the same pass BatchNormBackwardSums' sums of
-  // it. `more` may be null; g may alias an input.
-  virtual void BatchNormGradient(Stream& stream, const BatchNormShape& shape, int64_t n,
+  // inv_std = 1 / sqrt(spread / n + epsilon); y = (x - mean) * inv_std * weight + bias, plus
+  // residual (null: none), then relu where shape says so. y may alias x or residual. Inference is
+  // the same with the running averages for moments, and 1 for their divisor.
+  virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                                const float* x, const Moments& moments, float epsilon,
+                                const float* weight, const float* bias, const float* residual,
+                                float* y) = 0;
+  // g = dy + more (null: none), masked by y > 0 where shape.relu: what reaches the residual, and
+  // the dy of BatchNormBackward with a shape without relu. g null: not wanted. In the same pass
+  // sum_dy[c] = sum g, sum_dy_xhat[c] = sum g * xhat. g may alias an input.
+  virtual void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                  const float* x, const float* y, const float* dy, const float* more,
-                                 const float* mean, const float* m2, int64_t moments_n,
-                                 float epsilon, float* g, float* sum_dy, float* sum_dy_xhat) = 0;
+                                 const Moments& moments, float epsilon, float* g, float* sum_dy,
+                                 float* sum_dy_xhat, int64_t stride = 0) = 0;
+  // dx = weight * inv_std * (dy - sum_dy / n - xhat * sum_dy_xhat / n), n that of the moments, dy
+  // masked by y > 0 where shape.relu. dx may alias x, y or dy.
+  virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                                 const float* x, const float* y, const float* dy,
+                                 const Moments& moments, float epsilon, const float* weight,
+                                 const float* sum_dy, const float* sum_dy_xhat, int64_t stride,
+                                 float* dx) = 0;
   // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
   virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                                      const float* m2, float momentum, float* running_mean,
@@ -304,46 +296,50 @@ class Device {
   virtual void LayerNormBackward(Stream& stream, int64_t n, int64_t features, const float* x,
                                  const float* stats, const float* weight, const float* dy,
                                  float* dx) = 0;
-  // dweight = sum over vectors of dy xhat, dbias = of dy.
-  virtual void LayerNormBackwardWeight(Stream& stream, int64_t n, int64_t features, const float* x,
-                                       const float* stats, const float* dy, float* dweight,
-                                       float* dbias) = 0;
+  // dweight = sum over a leaf's vectors of dy xhat, dbias = of dy.
+  virtual void LayerNormBackwardWeight(Stream& stream, const Leaves& leaves, int64_t features,
+                                       const float* x, const float* stats, const float* dy,
+                                       float* dweight, float* dbias, int64_t stride = 0) = 0;
 
   // ---- embedding: y {n, features} = rows of weight {vocabulary, features} at x {n}, each rounded
   // to the nearest integer; NaN where that is no row.
   virtual void EmbeddingForward(Stream& stream, int64_t n, int64_t vocabulary, int64_t features,
                                 const float* x, const float* weight, float* y) = 0;
-  // dweight: sums of dy over the positions of each row, in their order.
-  virtual void EmbeddingBackward(Stream& stream, int64_t n, int64_t vocabulary, int64_t features,
-                                 const float* x, const float* dy, float* dweight) = 0;
+  // dweight: sums of dy over a leaf's positions of each row, in their order.
+  virtual void EmbeddingBackward(Stream& stream, const Leaves& leaves, int64_t vocabulary,
+                                 int64_t features, const float* x, const float* dy, float* dweight,
+                                 int64_t stride = 0) = 0;
 
-  // ---- losses. Gradients are already divided by the number of samples of the global batch.
+  // ---- losses. Gradients are already divided by the number of samples of the global batch; leaf
+  // l's sums go to results[l].
   // loss_sum: sum over rows of -log softmax(logits)[label]; correct: rows whose first largest logit
-  // is the label. dlogits = (softmax - onehot) * scale; null for evaluation.
-  virtual void SoftmaxCrossEntropy(Stream& stream, int64_t rows, int64_t classes,
-                                   const float* logits, const int32_t* labels, float scale,
-                                   double* loss_sum, int64_t* correct, float* dlogits) = 0;
-  // The same against (1 - smoothing) onehot + smoothing / classes; 0 < smoothing < 1.
-  virtual void SmoothedCrossEntropy(Stream& stream, int64_t rows, int64_t classes,
-                                    const float* logits, const int32_t* labels, float smoothing,
-                                    float scale, double* loss_sum, int64_t* correct,
-                                    float* dlogits) = 0;
+  // is the label. dlogits = (softmax - onehot) * scale; null for evaluation. With smoothing > 0,
+  // below 1, against (1 - smoothing) onehot + smoothing / classes.
+  virtual void SoftmaxCrossEntropy(Stream& stream, const Leaves& leaves, int64_t classes,
+                                   const float* logits, const int32_t* labels, float smoothing,
+                                   float scale, LeafResult* results, float* dlogits) = 0;
   // loss_sum: sum over rows of mean over features of softplus(x) - x t, the cross-entropy of
   // sigmoid(x) with t; dx = (sigmoid(x) - t) / features * scale, null for evaluation.
-  virtual void SigmoidCrossEntropy(Stream& stream, int64_t rows, int64_t features, const float* x,
-                                   const float* target, float scale, double* loss_sum,
-                                   float* dx) = 0;
+  virtual void SigmoidCrossEntropy(Stream& stream, const Leaves& leaves, int64_t features,
+                                   const float* x, const float* target, float scale,
+                                   LeafResult* results, float* dx) = 0;
   // loss_sum: sum over rows of mean over features of (y - t)^2; dy = 2 (y - t) / features * scale.
-  virtual void MeanSquaredError(Stream& stream, int64_t rows, int64_t features, const float* y,
-                                const float* target, float scale, double* loss_sum, float* dy) = 0;
+  virtual void MeanSquaredError(Stream& stream, const Leaves& leaves, int64_t features,
+                                const float* y, const float* target, float scale,
+                                LeafResult* results, float* dy) = 0;
+  // correct: rows whose first largest element is the label.
+  virtual void CountCorrect(Stream& stream, const Leaves& leaves, int64_t classes,
+                            const float* scores, const int32_t* labels, LeafResult* results) = 0;
   // out {rows, classes}: 1 at the label, else 0.
   virtual void OneHot(Stream& stream, int64_t rows, int64_t classes, const int32_t* labels,
                       float* out) = 0;
-  // correct: rows whose first largest element is the label.
-  virtual void CountCorrect(Stream& stream, int64_t rows, int64_t classes, const float* scores,
-                            const int32_t* labels, int64_t* correct) = 0;
 
   // ---- flat vectors.
+  // out[i] = the canonical tree (worker/collective/tree.h) over parts[0][i], parts[1][i], ... At
+  // most kMostParts; out may be one of them.
+  static constexpr int kMostParts = 64;
+  virtual void TreeSum(Stream& stream, int64_t n, absl::Span<const float* const> parts,
+                       float* out) = 0;
   // One fused pass over [0, n) of the given pointers.
   virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars* scalars, const float* gradient, float* parameters,

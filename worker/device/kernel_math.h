@@ -234,6 +234,17 @@ LOCKSTEP_MATH V InverseDeviation(V variance, V epsilon) {
   return V(1.0f) / Sqrt(variance + epsilon);
 }
 
+// One channel of the union of two records (Chan, Golub & LeVeque 1983) that are not empty: share =
+// count_b / (count_a + count_b), cross = count_a count_b / (count_a + count_b).
+LOCKSTEP_MATH void MergeChannel(double share, double cross, float mean_a, float m2_a, float mean_b,
+                                float m2_b, float& mean, float& m2) {
+  const double from = static_cast<double>(mean_a);
+  const double delta = static_cast<double>(mean_b) - from;
+  const double spread = static_cast<double>(m2_a) + static_cast<double>(m2_b);
+  mean = static_cast<float>(__builtin_fma(delta, share, from));
+  m2 = static_cast<float>(__builtin_fma(delta * delta, cross, spread));
+}
+
 // ---- optimizers (kernel_types.h, OptimizerCoefficients): one element, in this order of
 // operations.
 template <OptimizerType kType, class V>

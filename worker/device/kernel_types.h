@@ -33,6 +33,33 @@ struct LeafFold {
   const int* part_buffer = nullptr;  // by part: where it is in the end
 };
 
+// What the loss of one leaf (or shard) comes to; a kernel leaves alone what it does not compute.
+struct LeafResult {
+  double loss_sum = 0;  // over samples
+  int64_t correct = 0;  // 0 where the loss has no labels
+};
+
+// Leaves whose samples lie one behind the other: leaf l has rows (of a batch norm: elements a
+// channel) [begin[l], begin[l + 1]). Kernels that must give each leaf something of its own take
+// several at once; a leaf's results have the bits that it has alone.
+constexpr int kMostLeaves = 32;
+struct Leaves {
+  int count = 1;
+  int64_t begin[kMostLeaves + 1] = {0};
+  Leaves() = default;
+  Leaves(int64_t n) { begin[1] = n; }  // one leaf
+  int64_t total() const { return begin[count]; }
+};
+
+// What normalizes leaf l: mean + l * stride and spread + l * stride; the variance is spread / n, n
+// = divisor, or where that is 0 the leaf's own count. Stride 0: the same for all leaves.
+struct Moments {
+  const float* mean = nullptr;
+  const float* spread = nullptr;
+  int64_t stride = 0;
+  int64_t divisor = 0;
+};
+
 // A leaf by itself.
 inline constexpr int kFirstBuffer = 0, kNoCombines = 0;
 inline constexpr LeafFold kOneLeaf = {1, &kFirstBuffer, &kNoCombines, nullptr, 1, &kFirstBuffer};

@@ -8,6 +8,7 @@
 #include "worker/nn/lstm_tensors.h"
 
 namespace lockstep::nn {
+
 Executor::Executor(std::shared_ptr<const Program> program, device::Device& device,
                    const Operations& operations, uint64_t seed, Lowering lowering,
                    MemoryPlan memory, void* scratch, int most_shards)
@@ -67,12 +68,46 @@ const float* Executor::Output(int call, const Frame& frame, int64_t* elements) c
   return Floats(c.out, frame);
 }
 
-void Executor::Run(int index, const StepContext& context, const Merged& merged,
-                   const Frame& frame) const {
-  const Call& call = lowering_.calls[index];
+Joint Joint::Of(absl::Span<const Frame> frames, int64_t features, bool leaves_stay) {
+  Joint joint;
+  joint.leaves = leaves_stay;
+  if (frames.size() > 1) joint.leaf_stride = frames[1].leaf - frames[0].leaf;
+  for (size_t i = 0; i + 1 < frames.size(); ++i) {
+    const ShardInput &one = *frames[i].input, &next = *frames[i + 1].input;
+    joint.data = joint.data && one.data + one.rows * features == next.data;
+    joint.labels = joint.labels && one.labels + one.rows == next.labels;
+    joint.positions = joint.positions && one.first_position + one.rows == next.first_position;
+    joint.leaves = joint.leaves && frames[i + 1].leaf - frames[i].leaf == joint.leaf_stride;
+  }
+  return joint;
+}
+
+namespace {
+
+int64_t RowsOf(absl::Span<const Frame> frames) {
+  int64_t rows = 0;
+  for (const Frame& frame : frames) rows += frame.input->rows;
+  return rows;
+}
+
+// `each` of a row.
+device::Leaves LeavesOf(absl::Span<const Frame> frames, int64_t each) {
+  device::Leaves leaves;
+  leaves.count = static_cast<int>(frames.size());
+  for (size_t i = 0; i < frames.size(); ++i) {
+    leaves.begin[i + 1] = leaves.begin[i] + frames[i].input->rows * each;
+  }
+  return leaves;
+}
+
+}  // namespace
+
+void Executor::RunGroup(const Call& call, const StepContext& context, const Merged& merged,
+                        absl::Span<const Frame> frames, int64_t leaf_stride) const {
   const NodeConstants& c = constants_[call.node];
   device::Stream& stream = *context.stream;
-  const int64_t rows = frame.input->rows;
+  const Frame& frame = frames[0];
+  const int64_t rows = RowsOf(frames);
   const float* a = Input(call.a, frame);
   const float* b = Input(call.b, frame);
   float* out = Floats(call.out, frame);
@@ -80,7 +115,7 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kLinearForward:
     case CallType::kLinearBackwardInput:
     case CallType::kLinearBackwardWeight:
-      return RunLinear(call, context, frame);
+      return RunLinear(call, context, frames);
     case CallType::kMaxPoolForward:
       return device_.MaxPoolForward(stream, c.pool, rows, a, out, Bytes(call.out2, frame));
     case CallType::kMaxPoolBackward:
@@ -101,10 +136,10 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kBatchNormAddForward:
     case CallType::kBatchNormAddInference:
     case CallType::kBatchNormGradient:
-      return RunBatchNorm(call, context, merged, frame);
+      return RunBatchNorm(call, context, merged, frames, leaf_stride);
     case CallType::kCopyForward:
     case CallType::kCopyBackward:
-      return RunCopy(call, context, frame);
+      return RunCopy(call, context, frame, rows);
     case CallType::kReluForward:
       return device_.ReluForward(stream, rows * c.out, a, out);
     case CallType::kReluBackward:
@@ -136,10 +171,10 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kLayerNormForward:
     case CallType::kLayerNormBackwardWeight:
     case CallType::kLayerNormBackward:
-      return RunLayerNorm(call, context, frame);
+      return RunLayerNorm(call, context, frames, leaf_stride);
     case CallType::kEmbeddingForward:
     case CallType::kEmbeddingBackward:
-      return RunEmbedding(call, context, frame);
+      return RunEmbedding(call, context, frames, leaf_stride);
     case CallType::kAdd:
       return device_.Add(stream, rows * c.out, a, b, out);
     case CallType::kMultiply:
@@ -161,40 +196,51 @@ void Executor::Run(int index, const StepContext& context, const Merged& merged,
     case CallType::kMeanSquaredError:
     case CallType::kSigmoidCrossEntropy:
     case CallType::kCountCorrect:
-      return RunLoss(call, context, frame);
+      return RunLoss(call, context, frames);
+  }
+}
+
+bool Executor::CanRunTogether(const Call& call, const StepContext& context,
+                              const Joint& joint) const {
+  if (!joint.data && (call.a == kDataValue || call.b == kDataValue)) return false;
+  switch (call.type) {
+    case CallType::kLinearForward:
+    case CallType::kLinearBackwardInput:
+      return operations_.dense(call.node) != nullptr;
+    case CallType::kLinearBackwardWeight:
+    case CallType::kLstmForward:
+    case CallType::kLstmBackward:
+      return false;
+    case CallType::kBatchNormBackwardSums:
+    case CallType::kBatchNormGradient:
+    case CallType::kBatchNormBackward:
+      return !context.leaves_stay || joint.leaves;
+    case CallType::kLayerNormBackwardWeight:
+    case CallType::kEmbeddingBackward:
+      return joint.leaves;
+    case CallType::kDropout:
+    case CallType::kLstmDropout:
+      return joint.positions;
+    case CallType::kSoftmaxCrossEntropy:
+    case CallType::kOneHot:
+    case CallType::kCountCorrect:
+      return joint.labels;
+    default:
+      return true;
   }
 }
 
 void Executor::RunAll(int index, const StepContext& context, const Merged& merged,
-                      absl::Span<const Frame> frames) {
+                      absl::Span<const Frame> frames, const Joint& joint) {
   const Call& call = lowering_.calls[index];
-  if (operations_.dense(call.node) != nullptr) {
-    if (call.type == CallType::kLinearBackwardWeight && context.sink->Fold() != nullptr) {
-      return RunFoldedGradient(call, context, frames);
-    }
-    const bool rows_are_independent =
-        call.type == CallType::kLinearForward || call.type == CallType::kLinearBackwardInput;
-    if (rows_are_independent && IsContiguous(call.a, frames)) {
-      ShardInput input = *frames[0].input;
-      input.rows = 0;
-      for (const Frame& frame : frames) input.rows += frame.input->rows;
-      Frame together = frames[0];
-      together.input = &input;
-      return RunLinear(call, context, together);
-    }
+  if (call.type == CallType::kLinearBackwardWeight && operations_.dense(call.node) != nullptr &&
+      context.sink->Fold() != nullptr) {
+    return RunFoldedGradient(call, context, frames);
   }
-  for (const Frame& frame : frames) Run(index, context, merged, frame);
-}
-
-// Values in the arena are; the data loader's shards may have gaps between them.
-bool Executor::IsContiguous(int value, absl::Span<const Frame> frames) const {
-  if (value != kDataValue) return true;
-  const int64_t features = spec::ElementCount(program_->graph().data_shape);
-  for (size_t i = 0; i + 1 < frames.size(); ++i) {
-    const ShardInput& input = *frames[i].input;
-    if (input.data + input.rows * features != frames[i + 1].input->data) return false;
+  const size_t most = CanRunTogether(call, context, joint) ? device::kMostLeaves : 1;
+  for (size_t at = 0; at < frames.size(); at += most) {
+    RunGroup(call, context, merged, frames.subspan(at, most), joint.leaf_stride);
   }
-  return true;
 }
 
 void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
@@ -210,7 +256,7 @@ void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
     float* const gradient = context.sink->Part(part);
     part_dw_[part] = gradient + node.weight;
     part_db_[part] = node.bias < 0 ? nullptr : gradient + node.bias;
-    ZeroPadding(call.node, context, gradient);
+    if (!context.sink->LeavesStay()) ZeroPadding(call.node, context, gradient);
   }
   operations_.dense(call.node)->BackwardWeight(*context.stream, fold, leaf_rows_.data(),
                                                leaf_x_.data(), leaf_dy_.data(), part_dw_.data(),
@@ -218,9 +264,11 @@ void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
   context.sink->DoneFolded(node.parameters_begin, node.parameters_end);
 }
 
-void Executor::RunLinear(const Call& call, const StepContext& context, const Frame& frame) const {
+void Executor::RunLinear(const Call& call, const StepContext& context,
+                         absl::Span<const Frame> frames) const {
   const Program::Node& node = program_->nodes()[call.node];
-  const int64_t rows = frame.input->rows;
+  const Frame& frame = frames[0];
+  const int64_t rows = RowsOf(frames);
   device::Stream& stream = *context.stream;
   auto run = [&](auto* operation) {
     const float* a = Input(call.a, frame);
@@ -238,7 +286,7 @@ void Executor::RunLinear(const Call& call, const StepContext& context, const Fra
       } else {
         operation->BackwardWeight(stream, rows, a, dy, dw, db, scratch_);
       }
-      FinishLeaf(call.node, context, frame);
+      FinishLeaves(call.node, context, frames);
     }
   };
   if (device::Dense* dense = operations_.dense(call.node)) {
@@ -260,115 +308,128 @@ void Executor::RunLstm(const Call& call, const StepContext& context, const Frame
   const LstmTensors<float> leaf(*program_, call.node, call.part, frame.leaf);
   lstm->Backward(stream, rows, x, Floats(call.b, frame), Floats(call.c, frame), leaf.directions(),
                  out, scratch_);
-  if (call.part == 0) FinishLeaf(call.node, context, frame);  // backward ends with the first layer
+  if (call.part == 0) {  // backward ends with the first layer
+    FinishLeaves(call.node, context, absl::MakeConstSpan(&frame, 1));
+  }
 }
 
 void Executor::RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
-                            const Frame& frame) const {
+                            absl::Span<const Frame> frames, int64_t leaf_stride) const {
   const Program::Node& node = program_->nodes()[call.node];
   const NodeConstants& c = constants_[call.node];
   const MomentsSlice& slice = program_->moments()[node.moments];
   device::Stream& stream = *context.stream;
-  const int64_t n = frame.input->rows * slice.spatial;
+  const Frame& frame = frames[0];
+  const device::Leaves leaves = LeavesOf(frames, slice.spatial);
   const float* x = Input(call.a, frame);
   float* out = Floats(call.out, frame);
+  const int64_t moments_stride = program_->moments_size();
   if (call.type == CallType::kBatchNormMoments) {
     float* mean = frame.moments + slice.offset;
-    return device_.BatchNormMoments(stream, c.norm, n, x, mean, mean + slice.channels);
+    return device_.BatchNormMoments(stream, c.norm, leaves, x, mean, mean + slice.channels,
+                                    moments_stride);
   }
   const float* weight = context.state->parameters() + node.weight;
   const float* bias = context.state->parameters() + node.bias;
-  const float* residual = Input(call.b, frame);  // of the calls that add
   if (call.type == CallType::kBatchNormInference || call.type == CallType::kBatchNormAddInference) {
     const float* statistics = context.state->statistics();
-    if (call.type == CallType::kBatchNormAddInference) {
-      return device_.BatchNormAddInference(stream, c.norm, n, x, statistics + slice.running_mean,
-                                           statistics + slice.running_var, c.epsilon, weight, bias,
-                                           residual, out);
-    }
-    return device_.BatchNormInference(stream, c.norm, n, x, statistics + slice.running_mean,
-                                      statistics + slice.running_var, c.epsilon, weight, bias, out);
+    return device_.BatchNormForward(
+        stream, c.norm, leaves, x,
+        {statistics + slice.running_mean, statistics + slice.running_var, 0, /*divisor=*/1},
+        c.epsilon, weight, bias, Input(call.b, frame), out);
   }
-  // The moments that normalize: the shard's own, or the whole batch's.
-  const float* mean = (c.synchronized ? merged.moments : frame.moments) + slice.offset;
-  const float* m2 = mean + slice.channels;
-  const int64_t moments_n = c.synchronized ? merged.rows[node.moments] * slice.spatial : n;
-  if (call.type == CallType::kBatchNormForward) {
-    return device_.BatchNormForward(stream, c.norm, n, x, mean, m2, moments_n, c.epsilon, weight,
-                                    bias, out);
+  // The moments that normalize: the shards' own, or the whole batch's.
+  device::Moments moments;
+  moments.mean = (c.synchronized ? merged.moments : frame.moments) + slice.offset;
+  moments.spread = moments.mean + slice.channels;
+  if (c.synchronized) {
+    moments.divisor = merged.rows[node.moments] * slice.spatial;
+  } else {
+    moments.stride = moments_stride;
   }
-  if (call.type == CallType::kBatchNormAddForward) {
-    return device_.BatchNormAddForward(stream, c.norm, n, x, mean, m2, moments_n, c.epsilon, weight,
-                                       bias, residual, out);
+  if (call.type == CallType::kBatchNormForward || call.type == CallType::kBatchNormAddForward) {
+    return device_.BatchNormForward(stream, c.norm, leaves, x, moments, c.epsilon, weight, bias,
+                                    Input(call.b, frame), out);
   }
   const float* y = Floats(call.b, frame);
   const float* dy = Floats(call.c, frame);
   const device::BatchNormShape masked = {c.channels, call.b != kNoValue};
+  // Leaves only add, so a leaf's share of the gradient is its own sums, also with whole-batch
+  // moments.
+  const bool in_leaf = context.leaves_stay && !c.synchronized;
+  float* sum_dy = in_leaf ? frame.leaf + node.bias : frame.sums;
+  float* sum_dy_xhat = in_leaf ? frame.leaf + node.weight : sum_dy + slice.channels;
+  const int64_t stride = in_leaf             ? leaf_stride
+                         : frames.size() > 1 ? frames[1].sums - frames[0].sums
+                                             : 0;
   if (call.type == CallType::kBatchNormBackwardSums || call.type == CallType::kBatchNormGradient) {
-    float* sum_dy = frame.sums;
-    float* sum_dy_xhat = sum_dy + slice.channels;
-    if (call.type == CallType::kBatchNormGradient) {
-      device_.BatchNormGradient(stream, masked, n, x, y, dy, Floats(call.d, frame), mean, m2,
-                                moments_n, c.epsilon, out, sum_dy, sum_dy_xhat);
-    } else {
-      device_.BatchNormBackwardSums(stream, masked, n, x, y, dy, mean, m2, moments_n, c.epsilon,
-                                    sum_dy, sum_dy_xhat);
-    }
-    // Leaves only add, so a leaf's share of the gradient is its own sums, also with whole-batch
-    // moments.
+    device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Floats(call.d, frame), moments,
+                              c.epsilon, out, sum_dy, sum_dy_xhat, stride);
     const size_t bytes = sizeof(float) * static_cast<size_t>(slice.channels);
-    device_.Copy(stream, sum_dy_xhat, frame.leaf + node.weight, bytes);
-    device_.Copy(stream, sum_dy, frame.leaf + node.bias, bytes);
-    return FinishLeaf(call.node, context, frame);
+    for (const Frame& f : frames) {
+      if (!in_leaf) {
+        device_.Copy(stream, f.sums, f.leaf + node.bias, bytes);
+        device_.Copy(stream, f.sums + slice.channels, f.leaf + node.weight, bytes);
+      }
+      // Before the next: leaves may take turns in one buffer.
+      FinishLeaves(call.node, context, absl::MakeConstSpan(&f, 1));
+    }
+    return;
   }
-  const float* sums = c.synchronized ? merged.sums : frame.sums;
-  device_.BatchNormBackward(stream, masked, n, x, y, dy, mean, m2, moments_n, c.epsilon, weight,
-                            sums, sums + slice.channels, out);
+  if (c.synchronized) {
+    device_.BatchNormBackward(stream, masked, leaves, x, y, dy, moments, c.epsilon, weight,
+                              merged.sums, merged.sums + slice.channels, 0, out);
+  } else {
+    device_.BatchNormBackward(stream, masked, leaves, x, y, dy, moments, c.epsilon, weight, sum_dy,
+                              sum_dy_xhat, stride, out);
+  }
 }
 
 void Executor::RunLayerNorm(const Call& call, const StepContext& context,
-                            const Frame& frame) const {
+                            absl::Span<const Frame> frames, int64_t leaf_stride) const {
   const Program::Node& node = program_->nodes()[call.node];
   const NodeConstants& c = constants_[call.node];
-  const int64_t n = frame.input->rows * c.spatial;
+  const Frame& frame = frames[0];
+  const device::Leaves leaves = LeavesOf(frames, c.spatial);
   const float* x = Input(call.a, frame);
   const float* weight = context.state->parameters() + node.weight;
   device::Stream& stream = *context.stream;
   float* out = Floats(call.out, frame);
   if (call.type == CallType::kLayerNormForward) {
-    return device_.LayerNormForward(stream, n, c.channels, x, c.epsilon, weight,
+    return device_.LayerNormForward(stream, leaves.total(), c.channels, x, c.epsilon, weight,
                                     context.state->parameters() + node.bias, out,
                                     Floats(call.out2, frame));
   }
   const float* stats = Floats(call.b, frame);
   const float* dy = Floats(call.c, frame);
   if (call.type == CallType::kLayerNormBackward) {
-    return device_.LayerNormBackward(stream, n, c.channels, x, stats, weight, dy, out);
+    return device_.LayerNormBackward(stream, leaves.total(), c.channels, x, stats, weight, dy, out);
   }
-  device_.LayerNormBackwardWeight(stream, n, c.channels, x, stats, dy, frame.leaf + node.weight,
-                                  frame.leaf + node.bias);
-  FinishLeaf(call.node, context, frame);
+  device_.LayerNormBackwardWeight(stream, leaves, c.channels, x, stats, dy,
+                                  frame.leaf + node.weight, frame.leaf + node.bias, leaf_stride);
+  FinishLeaves(call.node, context, frames);
 }
 
 void Executor::RunEmbedding(const Call& call, const StepContext& context,
-                            const Frame& frame) const {
+                            absl::Span<const Frame> frames, int64_t leaf_stride) const {
   const Program::Node& node = program_->nodes()[call.node];
   const std::vector<int64_t>& table = program_->layer(call.node).tensors[0].shape;
-  const int64_t n = frame.input->rows * constants_[call.node].in;
+  const Frame& frame = frames[0];
+  const device::Leaves leaves = LeavesOf(frames, constants_[call.node].in);
   const float* x = Input(call.a, frame);
   if (call.type == CallType::kEmbeddingForward) {
-    return device_.EmbeddingForward(*context.stream, n, table[0], table[1], x,
+    return device_.EmbeddingForward(*context.stream, leaves.total(), table[0], table[1], x,
                                     context.state->parameters() + node.weight,
                                     Floats(call.out, frame));
   }
-  device_.EmbeddingBackward(*context.stream, n, table[0], table[1], x, Floats(call.b, frame),
-                            frame.leaf + node.weight);
-  FinishLeaf(call.node, context, frame);
+  device_.EmbeddingBackward(*context.stream, leaves, table[0], table[1], x, Floats(call.b, frame),
+                            frame.leaf + node.weight, leaf_stride);
+  FinishLeaves(call.node, context, frames);
 }
 
-void Executor::RunCopy(const Call& call, const StepContext& context, const Frame& frame) const {
+void Executor::RunCopy(const Call& call, const StepContext& context, const Frame& frame,
+                       int64_t rows) const {
   const NodeConstants& c = constants_[call.node];
-  const int64_t rows = frame.input->rows;
   const bool forward = call.type == CallType::kCopyForward;
   float* out = Floats(call.out, frame);
   const device::StridedCopy& copy = c.copies[call.part];
@@ -380,32 +441,30 @@ void Executor::RunCopy(const Call& call, const StepContext& context, const Frame
                       out);
 }
 
-void Executor::RunLoss(const Call& call, const StepContext& context, const Frame& frame) const {
-  const int64_t rows = frame.input->rows, features = constants_[call.node].out;
+void Executor::RunLoss(const Call& call, const StepContext& context,
+                       absl::Span<const Frame> frames) const {
+  const Frame& frame = frames[0];
+  const device::Leaves leaves = LeavesOf(frames, 1);
+  const int64_t features = constants_[call.node].out;
   device::Stream& stream = *context.stream;
   const int32_t* labels = frame.input->labels;
   const float* y = Input(call.a, frame);
   float* out = Floats(call.out, frame);
   switch (call.type) {
     case CallType::kSoftmaxCrossEntropy:
-      if (program_->graph().label_smoothing > 0) {
-        return device_.SmoothedCrossEntropy(stream, rows, features, y, labels,
-                                            static_cast<float>(program_->graph().label_smoothing),
-                                            context.loss_scale, &frame.result->loss_sum,
-                                            &frame.result->correct, out);
-      }
-      return device_.SoftmaxCrossEntropy(stream, rows, features, y, labels, context.loss_scale,
-                                         &frame.result->loss_sum, &frame.result->correct, out);
+      return device_.SoftmaxCrossEntropy(stream, leaves, features, y, labels,
+                                         static_cast<float>(program_->graph().label_smoothing),
+                                         context.loss_scale, frame.result, out);
     case CallType::kOneHot:
-      return device_.OneHot(stream, rows, features, labels, out);
+      return device_.OneHot(stream, leaves.total(), features, labels, out);
     case CallType::kCountCorrect:
-      return device_.CountCorrect(stream, rows, features, y, labels, &frame.result->correct);
+      return device_.CountCorrect(stream, leaves, features, y, labels, frame.result);
     case CallType::kSigmoidCrossEntropy:
-      return device_.SigmoidCrossEntropy(stream, rows, features, y, Input(call.b, frame),
-                                         context.loss_scale, &frame.result->loss_sum, out);
+      return device_.SigmoidCrossEntropy(stream, leaves, features, y, Input(call.b, frame),
+                                         context.loss_scale, frame.result, out);
     default:
-      return device_.MeanSquaredError(stream, rows, features, y, Input(call.b, frame),
-                                      context.loss_scale, &frame.result->loss_sum, out);
+      return device_.MeanSquaredError(stream, leaves, features, y, Input(call.b, frame),
+                                      context.loss_scale, frame.result, out);
   }
 }
 
@@ -423,10 +482,13 @@ void Executor::ZeroPadding(int index, const StepContext& context, float* gradien
   }
 }
 
-void Executor::FinishLeaf(int index, const StepContext& context, const Frame& frame) const {
-  ZeroPadding(index, context, frame.leaf);
+void Executor::FinishLeaves(int index, const StepContext& context,
+                            absl::Span<const Frame> frames) const {
   const Program::Node& node = program_->nodes()[index];
-  context.sink->Done(frame.input->shard, node.parameters_begin, node.parameters_end);
+  for (const Frame& frame : frames) {
+    if (!context.sink->LeavesStay()) ZeroPadding(index, context, frame.leaf);
+    context.sink->Done(frame.input->shard, node.parameters_begin, node.parameters_end);
+  }
 }
 
 }  // namespace lockstep::nn

@@ -22,6 +22,9 @@ struct StepContext {
   const device::StepScalars* scalars = nullptr;
   float loss_scale = 0;
   GradientSink* sink = nullptr;
+  // GradientSink::LeavesStay: the sums of a batch norm's gradient are written to where they belong
+  // in the leaf, and read there again.
+  bool leaves_stay = false;
 };
 
 // One shard's memory.
@@ -42,6 +45,18 @@ struct Merged {
   std::vector<int64_t> rows;  // of the whole batch, by slice
 };
 
+// What a group of frames, one behind the other, shares beyond the arena: the kernels that read it
+// can take all of the group at once.
+struct Joint {
+  bool data = true;       // the samples lie one behind the other
+  bool labels = true;     // so do they
+  bool positions = true;  // in the global batch the samples follow each other
+  bool leaves = false;    // leaves stay, and are equally spaced
+  int64_t leaf_stride = 0;
+
+  static Joint Of(absl::Span<const Frame> frames, int64_t features, bool leaves_stay);
+};
+
 class Executor {
  public:
   Executor(std::shared_ptr<const Program> program, device::Device& device,
@@ -49,10 +64,13 @@ class Executor {
            void* scratch, int most_shards);
 
   const Lowering& lowering() const { return lowering_; }
-  void Run(int call, const StepContext& context, const Merged& merged, const Frame& frame) const;
-  // The call for all shards, in the order of `frames`, which share the arena.
+  void Run(int call, const StepContext& context, const Merged& merged, const Frame& frame) const {
+    RunGroup(lowering_.calls[call], context, merged, absl::MakeConstSpan(&frame, 1), 0);
+  }
+  // The call for all shards, in the order of `frames`, which share the arena: in one call of the
+  // device where that gives every row and every leaf the bits that it has alone.
   void RunAll(int call, const StepContext& context, const Merged& merged,
-              absl::Span<const Frame> frames);
+              absl::Span<const Frame> frames, const Joint& joint);
   // The floats that a call of forward made, or null; `elements` of them.
   const float* Output(int call, const Frame& frame, int64_t* elements) const;
 
@@ -72,19 +90,27 @@ class Executor {
     std::vector<PhiloxKey> part_keys;   // of the dropout behind it
   };
 
-  void RunLinear(const Call& call, const StepContext& context, const Frame& frame) const;
-  bool IsContiguous(int value, absl::Span<const Frame> frames) const;
+  // Frames that follow each other in the arena, at most device::kMostLeaves; their leaves are
+  // `leaf_stride` apart.
+  void RunGroup(const Call& call, const StepContext& context, const Merged& merged,
+                absl::Span<const Frame> frames, int64_t leaf_stride) const;
+  bool CanRunTogether(const Call& call, const StepContext& context, const Joint& joint) const;
+  void RunLinear(const Call& call, const StepContext& context,
+                 absl::Span<const Frame> frames) const;
   void RunFoldedGradient(const Call& call, const StepContext& context,
                          absl::Span<const Frame> frames);
   void RunLstm(const Call& call, const StepContext& context, const Frame& frame) const;
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
-                    const Frame& frame) const;
-  void RunLayerNorm(const Call& call, const StepContext& context, const Frame& frame) const;
-  void RunEmbedding(const Call& call, const StepContext& context, const Frame& frame) const;
-  void RunCopy(const Call& call, const StepContext& context, const Frame& frame) const;
-  void RunLoss(const Call& call, const StepContext& context, const Frame& frame) const;
+                    absl::Span<const Frame> frames, int64_t leaf_stride) const;
+  void RunLayerNorm(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
+                    int64_t leaf_stride) const;
+  void RunEmbedding(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
+                    int64_t leaf_stride) const;
+  void RunCopy(const Call& call, const StepContext& context, const Frame& frame,
+               int64_t rows) const;
+  void RunLoss(const Call& call, const StepContext& context, absl::Span<const Frame> frames) const;
   void ZeroPadding(int node, const StepContext& context, float* gradient) const;
-  void FinishLeaf(int node, const StepContext& context, const Frame& frame) const;
+  void FinishLeaves(int node, const StepContext& context, absl::Span<const Frame> frames) const;
 
   float* Floats(int value, const Frame& frame) const {
     return reinterpret_cast<float*>(Bytes(value, frame));

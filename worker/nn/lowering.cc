@@ -9,9 +9,10 @@ using spec::LayerType;
 
 class Lowerer {
  public:
-  Lowerer(const Program& program, bool training)
+  Lowerer(const Program& program, bool training, bool layerwise)
       : program_(program),
         training_(training),
+        always_layerwise_(layerwise),
         outputs_(program.nodes().size(), kNoValue),
         gradients_(program.nodes().size(), kNoValue),
         extra_(program.nodes().size(), kNoValue),
@@ -71,7 +72,7 @@ class Lowerer {
 
   // A new segment where the way to walk changes.
   void BeginNode(int node) {
-    const bool layerwise = training_ && program_.nodes()[node].layerwise;
+    const bool layerwise = always_layerwise_ || (training_ && program_.nodes()[node].layerwise);
     if (layerwise == layerwise_) return;
     const int begin = result_.segments.empty() ? 0 : result_.segments.back().end;
     if (begin < static_cast<int>(result_.calls.size())) EndSegment(Exchange::kNone, -1);
@@ -374,6 +375,7 @@ class Lowerer {
 
   const Program& program_;
   const bool training_;
+  const bool always_layerwise_;
   Lowering result_;
   bool layerwise_ = false;                // of the segment being made
   std::vector<int> outputs_, gradients_;  // by node
@@ -430,6 +432,8 @@ device::LstmShape LstmShapeOf(const Program& program, int node, int part) {
   return shape;
 }
 
-Lowering Lower(const Program& program, bool training) { return Lowerer(program, training).Run(); }
+Lowering Lower(const Program& program, bool training, bool layerwise) {
+  return Lowerer(program, training, layerwise).Run();
+}
 
 }  // namespace lockstep::nn

@@ -111,7 +111,8 @@ struct Lowering {
 // One layer of an lstm node.
 device::LstmShape LstmShapeOf(const Program& program, int node, int part);
 
-// Forward, loss and backward of a training step; or forward and loss at inference.
-Lowering Lower(const Program& program, bool training);
+// Forward, loss and backward of a training step; or forward and loss at inference. `layerwise`: all
+// of it, else where it pays on a CPU.
+Lowering Lower(const Program& program, bool training, bool layerwise = false);
 
 }  // namespace lockstep::nn

@@ -28,19 +28,36 @@ struct Plan::Impl {
   int64_t widest_norm = 0;
   std::unique_ptr<device::Memory> arena, scratch, moments, sums, merged_moments, merged_sums,
       results, flag;
+  // What the host reads of moments and sums; null where it can read those themselves.
+  std::unique_ptr<device::Memory> host_moments, host_sums;
   std::unique_ptr<Executor> train, inference;  // train is null in a plan for evaluation
   Merged merged;
   std::vector<Frame> frames;          // by position
   std::vector<const float*> records;  // by position
   StepContext context;
+  Joint joint;
 
+  int64_t sums_size() const { return 2 * widest_norm; }
+  const float* readable_moments(int position) const {
+    return (host_moments != nullptr ? host_moments : moments)->floats() +
+           position * program->moments_size();
+  }
+  const float* readable_sums(int position) const {
+    return (host_sums != nullptr ? host_sums : sums)->floats() + position * sums_size();
+  }
   ShardResult* result(int position) const {
     return static_cast<ShardResult*>(results->data()) + position;
   }
   absl::Status Bind(absl::Span<const ShardInput> shards, bool training);
+  void BindJoint(size_t shards) {
+    joint = Joint::Of(absl::MakeConstSpan(frames.data(), shards),
+                      spec::ElementCount(program->graph().data_shape), context.leaves_stay);
+  }
   absl::Status RunExchange(const Segment& segment, absl::Span<const ShardInput> shards,
                            MomentExchange& exchange);
-  absl::Status RunCalls(int calls, absl::Span<const ShardInput> shards, MomentExchange& exchange);
+  absl::Status RunCalls(Executor& executor, int calls, absl::Span<const ShardInput> shards,
+                        MomentExchange* exchange);
+  void ShowMoments(size_t shards);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
   // Calls visit(call, frame) for the segment's calls before `end`, in the order that its memory was
   // planned for.
@@ -87,8 +104,9 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
     p.widest_norm = std::max(p.widest_norm, slice.channels);
   }
 
-  Lowering train = options.training ? Lower(*program, true) : Lowering();
-  Lowering inference = Lower(*program, false);
+  const bool host_addressable = device.host_addressable();
+  Lowering train = options.training ? Lower(*program, true, !host_addressable) : Lowering();
+  Lowering inference = Lower(*program, false, !host_addressable);
   MemoryPlan train_memory;
   if (options.training) {
     train_memory =
@@ -102,10 +120,14 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   const size_t sums = sizeof(float) * 2 * static_cast<size_t>(p.widest_norm);
   ASSIGN_OR_RETURN(p.arena, device.Allocate(AtLeastOne(p.arena_bytes)));
   ASSIGN_OR_RETURN(p.scratch, device.Allocate(AtLeastOne(operations.scratch_bytes())));
-  ASSIGN_OR_RETURN(p.moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
-  ASSIGN_OR_RETURN(p.sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
-  ASSIGN_OR_RETURN(p.merged_moments, device.AllocateHostVisible(AtLeastOne(record)));
-  ASSIGN_OR_RETURN(p.merged_sums, device.AllocateHostVisible(AtLeastOne(sums)));
+  ASSIGN_OR_RETURN(p.moments, device.Allocate(AtLeastOne(record * positions)));
+  ASSIGN_OR_RETURN(p.sums, device.Allocate(AtLeastOne(sums * positions)));
+  ASSIGN_OR_RETURN(p.merged_moments, device.Allocate(AtLeastOne(record)));
+  ASSIGN_OR_RETURN(p.merged_sums, device.Allocate(AtLeastOne(sums)));
+  if (!host_addressable) {
+    ASSIGN_OR_RETURN(p.host_moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
+    ASSIGN_OR_RETURN(p.host_sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
+  }
   ASSIGN_OR_RETURN(p.results, device.AllocateHostVisible(sizeof(ShardResult) * positions));
   ASSIGN_OR_RETURN(p.flag, device.AllocateHostVisible(sizeof(uint32_t)));
   for (size_t i = 0; i < positions; ++i) new (p.result(static_cast<int>(i))) ShardResult();
@@ -145,7 +167,7 @@ absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training
     frame.first_row = first_row;
     first_row += shards[i].rows;
     frame.moments = moments->floats() + static_cast<int64_t>(i) * program->moments_size();
-    frame.sums = sums->floats() + static_cast<int64_t>(i) * 2 * widest_norm;
+    frame.sums = sums->floats() + static_cast<int64_t>(i) * sums_size();
     frame.result = result(static_cast<int>(i));
     *frame.result = ShardResult();
     frame.leaf = nullptr;
@@ -157,8 +179,14 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
                                      MomentExchange& exchange) {
   const MomentsSlice& slice = program->moments()[segment.moments];
   const bool moments = segment.exchange == Exchange::kMoments;
+  const size_t bytes = sizeof(float) * 2 * static_cast<size_t>(slice.channels);
   for (size_t i = 0; i < shards.size(); ++i) {
-    records[i] = moments ? frames[i].moments + slice.offset : frames[i].sums;
+    const int position = static_cast<int>(i);
+    records[i] = moments ? readable_moments(position) + slice.offset : readable_sums(position);
+    const float* record = moments ? frames[i].moments + slice.offset : frames[i].sums;
+    if (records[i] != record) {
+      device->Copy(*context.stream, record, const_cast<float*>(records[i]), bytes);  // our own
+    }
   }
   // The exchange reads the records on the host.
   RETURN_IF_ERROR(context.stream->Synchronize());
@@ -169,33 +197,41 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
                        slice.channels, slice.spatial, shards,
                        absl::MakeConstSpan(records.data(), shards.size()), &rows));
   // Kept: forward's moments are needed again in backward, and kernels read fixed addresses.
-  device->Copy(*context.stream, root, moments ? merged.moments + slice.offset : merged.sums,
-               sizeof(float) * 2 * static_cast<size_t>(slice.channels));
+  device->Copy(*context.stream, root, moments ? merged.moments + slice.offset : merged.sums, bytes);
   if (moments) merged.rows[segment.moments] = rows;
   return absl::OkStatus();
 }
 
-// The first `calls` of a training step, in the order that their memory is planned for.
-absl::Status Plan::Impl::RunCalls(int calls, absl::Span<const ShardInput> shards,
-                                  MomentExchange& exchange) {
+// The first `calls`, in the order that their memory is planned for.
+absl::Status Plan::Impl::RunCalls(Executor& executor, int calls,
+                                  absl::Span<const ShardInput> shards, MomentExchange* exchange) {
   const absl::Span<const Frame> bound = absl::MakeConstSpan(frames.data(), shards.size());
-  for (const Segment& segment : train->lowering().segments) {
+  for (const Segment& segment : executor.lowering().segments) {
     if (segment.begin >= calls) break;
     const int end = std::min(segment.end, calls);
     if (segment.layerwise) {
       for (int call = segment.begin; call < end && !bound.empty(); ++call) {
-        train->RunAll(call, context, merged, bound);
+        executor.RunAll(call, context, merged, bound, joint);
       }
     } else {
       for (const Frame& frame : bound) {
-        for (int call = segment.begin; call < end; ++call) train->Run(call, context, merged, frame);
+        for (int call = segment.begin; call < end; ++call) {
+          executor.Run(call, context, merged, frame);
+        }
       }
     }
     if (segment.end <= calls && segment.exchange != Exchange::kNone) {
-      RETURN_IF_ERROR(RunExchange(segment, shards, exchange));
+      RETURN_IF_ERROR(RunExchange(segment, shards, *exchange));
     }
   }
   return absl::OkStatus();
+}
+
+// The host reads them after Synchronize.
+void Plan::Impl::ShowMoments(size_t shards) {
+  if (host_moments == nullptr || shards == 0 || program->moments_size() == 0) return;
+  device->Copy(*context.stream, moments->data(), host_moments->data(),
+               sizeof(float) * static_cast<size_t>(program->moments_size()) * shards);
 }
 
 absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
@@ -206,9 +242,13 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
   RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
   p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
+  p.context.leaves_stay = sink.LeavesStay();
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
+  p.BindJoint(shards.size());
   const int calls = static_cast<int>(p.train->lowering().calls.size());
-  return p.RunCalls(calls, shards, exchange);
+  RETURN_IF_ERROR(p.RunCalls(*p.train, calls, shards, &exchange));
+  p.ShowMoments(shards.size());
+  return absl::OkStatus();
 }
 
 absl::Status Plan::GatherMoments(device::Stream& stream, optim::FlatState& state,
@@ -218,7 +258,10 @@ absl::Status Plan::GatherMoments(device::Stream& stream, optim::FlatState& state
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
   RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
   p.context = {&stream, &state, scalars, 0, nullptr};
-  return p.RunCalls(p.train->lowering().forward_calls, shards, exchange);
+  p.BindJoint(shards.size());
+  RETURN_IF_ERROR(p.RunCalls(*p.train, p.train->lowering().forward_calls, shards, &exchange));
+  p.ShowMoments(shards.size());
+  return absl::OkStatus();
 }
 
 void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,
@@ -228,19 +271,15 @@ void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,
   assert(bound.ok());
   if (!bound.ok()) return;
   p.context = {&stream, &state, nullptr, 0, nullptr};
+  p.BindJoint(shards.size());
   const int calls = static_cast<int>(p.inference->lowering().calls.size());
-  for (size_t i = 0; i < shards.size(); ++i) {
-    for (int call = 0; call < calls; ++call) {
-      p.inference->Run(call, p.context, p.merged, p.frames[i]);
-    }
-  }
+  const absl::Status ran = p.RunCalls(*p.inference, calls, shards, nullptr);
+  assert(ran.ok());  // nothing is exchanged
 }
 
 const ShardResult& Plan::result(int position) const { return *impl_->result(position); }
 
-const float* Plan::moments(int position) const {
-  return impl_->moments->floats() + position * impl_->program->moments_size();
-}
+const float* Plan::moments(int position) const { return impl_->readable_moments(position); }
 
 absl::StatusOr<bool> Plan::Impl::IsNonFinite(const float* x, int64_t n) {
   auto* non_finite = static_cast<uint32_t*>(flag->data());
@@ -298,12 +337,13 @@ int Plan::segments() const {
   return static_cast<int>(executor->lowering().segments.size());
 }
 
-int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows,
-                               bool training) {
+int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows, bool training,
+                               bool layerwise) {
   const int64_t slot_rows = SlotRows(shards, max_rows);
-  const int64_t inference = PlanMemory(Lower(program, false), max_rows, slot_rows).bytes;
+  const int64_t inference = PlanMemory(Lower(program, false, layerwise), max_rows, slot_rows).bytes;
   if (!training) return inference;
-  return std::max(inference, PlanMemory(Lower(program, true), max_rows, slot_rows).bytes);
+  return std::max(inference,
+                  PlanMemory(Lower(program, true, layerwise), max_rows, slot_rows).bytes);
 }
 
 }  // namespace lockstep::nn

@@ -10,6 +10,9 @@
 // calls of their own, and the weight gradient's kernel folds the shards' gradients before they
 // leave it.
 //
+// On a GPU all segments are layerwise: its caches hold no shard, and a call for all shards fills it
+// better than one for each.
+//
 // Operations (prepared dense and convolutions with their packed weights) belong to the address
 // space and are shared by its plans. On CUDA a plan also owns the graph that replays it: everything
 // that changes between steps reaches kernels through StepScalars and fixed input buffers.
@@ -82,6 +85,10 @@ class GradientSink {
   virtual const device::LeafFold* Fold() { return nullptr; }
   virtual float* Part(int /*part*/) { return nullptr; }  // base of the flat vector, like Leaf
   virtual void DoneFolded(int64_t /*begin*/, int64_t /*end*/) {}
+
+  // Leaves and parts have memory of their own until the step ends, so that what was written can be
+  // read again; the padding in it is zero.
+  virtual bool LeavesStay() const { return false; }
 };
 
 // Exchange of batch-norm records between all shards of the batch, wherever they are; implemented on
@@ -101,10 +108,7 @@ class MomentExchange {
 };
 
 // Per shard results of a step or evaluation batch, in host-visible memory of the plan.
-struct ShardResult {
-  double loss_sum = 0;  // sum over samples
-  int64_t correct = 0;  // 0 where the loss has no labels
-};
+using ShardResult = device::LeafResult;
 
 class Plan {
  public:
@@ -162,7 +166,8 @@ class Plan {
 };
 
 // activation_bytes() of a plan for `shards` shards of at most `max_rows` samples, without making
-// one.
-int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows, bool training);
+// one; layerwise as on a GPU, or as on a CPU.
+int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows, bool training,
+                               bool layerwise);
 
 }  // namespace lockstep::nn

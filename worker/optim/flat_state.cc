@@ -131,4 +131,12 @@ void Initialize(const FlatLayout& layout, uint64_t seed, float* values) {
   }
 }
 
+absl::Status InitializeOnDevice(device::Device& device, device::Stream& stream,
+                                const FlatLayout& layout, uint64_t seed, float* values) {
+  std::vector<float> host(static_cast<size_t>(layout.size), 0.0f);
+  Initialize(layout, seed, host.data());
+  device.Copy(stream, host.data(), values, sizeof(float) * host.size());
+  return stream.Synchronize();
+}
+
 }  // namespace lockstep::optim

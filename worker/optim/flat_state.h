@@ -95,5 +95,8 @@ class FlatState {
 // 32-bit words. `values` is the whole vector in host memory, the CPU's state or a staging copy;
 // padding is left alone.
 void Initialize(const FlatLayout& layout, uint64_t seed, float* values);
+// The same for a vector in memory of the device; padding becomes zero. Waits for the stream.
+absl::Status InitializeOnDevice(device::Device& device, device::Stream& stream,
+                                const FlatLayout& layout, uint64_t seed, float* values);
 
 }  // namespace lockstep::optim

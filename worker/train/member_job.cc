@@ -170,9 +170,11 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       tensor->set_name(named[i].name);
       tensor->set_digest(ToHex(tensors[i]));
       snapshot.tensors.push_back(
-          {named[i].name, *named[i].shape,
-           std::vector<float>(named[i].data, named[i].data + named[i].size)});
+          {named[i].name, *named[i].shape, std::vector<float>(named[i].size)});
+      device_->Copy(*stream_, named[i].data, snapshot.tensors.back().values.data(),
+                    sizeof(float) * static_cast<size_t>(named[i].size));
     }
+    RETURN_IF_ERROR(stream_->Synchronize());
     return writer_->Start(std::move(snapshot));
   }
 
@@ -256,9 +258,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
                                                     program_->statistics(), coefficients.type));
     optimizer_ = std::make_unique<optim::Optimizer>(coefficients, program_->parameters());
     ASSIGN_OR_RETURN(norm_, optim::GradientNorm::Make(*device_, program_->parameters()));
-    optim::Initialize(program_->parameters(), spec_.train().seed(), state_->parameters());
-    optim::Initialize(program_->statistics(), spec_.train().seed(), state_->statistics());
-    return absl::OkStatus();
+    RETURN_IF_ERROR(optim::InitializeOnDevice(*device_, *stream_, program_->parameters(),
+                                              spec_.train().seed(), state_->parameters()));
+    return optim::InitializeOnDevice(*device_, *stream_, program_->statistics(),
+                                     spec_.train().seed(), state_->statistics());
   }
 
   // The checkpoint to go on from, where this member can see it. Only members that find it offer it.
@@ -346,8 +349,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       for (int& bound : placement_.bounds.back()) bound *= accumulate_;
       rendezvous.members.push_back({m.worker(), m.host_id()});
     }
-    rendezvous.shared_bytes =
-        collective::CanonicalAllReduce::SharedBytes(placement_, program_->parameters().size);
+    rendezvous.shared_bytes = collective::CanonicalAllReduce::SharedBytes(
+        placement_, program_->parameters().size, device_->host_addressable());
     ASSIGN_OR_RETURN(rendezvous_, collective::OpenRendezvous(rendezvous));
     return absl::OkStatus();
   }
@@ -416,8 +419,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       const auto& named = state_->named();
       for (size_t i = 0; i < named.size(); ++i) {
         const std::vector<float>& values = loaded_->tensors[i];
-        std::memcpy(named[i].data, values.data(), values.size() * sizeof(float));
+        device_->Copy(*stream_, values.data(), named[i].data, values.size() * sizeof(float));
       }
+      RETURN_IF_ERROR(stream_->Synchronize());
       *manifest = loaded_->manifest;
       Log("INFO", absl::StrCat("going on from ", loaded_->path, ", step ", manifest->step()));
     }
@@ -429,16 +433,26 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     bytes.resize(length);
     RETURN_IF_ERROR(Broadcast(source, bytes.data(), bytes.size()));
     if (!manifest->ParseFromString(bytes)) return absl::InternalError("a manifest did not parse");
-    RETURN_IF_ERROR(
-        Broadcast(source, state_->parameters(), sizeof(float) * program_->parameters().size));
+    const int64_t size = program_->parameters().size;
+    RETURN_IF_ERROR(BroadcastState(source, state_->parameters(), size));
     for (int i = 0; i < state_->slot_count(); ++i) {
-      RETURN_IF_ERROR(
-          Broadcast(source, state_->slot(i), sizeof(float) * program_->parameters().size));
+      RETURN_IF_ERROR(BroadcastState(source, state_->slot(i), size));
     }
-    RETURN_IF_ERROR(
-        Broadcast(source, state_->statistics(), sizeof(float) * program_->statistics().size));
+    RETURN_IF_ERROR(BroadcastState(source, state_->statistics(), program_->statistics().size));
     loaded_.reset();
     return absl::OkStatus();
+  }
+
+  // A vector of the state, through host memory where that is not the device's.
+  absl::Status BroadcastState(int source, float* values, int64_t size) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>(size);
+    if (device_->host_addressable()) return Broadcast(source, values, bytes);
+    std::vector<float> host(size);
+    device_->Copy(*stream_, values, host.data(), bytes);
+    RETURN_IF_ERROR(stream_->Synchronize());
+    RETURN_IF_ERROR(Broadcast(source, host.data(), bytes));
+    device_->Copy(*stream_, host.data(), values, bytes);
+    return stream_->Synchronize();
   }
 
   absl::Status Broadcast(int source, void* data, size_t bytes) {

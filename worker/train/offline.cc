@@ -104,9 +104,10 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
   // As a plan of all shards would have them, without making one: what is too large is what people
   // want explained.
   const int together = accumulate > 1 && !program->has_synchronized_norm() ? 1 : shards;
-  const int64_t activations =
-      std::max(nn::PlannedActivationBytes(*program, shards, evaluation_rows, /*training=*/false),
-               nn::PlannedActivationBytes(*program, together, rows, /*training=*/true));
+  const bool gpu = spec.resources().device() == "cuda";
+  const int64_t activations = std::max(
+      nn::PlannedActivationBytes(*program, shards, evaluation_rows, /*training=*/false, gpu),
+      nn::PlannedActivationBytes(*program, together, rows, /*training=*/true, gpu));
   json["memory"] = {{"parameters_bytes", flat_bytes},
                     {"gradients_bytes", gradients},
                     {"optimizer_bytes", optimizer},

@@ -42,7 +42,8 @@ absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> progr
   ASSIGN_OR_RETURN(auto state,
                    optim::FlatState::Make(device, program->parameters(), program->statistics(),
                                           device::OptimizerType::kSgd));
-  optim::Initialize(program->parameters(), seed, state->parameters());
+  RETURN_IF_ERROR(
+      optim::InitializeOnDevice(device, *stream, program->parameters(), seed, state->parameters()));
   operations.Pack(*stream, state->parameters(), 0, 1);
 
   const int64_t features = spec::ElementCount(graph.data_shape);

@@ -39,6 +39,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   void DoneFolded(int64_t begin, int64_t end) override {
     loop->parts_.all_reduce->DoneFolded(index, *stream, begin, end);
   }
+  bool LeavesStay() const override { return loop->parts_.all_reduce->LeavesStay(); }
 
   // ---- nn::MomentExchange
   absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
@@ -63,7 +64,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
         device.MergeMoments(*stream, channels, *rows_left * spatial, a, a + channels,
                             *rows_right * spatial, b, b + channels, a, a + channels);
       } else {
-        device.Add(*stream, 2 * channels, a, b, a);
+        for (int64_t i = 0; i < 2 * channels; ++i) a[i] += b[i];
       }
       *rows_left += *rows_right;
     };
@@ -87,9 +88,12 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   std::unique_ptr<device::Memory> shared_memory, digests_memory;
   Shared* shared = nullptr;
   device::StepScalars* scalars = nullptr;
-  absl::Span<Digest> digests;                // this slot's part of every tensor's
-  std::vector<uint8_t> present;              // by leaf of the job
-  std::vector<nn::ShardInput> shards;        // of the current evaluation batch
+  // What kernels read of host memory, where they cannot read that itself; else null.
+  std::unique_ptr<device::Memory> device_scalars_memory, device_record;
+  device::StepScalars* device_scalars = nullptr;  // or `scalars`
+  absl::Span<Digest> digests;                     // this slot's part of every tensor's
+  std::vector<uint8_t> present;                   // by leaf of the job
+  std::vector<nn::ShardInput> shards;             // of the current evaluation batch
   std::vector<nn::ShardInput> leaves;        // of the current batch, in the order of computation
   std::vector<int> passes;                   // where each forward and backward pass ends in it
   std::vector<const void*> record_pointers;  // by own leaf
@@ -148,7 +152,7 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     ASSIGN_OR_RETURN(slot->stream, p.device->MakeStream());
     ASSIGN_OR_RETURN(slot->shared_memory, p.device->AllocateHostVisible(sizeof(Slot::Shared)));
     slot->shared = new (slot->shared_memory->data()) Slot::Shared();
-    slot->scalars = &slot->shared->scalars;
+    slot->scalars = slot->device_scalars = &slot->shared->scalars;
     const size_t tensors = p.state->named().size();
     ASSIGN_OR_RETURN(slot->digests_memory, p.device->AllocateHostVisible(sizeof(Digest) * tensors));
     slot->digests = absl::MakeSpan(static_cast<Digest*>(slot->digests_memory->data()), tensors);
@@ -159,6 +163,12 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     slot->record_pointers.resize(slot->leaf_count);
     slot->record_bytes = round_up(sizeof(Trailer) + sizeof(float) * p.program->moments_size());
     slot->records.resize(slot->record_bytes * slot->leaf_count);
+    if (!p.device->host_addressable()) {
+      ASSIGN_OR_RETURN(slot->device_scalars_memory,
+                       p.device->Allocate(sizeof(device::StepScalars)));
+      slot->device_scalars = static_cast<device::StepScalars*>(slot->device_scalars_memory->data());
+      ASSIGN_OR_RETURN(slot->device_record, p.device->Allocate(slot->record_bytes));
+    }
     if (p.population != nullptr) slot->population_record.resize(slot->record_bytes);
     slot->exchange_stride = round_up(sizeof(int64_t) + sizeof(float) * 2 * widest_norm);
     slot->exchange_records.resize(slot->exchange_stride * slot->shard_count);
@@ -224,6 +234,7 @@ absl::Status StepLoop::NextShards(Slot& slot) {
   }
   TakeMicrobatches(slot, *batch);
   parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
+  ShowScalars(slot);
   return parts_.all_reduce->Begin(slot.index, slot.present, Deadline());
 }
 
@@ -286,7 +297,7 @@ absl::Status StepLoop::ForwardBackward(Slot& slot) {
   int begin = 0;
   for (const int end : slot.passes) {
     const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
-    RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.scalars,
+    RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.device_scalars,
                                          options_.length.BatchSize(slot.step), leaves, slot, slot));
     RETURN_IF_ERROR(slot.stream->Synchronize());
     KeepRecords(slot, leaves);
@@ -359,19 +370,20 @@ void StepLoop::Clip(Slot& slot) {
   slot.gradient_norm = parts_.norm->Value();
   slot.scalars->gradient_scale =
       static_cast<float>(optim::ClipScale(slot.gradient_norm, options_.clip_norm));
+  if (options_.clip_norm > 0) ShowScalars(slot);
 }
 
 void StepLoop::Optimize(Slot& slot) {
   const int k = parts_.team->slots();
   const int64_t size = parts_.program->parameters().size;
   parts_.optimizer->Update(*parts_.device, *slot.stream, PartBegin(size, k, slot.index),
-                           PartBegin(size, k, slot.index + 1), slot.scalars,
+                           PartBegin(size, k, slot.index + 1), slot.device_scalars,
                            parts_.all_reduce->result(), *parts_.state);
 }
 
 void StepLoop::UpdateStatistics(Slot& slot) {
   const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
-  const auto* merged = reinterpret_cast<const float*>(slot.trailer + 1);
+  const float* merged = OnDevice(slot, reinterpret_cast<const float*>(slot.trailer + 1));
   float* statistics = parts_.state->statistics();
   for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
     const nn::MomentsSlice& s = moments[i];
@@ -386,8 +398,11 @@ void StepLoop::UpdateStatistics(Slot& slot) {
 absl::Status StepLoop::Commit(Slot& slot) {
   parts_.train->Release(slot.step);
   if (slot.step == options_.flip_bit_at_step && slot.index == 0) {
-    auto* bits = reinterpret_cast<uint32_t*>(parts_.state->parameters());
-    *bits ^= 1;
+    uint32_t bits = 0;
+    parts_.device->Copy(*slot.stream, parts_.state->parameters(), &bits, sizeof(bits));
+    RETURN_IF_ERROR(slot.stream->Synchronize());
+    bits ^= 1;
+    parts_.device->Copy(*slot.stream, &bits, parts_.state->parameters(), sizeof(bits));
   }
   RETURN_IF_ERROR(Barrier(slot));  // all parameters are updated
   parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index,
@@ -430,7 +445,7 @@ absl::Status StepLoop::GatherPopulation(Slot& slot) {
     for (const int end : slot.passes) {
       const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
       RETURN_IF_ERROR(
-          slot.plan->GatherMoments(*slot.stream, *parts_.state, slot.scalars, leaves, slot));
+          slot.plan->GatherMoments(*slot.stream, *parts_.state, slot.device_scalars, leaves, slot));
       RETURN_IF_ERROR(slot.stream->Synchronize());
       for (size_t i = 0; i < leaves.size(); ++i) {
         uint8_t* record = record_of(leaves[i].shard - slot.first_leaf);
@@ -455,7 +470,8 @@ absl::Status StepLoop::GatherPopulation(Slot& slot) {
                    parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
                                                  slot.record_bytes, fold, Deadline()));
   const int64_t rows = static_cast<const Trailer*>(root)->rows;
-  const auto* merged = reinterpret_cast<const float*>(static_cast<const Trailer*>(root) + 1);
+  const float* merged =
+      OnDevice(slot, reinterpret_cast<const float*>(static_cast<const Trailer*>(root) + 1));
   const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
   float* statistics = parts_.state->statistics();
   for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
@@ -666,8 +682,9 @@ absl::Status StepLoop::NameNonFinite(Slot& slot) {
   int begin = 0;
   for (const int end : slot.passes) {
     const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
-    ASSIGN_OR_RETURN(const std::string found, slot.plan->FindNonFinite(*slot.stream, *parts_.state,
-                                                                       slot.scalars, leaves, slot));
+    ASSIGN_OR_RETURN(
+        const std::string found,
+        slot.plan->FindNonFinite(*slot.stream, *parts_.state, slot.device_scalars, leaves, slot));
     slot.blamed = std::min<int64_t>(slot.blamed,
                                     std::find(order.begin(), order.end(), found) - order.begin());
     begin = end;
@@ -702,8 +719,26 @@ absl::Status StepLoop::NameNonFinite(Slot& slot) {
                    "; the step was not applied. Try a smaller optimizer.learning_rate"));
 }
 
+// What a slot has done before it is there for all of them behind it.
 absl::Status StepLoop::Barrier(const Slot& slot) {
+  const bool asynchronous = !parts_.device->host_addressable();
+  if (asynchronous && parts_.team->slots() > 1) RETURN_IF_ERROR(slot.stream->Synchronize());
   return parts_.team->Barrier(slot.index, Deadline());
+}
+
+// The step's scalars as they are now, to the kernels behind this.
+void StepLoop::ShowScalars(Slot& slot) {
+  if (slot.device_scalars == slot.scalars) return;
+  const device::StepScalars now = *slot.scalars;
+  parts_.device->Copy(*slot.stream, &now, slot.device_scalars, sizeof(now));
+}
+
+// A merged moments record where kernels can read it, until the next.
+const float* StepLoop::OnDevice(Slot& slot, const float* record) {
+  if (slot.device_record == nullptr) return record;
+  parts_.device->Copy(*slot.stream, record, slot.device_record->data(),
+                      sizeof(float) * static_cast<size_t>(parts_.program->moments_size()));
+  return slot.device_record->floats();
 }
 
 void StepLoop::Abort(const absl::Status& cause) {

@@ -148,6 +148,8 @@ class StepLoop {
   absl::Status DigestState(Slot& slot);
   absl::Status NameNonFinite(Slot& slot);
   absl::Status Barrier(const Slot& slot);
+  void ShowScalars(Slot& slot);
+  const float* OnDevice(Slot& slot, const float* record);
   bool EvaluationDue(int64_t step) const;
   bool CheckpointDue(int64_t step) const;
   void SummarizeTraining();  // the result's train score from the epochs' sums

@@ -24,6 +24,30 @@ void PrefetchLines(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
+template <class Visit>
+void ForEachLeaf(const Leaves& leaves, Visit visit) {
+  for (int l = 0; l < leaves.count; ++l) {
+    visit(l, leaves.begin[l], leaves.begin[l + 1] - leaves.begin[l]);
+  }
+}
+
+// Of what may be absent.
+template <class T>
+T* Behind(T* p, int64_t at) {
+  return p == nullptr ? nullptr : p + at;
+}
+
+class BorrowedMemory : public Memory {
+ public:
+  BorrowedMemory(void* data, size_t size) : data_(data), size_(size) {}
+  void* data() override { return data_; }
+  size_t size() const override { return size_; }
+
+ private:
+  void* const data_;
+  const size_t size_;
+};
+
 class CpuDevice : public Device {
  public:
   CpuDevice(std::string fingerprint, OnednnContext context)
@@ -36,6 +60,7 @@ class CpuDevice : public Device {
     return absl::StrCat(fingerprint_, context_.bf16 ? " bf16" : " bf16 rounded in fp32");
   }
 
+  bool host_addressable() const override { return true; }
   absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
     absl::Status status = UseOneThread();
     if (!status.ok()) return status;
@@ -55,6 +80,9 @@ class CpuDevice : public Device {
   }
   absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
     return Allocate(bytes);
+  }
+  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes) override {
+    return std::make_unique<BorrowedMemory>(const_cast<void*>(data), bytes);  // it is only read
   }
   void Copy(Stream&, const void* from, void* to, size_t bytes) override {
     if (bytes > 0) std::memmove(to, from, bytes);
@@ -101,60 +129,65 @@ class CpuDevice : public Device {
     k_.global_average_pool_backward(rows, spatial, channels, dy, dx);
   }
 
-  void BatchNormMoments(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                        float* mean, float* m2) override {
-    k_.batch_norm_moments(shape.channels, n, x, mean, m2);
+  void BatchNormMoments(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+                        float* mean, float* m2, int64_t stride) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      k_.batch_norm_moments(shape.channels, n, x + begin * shape.channels, mean + l * stride,
+                            m2 + l * stride);
+    });
   }
   void MergeMoments(Stream&, int64_t channels, int64_t count_a, const float* mean_a,
                     const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
                     float* mean, float* m2) override {
     k_.merge_moments(channels, count_a, mean_a, m2_a, count_b, mean_b, m2_b, mean, m2);
   }
-  void BatchNormForward(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                        const float* mean, const float* m2, int64_t moments_n, float epsilon,
-                        const float* weight, const float* bias, float* y) override {
-    k_.batch_norm_forward(shape, n, x, mean, m2, static_cast<float>(moments_n), epsilon, weight,
-                          bias, y);
+  void BatchNormForward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+                        const Moments& moments, float epsilon, const float* weight,
+                        const float* bias, const float* residual, float* y) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      const int64_t at = begin * shape.channels;
+      const float* mean = moments.mean + l * moments.stride;
+      const float* spread = moments.spread + l * moments.stride;
+      const auto divisor = static_cast<float>(moments.divisor > 0 ? moments.divisor : n);
+      if (residual == nullptr) {
+        k_.batch_norm_forward(shape, n, x + at, mean, spread, divisor, epsilon, weight, bias,
+                              y + at);
+      } else {
+        k_.batch_norm_add_forward(shape, n, x + at, mean, spread, divisor, epsilon, weight, bias,
+                                  residual + at, y + at);
+      }
+    });
   }
-  void BatchNormInference(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                          const float* running_mean, const float* running_var, float epsilon,
-                          const float* weight, const float* bias, float* y) override {
-    k_.batch_norm_forward(shape, n, x, running_mean, running_var, 1.0f, epsilon, weight, bias, y);
+  void BatchNormGradient(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+                         const float* y, const float* dy, const float* more, const Moments& moments,
+                         float epsilon, float* g, float* sum_dy, float* sum_dy_xhat,
+                         int64_t stride) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      const int64_t at = begin * shape.channels;
+      const float* mean = moments.mean + l * moments.stride;
+      const float* spread = moments.spread + l * moments.stride;
+      const int64_t divisor = moments.divisor > 0 ? moments.divisor : n;
+      if (g == nullptr) {
+        k_.batch_norm_backward_sums(shape, n, x + at, Behind(y, at), dy + at, mean, spread, divisor,
+                                    epsilon, sum_dy + l * stride, sum_dy_xhat + l * stride);
+      } else {
+        k_.batch_norm_gradient(shape, n, x + at, Behind(y, at), dy + at, Behind(more, at), mean,
+                               spread, divisor, epsilon, g + at, sum_dy + l * stride,
+                               sum_dy_xhat + l * stride);
+      }
+    });
   }
-  void BatchNormBackwardSums(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                             const float* y, const float* dy, const float* mean, const float* m2,
-                             int64_t moments_n, float epsilon, float* sum_dy,
-                             float* sum_dy_xhat) override {
-    k_.batch_norm_backward_sums(shape, n, x, y, dy, mean, m2, moments_n, epsilon, sum_dy,
-                                sum_dy_xhat);
-  }
-  void BatchNormBackward(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                         const float* y, const float* dy, const float* mean, const float* m2,
-                         int64_t moments_n, float epsilon, const float* weight, const float* sum_dy,
-                         const float* sum_dy_xhat, float* dx) override {
-    k_.batch_norm_backward(shape, n, x, y, dy, mean, m2, moments_n, epsilon, weight, sum_dy,
-                           sum_dy_xhat, dx);
-  }
-  void BatchNormAddForward(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                           const float* mean, const float* m2, int64_t moments_n, float epsilon,
-                           const float* weight, const float* bias, const float* residual,
-                           float* y) override {
-    k_.batch_norm_add_forward(shape, n, x, mean, m2, static_cast<float>(moments_n), epsilon, weight,
-                              bias, residual, y);
-  }
-  void BatchNormAddInference(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                             const float* running_mean, const float* running_var, float epsilon,
-                             const float* weight, const float* bias, const float* residual,
-                             float* y) override {
-    k_.batch_norm_add_forward(shape, n, x, running_mean, running_var, 1.0f, epsilon, weight, bias,
-                              residual, y);
-  }
-  void BatchNormGradient(Stream&, const BatchNormShape& shape, int64_t n, const float* x,
-                         const float* y, const float* dy, const float* more, const float* mean,
-                         const float* m2, int64_t moments_n, float epsilon, float* g, float* sum_dy,
-                         float* sum_dy_xhat) override {
-    k_.batch_norm_gradient(shape, n, x, y, dy, more, mean, m2, moments_n, epsilon, g, sum_dy,
-                           sum_dy_xhat);
+  void BatchNormBackward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+                         const float* y, const float* dy, const Moments& moments, float epsilon,
+                         const float* weight, const float* sum_dy, const float* sum_dy_xhat,
+                         int64_t stride, float* dx) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      const int64_t at = begin * shape.channels;
+      k_.batch_norm_backward(shape, n, x + at, Behind(y, at), dy + at,
+                             moments.mean + l * moments.stride, moments.spread + l * moments.stride,
+                             moments.divisor > 0 ? moments.divisor : n, epsilon, weight,
+                             sum_dy + l * stride, sum_dy_xhat + l * stride, dx + at);
+    });
   }
   void UpdateRunningAverages(Stream&, int64_t channels, int64_t n, const float* mean,
                              const float* m2, float momentum, float* running_mean,
@@ -193,22 +226,47 @@ class CpuDevice : public Device {
     k_.dropout(n, x, rate, key, scalars->step, first, y);
   }
 
-  void SoftmaxCrossEntropy(Stream&, int64_t rows, int64_t classes, const float* logits,
-                           const int32_t* labels, float scale, double* loss_sum, int64_t* correct,
+  void SoftmaxCrossEntropy(Stream&, const Leaves& leaves, int64_t classes, const float* logits,
+                           const int32_t* labels, float smoothing, float scale, LeafResult* results,
                            float* dlogits) override {
-    k_.softmax_cross_entropy(rows, classes, logits, labels, scale, loss_sum, correct, dlogits);
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      const int64_t at = begin * classes;
+      LeafResult& r = results[l];
+      if (smoothing > 0) {
+        k_.smoothed_cross_entropy(n, classes, logits + at, labels + begin, smoothing, scale,
+                                  &r.loss_sum, &r.correct, Behind(dlogits, at));
+      } else {
+        k_.softmax_cross_entropy(n, classes, logits + at, labels + begin, scale, &r.loss_sum,
+                                 &r.correct, Behind(dlogits, at));
+      }
+    });
   }
-  void MeanSquaredError(Stream&, int64_t rows, int64_t features, const float* y,
-                        const float* target, float scale, double* loss_sum, float* dy) override {
-    k_.mean_squared_error(rows, features, y, target, scale, loss_sum, dy);
+  void SigmoidCrossEntropy(Stream&, const Leaves& leaves, int64_t features, const float* x,
+                           const float* target, float scale, LeafResult* results,
+                           float* dx) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      const int64_t at = begin * features;
+      k_.sigmoid_cross_entropy(n, features, x + at, target + at, scale, &results[l].loss_sum,
+                               Behind(dx, at));
+    });
+  }
+  void MeanSquaredError(Stream&, const Leaves& leaves, int64_t features, const float* y,
+                        const float* target, float scale, LeafResult* results, float* dy) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      const int64_t at = begin * features;
+      k_.mean_squared_error(n, features, y + at, target + at, scale, &results[l].loss_sum,
+                            Behind(dy, at));
+    });
+  }
+  void CountCorrect(Stream&, const Leaves& leaves, int64_t classes, const float* scores,
+                    const int32_t* labels, LeafResult* results) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      k_.count_correct(n, classes, scores + begin * classes, labels + begin, &results[l].correct);
+    });
   }
   void OneHot(Stream&, int64_t rows, int64_t classes, const int32_t* labels, float* out) override {
     std::fill_n(out, rows * classes, 0.0f);
     for (int64_t r = 0; r < rows; ++r) out[r * classes + labels[r]] = 1.0f;
-  }
-  void CountCorrect(Stream&, int64_t rows, int64_t classes, const float* scores,
-                    const int32_t* labels, int64_t* correct) override {
-    k_.count_correct(rows, classes, scores, labels, correct);
   }
 
   void LeakyReluForward(Stream&, int64_t n, float slope, const float* x, float* y) override {
@@ -249,30 +307,45 @@ class CpuDevice : public Device {
                          const float* weight, const float* dy, float* dx) override {
     k_.layer_norm_backward(n, features, x, stats, weight, dy, dx);
   }
-  void LayerNormBackwardWeight(Stream&, int64_t n, int64_t features, const float* x,
-                               const float* stats, const float* dy, float* dweight,
-                               float* dbias) override {
-    k_.layer_norm_backward_weight(n, features, x, stats, dy, dweight, dbias);
+  void LayerNormBackwardWeight(Stream&, const Leaves& leaves, int64_t features, const float* x,
+                               const float* stats, const float* dy, float* dweight, float* dbias,
+                               int64_t stride) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      k_.layer_norm_backward_weight(n, features, x + begin * features, stats + 2 * begin,
+                                    dy + begin * features, dweight + l * stride,
+                                    dbias + l * stride);
+    });
   }
   void EmbeddingForward(Stream&, int64_t n, int64_t vocabulary, int64_t features, const float* x,
                         const float* weight, float* y) override {
     k_.embedding_forward(n, vocabulary, features, x, weight, y);
   }
-  void EmbeddingBackward(Stream&, int64_t n, int64_t vocabulary, int64_t features, const float* x,
-                         const float* dy, float* dweight) override {
-    k_.embedding_backward(n, vocabulary, features, x, dy, dweight);
-  }
-  void SmoothedCrossEntropy(Stream&, int64_t rows, int64_t classes, const float* logits,
-                            const int32_t* labels, float smoothing, float scale, double* loss_sum,
-                            int64_t* correct, float* dlogits) override {
-    k_.smoothed_cross_entropy(rows, classes, logits, labels, smoothing, scale, loss_sum, correct,
-                              dlogits);
-  }
-  void SigmoidCrossEntropy(Stream&, int64_t rows, int64_t features, const float* x,
-                           const float* target, float scale, double* loss_sum, float* dx) override {
-    k_.sigmoid_cross_entropy(rows, features, x, target, scale, loss_sum, dx);
+  void EmbeddingBackward(Stream&, const Leaves& leaves, int64_t vocabulary, int64_t features,
+                         const float* x, const float* dy, float* dweight, int64_t stride) override {
+    ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
+      k_.embedding_backward(n, vocabulary, features, x + begin, dy + begin * features,
+                            dweight + l * stride);
+    });
   }
 
+  void TreeSum(Stream&, int64_t n, absl::Span<const float* const> parts, float* out) override {
+    constexpr int64_t kBlock = 2048;
+    float stack[7][kBlock];  // of a binary counter over kMostParts
+    for (int64_t at = 0; at < n; at += kBlock) {
+      const int64_t length = std::min(kBlock, n - at);
+      int top = 0;
+      for (size_t part = 0; part < parts.size(); ++part) {
+        std::copy_n(parts[part] + at, length, stack[top++]);
+        // As many subtrees are whole as the number of parts has trailing zeros; the last closes
+        // all.
+        size_t whole = part + 1;
+        for (; top > 1 && (whole % 2 == 0 || part + 1 == parts.size()); whole /= 2, --top) {
+          k_.add(length, stack[top - 2], stack[top - 1], stack[top - 2]);
+        }
+      }
+      std::copy_n(stack[0], length, out + at);
+    }
+  }
   void OptimizerUpdate(Stream&, const OptimizerCoefficients& coefficients, int64_t n,
                        const StepScalars* scalars, const float* gradient, float* parameters,
                        const OptimizerSlots& slots) override {

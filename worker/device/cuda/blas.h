@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -23,15 +24,20 @@ struct ProductShape {
   bool bias = false;                        // + bias {n}
   bool relu = false;
   Factors factors = Factors::kFp32;
+  // Bytes that divide the addresses of A, B and C, which are rows of flat vectors or activations;
+  // a stored row's own size is taken into account.
+  int64_t alignment = 16;
 };
 
-// One shape, made ready. An element's bits depend on its row of op(A), its column of op(B) and, of
-// the shape, on everything but m: the algorithm is chosen by the library's heuristic for a fixed m
-// and kept for all. Never split along k. Thread-safe.
+// One shape, made ready. Where op(A) is not transposed, an element's bits depend on its row of
+// op(A), its column of op(B) and, of the shape, on everything but m: the algorithm is chosen by the
+// library's heuristic for a fixed m, kept for all, and never splits along k. Where it is, rows of C
+// are not samples, and m belongs to the shape. Thread-safe.
 class Product {
  public:
   virtual ~Product() = default;
-  // m is at most the shape's; `workspace` of kProductWorkspaceBytes.
+  // m is at most the shape's (equal to it where op(A) is transposed); `workspace` of
+  // kProductWorkspaceBytes, 256-byte aligned.
   virtual void Run(const Queue& queue, int64_t m, const void* a, const void* b, const float* bias,
                    float* c, void* workspace) = 0;
   // Names the chosen algorithm, for the fingerprint.
@@ -42,6 +48,7 @@ constexpr size_t kProductWorkspaceBytes = size_t{32} << 20;
 class Blas {
  public:
   virtual ~Blas() = default;
+  virtual std::string version() const = 0;  // "cublaslt 13.1.0"
   virtual absl::StatusOr<std::unique_ptr<Product>> MakeProduct(const ProductShape& shape) = 0;
 };
 // For the current device; Unavailable where the library cannot be used.

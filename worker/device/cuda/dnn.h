@@ -16,12 +16,15 @@ enum class ConvolutionPass { kForward, kBackwardInput, kBackwardWeight };
 
 // One pass of one shape and number of rows (device.h, Conv2d: NHWC; no bias, no activation), by a
 // deterministic engine that the library's heuristic chooses when it is made; of those that round
-// nothing more than `factors` says. Operands are fp32, or bf16 where factors are; results are fp32.
-// Thread-safe.
+// nothing more than `factors` says. Forward's and BackwardInput's is chosen at a fixed number of
+// rows and kept for all, so that a row has the same bits in any. Operands are fp32, or bf16 where
+// factors are; results are fp32. Thread-safe.
 class Convolution {
  public:
   virtual ~Convolution() = default;
-  virtual size_t workspace_bytes() const = 0;
+  virtual size_t workspace_bytes() const = 0;  // 256-byte aligned
+  // Operands that are to be bf16 are given as floats of bf16's values.
+  virtual bool takes_floats() const { return false; }
   // Forward: x, w -> y. BackwardInput: dy, w -> dx. BackwardWeight: dy, x -> dw.
   virtual void Run(const Queue& queue, const void* first, const void* second, float* result,
                    void* workspace) = 0;

@@ -16,29 +16,6 @@
 
 namespace lockstep::device::cuda {
 
-// Leaf l has rows (or elements a channel) [begin[l], begin[l + 1]).
-constexpr int kMostLeaves = 32;
-struct Leaves {
-  int count = 1;
-  int64_t begin[kMostLeaves + 1] = {0};
-  int64_t total() const { return begin[count]; }
-};
-
-// What normalizes leaf l: mean + l * stride and spread + l * stride; the variance is spread / n, n
-// = `divisor`, or where that is 0 the leaf's own count. Stride 0: the same for all leaves.
-struct Moments {
-  const float* mean = nullptr;
-  const float* spread = nullptr;
-  int64_t stride = 0;
-  int64_t divisor = 0;
-};
-
-// Of one leaf; the fields that a kernel does not compute it leaves alone.
-struct LeafResult {
-  double loss_sum = 0;
-  int64_t correct = 0;
-};
-
 // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
 // equals; a NaN wins), so max pooling takes kernels up to 16. Backward overwrites dx.
 void MaxPoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x, float* y,
@@ -171,17 +148,23 @@ void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const flo
                 int64_t stride);
 // To nearest even; NaN stays NaN.
 void RoundToBf16(const Queue& q, int64_t n, const float* x, uint16_t* bf16);
+// The same, in floats. y may be x.
+void RoundInFloats(const Queue& q, int64_t n, const float* x, float* y);
+// y = x + bias of the channel (null: none), then relu where it says so; channels divide n. y may be
+// x.
+void BiasForward(const Queue& q, int64_t n, int64_t channels, const float* x, const float* bias,
+                 bool relu, float* y);
 // One step of one direction of an LSTM (device.h, LstmShape). gates {rows, 4 hidden} in the order i
-// f g o, gates_row elements from row to row: from pre-activations to activations. c_before, c,
-// tanh_c and h {rows, hidden}, state_row elements from row to row; null c_before: zero. `h16` takes
-// h rounded to bf16 {rows, hidden}, or is null.
+// f g o, gates_row elements from row to row: from pre-activations to activations. c_before, c and
+// tanh_c {rows, hidden}, state_row elements from row to row; null c_before: zero. h {rows, hidden},
+// h_row elements from row to row; `h16` takes it rounded to bf16 {rows, hidden}, or is null.
 void LstmForwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates, int64_t gates_row,
-                     const float* c_before, float* c, float* tanh_c, float* h, int64_t state_row,
-                     uint16_t* h16);
+                     const float* c_before, float* c, float* tanh_c, int64_t state_row, float* h,
+                     int64_t h_row, uint16_t* h16);
 // gates: from activations to gradients of the pre-activations. The gradient of h is dh (dh_row
 // elements from row to row) + dh_after {rows, hidden}; null: zero. dc {rows, hidden}: from the
 // gradient of c through the step behind to that of c_before; `last`: it counts as zero before.
-// `gates16` takes the gradients rounded to bf16 {rows, 4 hidden}, or is null.
+// `gates16` takes the gradients rounded to bf16, as far apart as they are, or is null.
 void LstmBackwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates, int64_t gates_row,
                       const float* c_before, const float* tanh_c, int64_t state_row,
                       const float* dh, int64_t dh_row, const float* dh_after, bool last, float* dc,

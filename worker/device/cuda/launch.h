@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace lockstep::device::cuda {
 
@@ -24,7 +25,14 @@ constexpr size_t kWorkspaceBytes = size_t{16} << 20;
 struct Queue {
   cudaStream_t stream = nullptr;
   void* workspace = nullptr;
+  // Takes the text of a library call's first failure, which Stream::Synchronize returns; null:
+  // lost.
+  std::string* failure = nullptr;
 };
+
+inline void Fail(const Queue& queue, const std::string& text) {
+  if (queue.failure != nullptr && queue.failure->empty()) *queue.failure = text;
+}
 
 // A failure is kept by the runtime and returned by Stream::Synchronize.
 template <class... Parameters, class... Arguments>

@@ -1,0 +1,35 @@
+// Runs kernels: blocks one by one, the threads of a block as fibers that switch where they wait for
+// each other. Used by one thread of the process at a time (the runtime's lock).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <functional>
+
+#include "tests/gpu/emulator/emulator.h"
+
+namespace lockstep::emulator {
+
+constexpr unsigned kMostThreads = 1024;
+constexpr size_t kSharedBytes = size_t{48} << 10;        // without asking for more
+constexpr size_t kMostSharedBytes = size_t{227} << 10;  // of a block
+
+struct KernelLaunch {
+  const void* function = nullptr;
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  std::function<void()> body;  // one thread
+};
+// Within the limits, which the caller has checked. `number` is that of the launch, for permuted
+// orders.
+void RunKernel(const KernelLaunch& launch, const Order& order, uint64_t number);
+
+// "name<<<(1, 1, 1), (32, 1, 1), 0>>>".
+std::string Describe(const KernelLaunch& launch);
+
+// kGarbage, as 2-byte words at even addresses have it.
+void FillWithGarbage(void* memory, size_t bytes);
+bool IsGarbage(const void* memory, size_t bytes);
+
+}  // namespace lockstep::emulator

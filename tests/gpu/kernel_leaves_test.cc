@@ -1,0 +1,474 @@
+// What the contracts of worker/device/cuda/kernels.h promise beyond those of the device, whose
+// tests run on it as on every other: leaves of one call have the bits that each has alone,
+// addresses change nothing, many parts are summed by the canonical tree.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "worker/collective/tree.h"
+#include "worker/device/cuda/kernels.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+constexpr float kEpsilon = 1e-5f;
+
+std::vector<float> RandomFloats(int64_t size, uint32_t seed, float low = -1, float high = 1) {
+  std::mt19937 generator(seed);
+  std::vector<float> values(static_cast<size_t>(size));
+  for (float& value : values) {
+    value = low + (high - low) * static_cast<float>(generator() >> 8) * 0x1p-24f;
+  }
+  return values;
+}
+
+// Device memory whose elements begin `lead` behind an aligned address.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(const std::vector<T>& values, int lead = 0) : size_(values.size()), lead_(lead) {
+    EXPECT_EQ(cudaMalloc(reinterpret_cast<void**>(&data_), (size_ + lead_ + 1) * sizeof(T)),
+              cudaSuccess);
+    Write(values);
+  }
+  Buffer(size_t size, T value, int lead = 0) : Buffer(std::vector<T>(size, value), lead) {}
+  ~Buffer() { EXPECT_EQ(cudaFree(data_), cudaSuccess); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  operator T*() const { return data_ + lead_; }
+  void Write(const std::vector<T>& values) {
+    EXPECT_EQ(cudaMemcpy(*this, values.data(), size_ * sizeof(T), cudaMemcpyDefault), cudaSuccess);
+  }
+  std::vector<T> Read() const {
+    std::vector<T> values(size_);
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    EXPECT_EQ(cudaMemcpy(values.data(), *this, size_ * sizeof(T), cudaMemcpyDefault), cudaSuccess);
+    return values;
+  }
+
+ private:
+  const size_t size_;
+  const int lead_;
+  T* data_ = nullptr;
+};
+
+template <class T>
+testing::AssertionResult SameBytes(const std::vector<T>& a, const std::vector<T>& b) {
+  if (a.size() != b.size()) return testing::AssertionFailure() << "sizes differ";
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0) {
+      return testing::AssertionFailure() << "element " << i << " of " << a.size() << " differs";
+    }
+  }
+  return testing::AssertionSuccess();
+}
+
+class KernelLeavesTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_EQ(cudaMalloc(&queue_.workspace, kWorkspaceBytes), cudaSuccess);
+    ASSERT_EQ(cudaStreamCreateWithFlags(&queue_.stream, cudaStreamNonBlocking), cudaSuccess);
+  }
+  void TearDown() override {
+    EXPECT_EQ(cudaStreamSynchronize(queue_.stream), cudaSuccess);
+    EXPECT_EQ(cudaStreamDestroy(queue_.stream), cudaSuccess);
+    EXPECT_EQ(cudaFree(queue_.workspace), cudaSuccess);
+  }
+  const Queue& q() const { return queue_; }
+
+ private:
+  Queue queue_;
+};
+
+// ---- leaves.
+
+Leaves LeavesOf(const std::vector<int64_t>& rows) {
+  Leaves leaves;
+  leaves.count = static_cast<int>(rows.size());
+  for (size_t l = 0; l < rows.size(); ++l) leaves.begin[l + 1] = leaves.begin[l] + rows[l];
+  return leaves;
+}
+
+// Around the sizes of lanes, chunks and blocks; one of them has many chunks.
+const std::vector<int64_t> kManyRows = {1, 33, 128, 31, 129, 2, 700, 2100, 5};
+const std::vector<int64_t> kFewRows = {1, 33, 16, 31, 129, 2, 64, 5};
+const std::vector<int64_t> kColumns = {1, 3, 4, 10, 16, 64, 117};
+
+// Runs `call` for all leaves at once, its outputs pre-filled, and for each leaf as if it were the
+// only one; results must agree. An output has per_row elements for each row, or per_leaf ones.
+struct OutputShape {
+  int64_t per_row = 0, per_leaf = 0;
+};
+// The leaves of one call and where they begin: rows, leaves.
+struct Call {
+  Leaves leaves;
+  int64_t row = 0;
+  int leaf = 0;
+};
+using Outputs = std::vector<std::unique_ptr<Buffer<float>>>;
+
+void ExpectLeavesAlone(const std::vector<int64_t>& rows, const std::vector<OutputShape>& shapes,
+                       const std::function<void(const Call&, const std::vector<float*>&)>& run) {
+  const Leaves leaves = LeavesOf(rows);
+  const auto size_of = [&](const OutputShape& shape) {
+    return static_cast<size_t>(shape.per_row * leaves.total() + shape.per_leaf * leaves.count);
+  };
+  Outputs together, alone;
+  std::vector<float*> at;
+  for (const OutputShape& shape : shapes) {
+    together.push_back(std::make_unique<Buffer<float>>(size_of(shape), 12345.678f));
+    alone.push_back(std::make_unique<Buffer<float>>(size_of(shape), 12345.678f));
+    at.push_back(*together.back());
+  }
+  run({leaves, 0, 0}, at);
+  for (int l = 0; l < leaves.count; ++l) {
+    const int64_t row = leaves.begin[l];
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      at[i] = *alone[i] + shapes[i].per_row * row + shapes[i].per_leaf * l;
+    }
+    run({Leaves(leaves.begin[l + 1] - row), row, l}, at);
+  }
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    EXPECT_TRUE(SameBytes(together[i]->Read(), alone[i]->Read())) << "output " << i;
+  }
+}
+
+TEST_F(KernelLeavesTest, BatchNormLeavesHaveTheBitsThatTheyHaveAlone) {
+  const int64_t n = LeavesOf(kManyRows).total();
+  for (int64_t c : kColumns) {
+    SCOPED_TRACE(c);
+    const Buffer<float> x(RandomFloats(n * c, 1, 1, 4)), dy(RandomFloats(n * c, 2)),
+        output(RandomFloats(n * c, 3)), more(RandomFloats(n * c, 4)),
+        weight(RandomFloats(c, 5, 0.5, 1.5)), bias(RandomFloats(c, 6));
+    ExpectLeavesAlone(kManyRows, {{0, c}, {0, c}},
+                      [&](const Call& call, const std::vector<float*>& out) {
+                        BatchNormMoments(q(), c, call.leaves, x + call.row * c, out[0], out[1], c);
+                      });
+    const Buffer<float> mean(RandomFloats(n * c, 7)), spread(RandomFloats(n * c, 8, 1, 2)),
+        sums(RandomFloats(n * c, 9)), sums_x(RandomFloats(n * c, 10));
+    for (bool relu : {false, true}) {
+      for (bool shared : {false, true}) {  // moments, by all leaves
+        const int64_t stride = shared ? 0 : c + 1;
+        const auto moments_of = [&](const Call& call) {
+          return Moments{mean + call.leaf * stride, spread + call.leaf * stride, stride,
+                         shared ? 100 : 0};
+        };
+        ExpectLeavesAlone(
+            kManyRows, {{c, 0}, {c, 0}}, [&](const Call& call, const std::vector<float*>& out) {
+              for (bool residual : {false, true}) {
+                BatchNormForward(q(), {c, relu}, call.leaves, x + call.row * c, moments_of(call),
+                                 kEpsilon, weight, bias, residual ? more + call.row * c : nullptr,
+                                 out[residual]);
+              }
+            });
+        ExpectLeavesAlone(
+            kManyRows, {{0, c}, {0, c}, {c, 0}, {0, c}, {0, c}},
+            [&](const Call& call, const std::vector<float*>& out) {
+              const int64_t at = call.row * c;
+              BatchNormGradient(q(), {c, relu}, call.leaves, x + at, output + at, dy + at, nullptr,
+                                moments_of(call), kEpsilon, nullptr, out[0], out[1], c);
+              BatchNormGradient(q(), {c, relu}, call.leaves, x + at, output + at, dy + at,
+                                more + at, moments_of(call), kEpsilon, out[2], out[3], out[4], c);
+            });
+        ExpectLeavesAlone(
+            kManyRows, {{c, 0}}, [&](const Call& call, const std::vector<float*>& out) {
+              const int64_t at = call.row * c;
+              BatchNormBackward(q(), {c, relu}, call.leaves, x + at, output + at, dy + at,
+                                moments_of(call), kEpsilon, weight, sums + call.leaf * stride,
+                                sums_x + call.leaf * stride, stride, out[0]);
+            });
+      }
+    }
+  }
+}
+
+TEST_F(KernelLeavesTest, SumsOfLeavesHaveTheBitsThatTheyHaveAlone) {
+  const int64_t n = LeavesOf(kManyRows).total();
+  for (int64_t c : kColumns) {
+    SCOPED_TRACE(c);
+    const Buffer<float> x(RandomFloats(n * c, 11)), dy(RandomFloats(n * c, 12)),
+        stats(RandomFloats(n * 2, 13, 0.5, 2));
+    ExpectLeavesAlone(kManyRows, {{0, c + 2}},
+                      [&](const Call& call, const std::vector<float*>& out) {
+                        ColumnSums(q(), call.leaves, c, x + call.row * c, out[0], c + 2);
+                      });
+    ExpectLeavesAlone(kManyRows, {{0, c}, {0, c}},
+                      [&](const Call& call, const std::vector<float*>& out) {
+                        const int64_t at = call.row * c;
+                        LayerNormBackwardWeight(q(), call.leaves, c, x + at, stats + 2 * call.row,
+                                                dy + at, out[0], out[1], c);
+                      });
+  }
+  constexpr int64_t kVocabulary = 19, kFeatures = 6;
+  std::vector<float> tokens = RandomFloats(n, 14, 0, kVocabulary - 1);
+  for (float& token : tokens) token = std::floor(token);
+  const Buffer<float> x(tokens), dy(RandomFloats(n * kFeatures, 15));
+  ExpectLeavesAlone(kManyRows, {{0, kVocabulary * kFeatures}},
+                    [&](const Call& call, const std::vector<float*>& out) {
+                      EmbeddingBackward(q(), call.leaves, kVocabulary, kFeatures, x + call.row,
+                                        dy + call.row * kFeatures, out[0], kVocabulary * kFeatures);
+                    });
+}
+
+TEST_F(KernelLeavesTest, LossesOfLeavesHaveTheBitsThatTheyHaveAlone) {
+  // By warps in one launch; by warps in two; by blocks.
+  for (int64_t features : {1, 3, 10, 16, 33, 1000, 1100}) {
+    for (bool many : {false, true}) {
+      if (many && features > 33) continue;
+      SCOPED_TRACE(features);
+      const std::vector<int64_t>& rows = many ? kManyRows : kFewRows;
+      const Leaves leaves = LeavesOf(rows);
+      const int64_t n = leaves.total();
+      std::vector<int32_t> label_of_row(n);
+      for (int64_t r = 0; r < n; ++r) label_of_row[r] = static_cast<int32_t>(r * 7 % features);
+      const Buffer<float> x(RandomFloats(n * features, 16, -4, 4)),
+          target(RandomFloats(n * features, 17, 0, 1));
+      const Buffer<int32_t> labels(label_of_row);
+      const auto expect = [&](bool writes_loss, bool writes_correct, const auto& run) {
+        const LeafResult before{.loss_sum = -77, .correct = -78};
+        const Buffer<LeafResult> together(rows.size(), before), alone(rows.size(), before);
+        ExpectLeavesAlone(
+            rows, {{features, 0}}, [&](const Call& call, const std::vector<float*>& out) {
+              run(call, call.leaves.count == 1 ? alone + call.leaf : +together, out[0]);
+            });
+        const auto a = together.Read(), b = alone.Read();
+        for (size_t l = 0; l < rows.size(); ++l) {
+          EXPECT_EQ(a[l].loss_sum, b[l].loss_sum) << "leaf " << l;
+          EXPECT_EQ(a[l].correct, b[l].correct) << "leaf " << l;
+          EXPECT_EQ(a[l].loss_sum == before.loss_sum, !writes_loss);
+          EXPECT_EQ(a[l].correct == before.correct, !writes_correct);
+        }
+      };
+      for (float smoothing : {0.0f, 0.1f}) {
+        expect(true, true, [&](const Call& call, LeafResult* results, float* dx) {
+          SoftmaxCrossEntropy(q(), call.leaves, features, x + call.row * features,
+                              labels + call.row, smoothing, 0.25f, results, dx);
+        });
+      }
+      expect(true, false, [&](const Call& call, LeafResult* results, float* dx) {
+        const int64_t at = call.row * features;
+        SigmoidCrossEntropy(q(), call.leaves, features, x + at, target + at, 0.25f, results, dx);
+      });
+      expect(true, false, [&](const Call& call, LeafResult* results, float* dx) {
+        const int64_t at = call.row * features;
+        MeanSquaredError(q(), call.leaves, features, x + at, target + at, 0.25f, results, dx);
+      });
+      expect(false, true, [&](const Call& call, LeafResult* results, float*) {
+        CountCorrect(q(), call.leaves, features, x + call.row * features, labels + call.row,
+                     results);
+      });
+    }
+  }
+}
+
+TEST_F(KernelLeavesTest, EmptyLeavesComeToNothing) {
+  const std::vector<int64_t> rows = {3, 0, 140, 0};
+  const Leaves leaves = LeavesOf(rows);
+  const int64_t n = leaves.total();
+  for (int64_t c : {4, 5}) {
+    const Buffer<float> x(RandomFloats(n * c, 18)), mean(4 * c, 7.0f), m2(4 * c, 7.0f),
+        sums(4 * c, 7.0f);
+    const Buffer<LeafResult> results(4, LeafResult{.loss_sum = 7, .correct = 7});
+    BatchNormMoments(q(), c, leaves, x, mean, m2, c);
+    ColumnSums(q(), leaves, c, x, sums, c);
+    MeanSquaredError(q(), leaves, c, x, x, 1.0f, results, nullptr);
+    for (int l : {1, 3}) {
+      EXPECT_EQ(results.Read()[l].loss_sum, 0);
+      for (int64_t i = l * c; i < (l + 1) * c; ++i) {
+        EXPECT_EQ(mean.Read()[i], 0);
+        EXPECT_EQ(m2.Read()[i], 0);
+        EXPECT_EQ(sums.Read()[i], 0);
+      }
+    }
+  }
+}
+
+// Longer chunks, and many of them.
+TEST_F(KernelLeavesTest, MomentsOfManyRowsMatchTheReference) {
+  constexpr int64_t kRows = 40001;
+  for (int64_t c : {1, 4}) {
+    const std::vector<float> x = RandomFloats(kRows * c, 19, 5000, 5001);
+    const Buffer<float> in(x), mean(c, 0.0f), m2(c, 0.0f);
+    BatchNormMoments(q(), c, kRows, in, mean, m2, 0);
+    for (int64_t i = 0; i < c; ++i) {
+      double sum = 0, squares = 0;
+      for (int64_t r = 0; r < kRows; ++r) sum += x[r * c + i];
+      for (int64_t r = 0; r < kRows; ++r) squares += std::pow(x[r * c + i] - sum / kRows, 2);
+      EXPECT_EQ(mean.Read()[i], static_cast<float>(sum / kRows));
+      EXPECT_NEAR(m2.Read()[i], squares, 1e-6 * squares);
+    }
+  }
+}
+
+// ---- addresses.
+
+// Runs `call` on inputs and outputs at all kinds of addresses; results must agree. `lead(i)` is
+// what a call's tensor i has.
+void ExpectSameAnywhere(
+    const std::function<std::vector<std::vector<float>>(const std::function<int(int)>&)>& run) {
+  const auto expected = run([](int) { return 0; });
+  for (int shift : {1, 2, 3}) {
+    const auto together = run([&](int) { return shift; });
+    const auto apart = run([&](int i) { return (shift * i + i / 4) % 4; });
+    for (size_t i = 0; i < expected.size(); ++i) {
+      EXPECT_TRUE(SameBytes(together[i], expected[i])) << "output " << i << ", all by " << shift;
+      EXPECT_TRUE(SameBytes(apart[i], expected[i])) << "output " << i << ", apart by " << shift;
+    }
+  }
+}
+
+TEST_F(KernelLeavesTest, BatchNormIsTheSameAtAnyAddress) {
+  constexpr int64_t kRows = 2200;
+  for (int64_t c : {4, 16, 100}) {
+    SCOPED_TRACE(c);
+    const std::vector<float> data = RandomFloats(kRows * c, 20, 1, 3),
+                             gradient = RandomFloats(kRows * c, 21),
+                             output = RandomFloats(kRows * c, 22);
+    ExpectSameAnywhere([&](const std::function<int(int)>& lead) {
+      const Buffer<float> x(data, lead(0)), dy(gradient, lead(1)), y(output, lead(2)),
+          weight(RandomFloats(c, 23), lead(3)), bias(RandomFloats(c, 24), lead(4));
+      const Buffer<float> mean(c, 0.0f, lead(5)), m2(c, 0.0f, lead(6)), sum(c, 0.0f, lead(7)),
+          sum_x(c, 0.0f, lead(8)), normalized(kRows * c, 0.0f, lead(9)),
+          g(kRows * c, 0.0f, lead(10)), dx(kRows * c, 0.0f, lead(11)), sums(c, 0.0f, lead(12));
+      BatchNormMoments(q(), c, kRows, x, mean, m2, 0);
+      BatchNormForward(q(), {c, true}, kRows, x, {mean, m2}, kEpsilon, weight, bias, dy,
+                       normalized);
+      BatchNormGradient(q(), {c, true}, kRows, x, y, dy, normalized, {mean, m2}, kEpsilon, g, sum,
+                        sum_x, 0);
+      BatchNormBackward(q(), {c, true}, kRows, x, y, dy, {mean, m2}, kEpsilon, weight, sum, sum_x,
+                        0, dx);
+      ColumnSums(q(), kRows, c, x, sums, 0);
+      return std::vector<std::vector<float>>{mean.Read(),       m2.Read(), sum.Read(), sum_x.Read(),
+                                             normalized.Read(), g.Read(),  dx.Read(),  sums.Read()};
+    });
+  }
+}
+
+TEST_F(KernelLeavesTest, LossesAreTheSameAtAnyAddress) {
+  constexpr int64_t kRows = 37;
+  for (int64_t features : {4, 16, 100, 1000, 1100}) {
+    SCOPED_TRACE(features);
+    std::vector<int32_t> label_of_row(kRows);
+    for (int64_t r = 0; r < kRows; ++r) label_of_row[r] = static_cast<int32_t>(r * 5 % features);
+    const Buffer<int32_t> labels(label_of_row);
+    ExpectSameAnywhere([&](const std::function<int(int)>& lead) {
+      const int64_t n = kRows * features;
+      const Buffer<float> x(RandomFloats(n, 25, -4, 4), lead(0)),
+          target(RandomFloats(n, 26, 0, 1), lead(1)), d_softmax(n, 0.0f, lead(2)),
+          d_sigmoid(n, 0.0f, lead(3)), d_square(n, 0.0f, lead(4));
+      const Buffer<LeafResult> results(4, LeafResult());
+      SoftmaxCrossEntropy(q(), kRows, features, x, labels, 0.1f, 0.5f, results, d_softmax);
+      SigmoidCrossEntropy(q(), kRows, features, x, target, 0.5f, results + 1, d_sigmoid);
+      MeanSquaredError(q(), kRows, features, x, target, 0.5f, results + 2, d_square);
+      CountCorrect(q(), kRows, features, x, labels, results + 3);
+      std::vector<float> bits(4 * sizeof(LeafResult) / sizeof(float));
+      const auto values = results.Read();
+      std::memcpy(bits.data(), values.data(), 4 * sizeof(LeafResult));
+      return std::vector<std::vector<float>>{bits, d_softmax.Read(), d_sigmoid.Read(),
+                                             d_square.Read()};
+    });
+  }
+}
+
+TEST_F(KernelLeavesTest, FlatPassesAreTheSameAtAnyAddress) {
+  const Buffer<StepScalars> scalars(1, StepScalars{.step = 3,
+                                                   .learning_rate = 0.1f,
+                                                   .adam_correction1 = 0.3f,
+                                                   .adam_correction2 = 0.2f,
+                                                   .gradient_scale = 0.9f});
+  for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 1023, 4099}) {
+    SCOPED_TRACE(n);
+    ExpectSameAnywhere([&](const std::function<int(int)>& lead) {
+      std::vector<std::vector<float>> results;
+      for (int type = 0; type < kOptimizerTypes; ++type) {
+        const OptimizerCoefficients coefficients{.type = static_cast<OptimizerType>(type),
+                                                 .momentum = 0.9f,
+                                                 .beta1 = 0.9f,
+                                                 .beta2 = 0.99f,
+                                                 .rho = 0.9f,
+                                                 .epsilon = 0.1f,
+                                                 .l2 = 0.01f,
+                                                 .weight_decay = 0.1f};
+        const Buffer<float> g(RandomFloats(n, 27), lead(0)), w(RandomFloats(n, 28), lead(1));
+        const Buffer<float> a(RandomFloats(n, 29, 0.5, 1), lead(2)),
+            b(RandomFloats(n, 30, 0, 0.5), lead(3)), c(RandomFloats(n, 31), lead(4));
+        OptimizerSlots slots;
+        float* const all[] = {a, b, c};
+        for (int k = 0; k < SlotCount(coefficients.type); ++k) slots.at[k] = all[k];
+        OptimizerUpdate(q(), coefficients, n, scalars, g, w, slots);
+        for (const auto* buffer : {&w, &a, &b, &c}) results.push_back(buffer->Read());
+      }
+      std::vector<float> x = RandomFloats(n, 32);
+      const Buffer<float> in(x, lead(5));
+      const Buffer<double> norms(static_cast<size_t>((n + kNormBlock - 1) / kNormBlock), 0.0);
+      const Buffer<Digest> digest(1, Digest{~uint64_t{0}, 1});
+      SquaredNorms(q(), n, in, norms);
+      AccumulateDigest(q(), n, in, 12345, 678, digest);
+      double total = 0;
+      for (double norm : norms.Read()) total += norm;
+      float words[6];
+      std::memcpy(words, &total, sizeof(total));
+      std::memcpy(words + 2, digest.Read().data(), sizeof(Digest));
+      results.emplace_back(words, words + 6);
+      const Buffer<uint32_t> flag(1, 0u);
+      x[n / 2] = std::nanf("");
+      const Buffer<float> bad(x, lead(6));
+      FlagNonFinite(q(), n, in, flag);
+      EXPECT_EQ(flag.Read()[0], 0u);
+      FlagNonFinite(q(), n, bad, flag);
+      EXPECT_EQ(flag.Read()[0], 1u);
+      return results;
+    });
+  }
+}
+
+// ---- the canonical tree.
+
+float TreeOf(const std::vector<std::vector<float>>& parts, collective::Node node, int64_t i) {
+  if (node.end - node.begin == 1) return parts[node.begin][i];
+  const int split = collective::SplitPoint(node);
+  const float left = TreeOf(parts, {node.begin, split}, i);
+  return left + TreeOf(parts, {split, node.end}, i);
+}
+
+TEST_F(KernelLeavesTest, PartsAreSummedByTheCanonicalTree) {
+  std::vector<int> counts = {24, 31, 32, 33, 40, 47, 63, kMostParts};
+  for (int count = 1; count <= 17; ++count) counts.push_back(count);
+  for (int count : counts) {
+    SCOPED_TRACE(count);
+    for (int64_t n : {1, 5, 1030}) {
+      std::vector<std::vector<float>> parts;
+      for (int p = 0; p < count; ++p) parts.push_back(RandomFloats(n, 33 + p));
+      if (n > 1) {
+        for (auto& part : parts) part[1] = -0.0f;  // stays: nothing is added that is not there
+      }
+      std::vector<float> expected(n);
+      for (int64_t i = 0; i < n; ++i) expected[i] = TreeOf(parts, {0, count}, i);
+      for (int lead : {0, 3, -1}) {  // -1: another for each
+        std::vector<std::unique_ptr<Buffer<float>>> buffers;
+        std::vector<const float*> pointers;
+        for (int p = 0; p < count; ++p) {
+          buffers.push_back(std::make_unique<Buffer<float>>(parts[p], lead < 0 ? p % 4 : lead));
+          pointers.push_back(*buffers.back());
+        }
+        const Buffer<float> out(n, 0.0f, std::max(lead, 0));
+        TreeSum(q(), n, pointers.data(), count, out);
+        EXPECT_TRUE(SameBytes(out.Read(), expected));
+        const Buffer<float>& over = *buffers[count / 2];
+        TreeSum(q(), n, pointers.data(), count, over);
+        EXPECT_TRUE(SameBytes(over.Read(), expected)) << "over a part";
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lockstep::device::cuda

@@ -1,0 +1,186 @@
+#include "worker/device/cuda/cuda_conv2d.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/device/cuda/cuda_stream.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/parts.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+class CudaConv2d : public Conv2d {
+ public:
+  static absl::StatusOr<std::unique_ptr<Conv2d>> Make(Device& device, Dnn& dnn,
+                                                      const Conv2dShape& shape,
+                                                      absl::Span<const int64_t> rows) {
+    auto conv = std::make_unique<CudaConv2d>(shape);
+    if (conv->is_bf16()) {
+      ASSIGN_OR_RETURN(conv->memory_, device.Allocate(conv->PlaceWeights(nullptr)));
+      conv->PlaceWeights(conv->memory_->data());
+    }
+    for (const int64_t count : rows) RETURN_IF_ERROR(conv->Add(dnn, count));
+    return conv;
+  }
+
+  explicit CudaConv2d(const Conv2dShape& shape) : s_(shape) {}
+
+  size_t scratch_bytes() const override { return scratch_bytes_; }
+
+  void Pack(Stream& stream, const float* weight) override {
+    weight_ = weight;
+    if (!is_bf16()) return;
+    const Queue& q = QueueOf(stream);
+    RoundToBf16(q, Weights(), weight, rounded_);
+    RoundInFloats(q, Weights(), weight, rounded_in_floats_);
+  }
+
+  void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+               void* scratch) override {
+    const Queue& q = QueueOf(stream);
+    const Plans* const plans = Find(q, rows);
+    if (plans == nullptr) return;
+    Parts parts(scratch);
+    Convolution& convolution = *plans->forward;
+    const void* const factor = Factor(q, convolution, rows * Inputs(), x, parts);
+    convolution.Run(q, factor, Weight(convolution), y, parts.Take(0));
+    const bool relu = s_.activation == Activation::kRelu;
+    if (s_.bias || relu) {
+      BiasForward(q, rows * Outputs(), s_.out, y, s_.bias ? bias : nullptr, relu, y);
+    }
+  }
+
+  void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+                     void* scratch) override {
+    const Queue& q = QueueOf(stream);
+    const Plans* const plans = Find(q, rows);
+    if (plans == nullptr) return;
+    Parts parts(scratch);
+    Convolution& convolution = *plans->backward_input;
+    const void* const factor = Factor(q, convolution, rows * Outputs(), dy, parts);
+    convolution.Run(q, factor, Weight(convolution), dx, parts.Take(0));
+  }
+
+  void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
+                      float* db, void* scratch) override {
+    const Queue& q = QueueOf(stream);
+    const Plans* const plans = Find(q, rows);
+    if (plans == nullptr) return;
+    Parts parts(scratch);
+    Convolution& convolution = *plans->backward_weight;
+    const void* const dy_factor = Factor(q, convolution, rows * Outputs(), dy, parts);
+    const void* const x_factor = Factor(q, convolution, rows * Inputs(), x, parts);
+    convolution.Run(q, dy_factor, x_factor, dw, parts.Take(0));
+    if (s_.bias) ColumnSums(q, Leaves(rows * Outputs() / s_.out), s_.out, dy, db, 0);
+  }
+
+ private:
+  // Of one number of rows.
+  struct Plans {
+    std::unique_ptr<Convolution> forward, backward_input, backward_weight;
+  };
+
+  absl::Status Add(Dnn& dnn, int64_t rows) {
+    Plans& plans = plans_[rows];
+    if (plans.forward != nullptr) return absl::OkStatus();
+    const Factors factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
+    const auto make = [&](ConvolutionPass pass, std::unique_ptr<Convolution>* convolution) {
+      ASSIGN_OR_RETURN(*convolution, dnn.MakeConvolution(pass, s_, rows, factors));
+      Parts parts;
+      if (is_bf16()) {
+        // One factor is the weight, but for the weight's gradient.
+        const bool both = pass == ConvolutionPass::kBackwardWeight;
+        const bool floats = (*convolution)->takes_floats();
+        if (both || pass == ConvolutionPass::kForward) TakeRounded(floats, rows * Inputs(), parts);
+        if (both || pass == ConvolutionPass::kBackwardInput) {
+          TakeRounded(floats, rows * Outputs(), parts);
+        }
+      }
+      parts.Take(static_cast<int64_t>((*convolution)->workspace_bytes()));
+      scratch_bytes_ = std::max(scratch_bytes_, parts.taken());
+      return absl::OkStatus();
+    };
+    RETURN_IF_ERROR(make(ConvolutionPass::kForward, &plans.forward));
+    RETURN_IF_ERROR(make(ConvolutionPass::kBackwardInput, &plans.backward_input));
+    return make(ConvolutionPass::kBackwardWeight, &plans.backward_weight);
+  }
+
+  const Plans* Find(const Queue& queue, int64_t rows) const {
+    const auto it = plans_.find(rows);
+    if (it != plans_.end()) return &it->second;
+    Fail(queue,
+         absl::StrCat("a convolution was called with ", rows, " rows, for which it was not made"));
+    return nullptr;
+  }
+
+  bool is_bf16() const { return s_.precision == Precision::kBf16; }
+  int64_t Inputs() const { return s_.height * s_.width * s_.in; }  // of a row
+  int64_t Outputs() const { return s_.out_height() * s_.out_width() * s_.out; }
+  int64_t Weights() const { return s_.out * s_.kernel * s_.kernel * (s_.in / s_.groups); }
+
+  // Divides the memory of the rounded weights; returns its size.
+  size_t PlaceWeights(void* memory) {
+    Parts parts(memory);
+    rounded_ = parts.TakeBf16(Weights());
+    rounded_in_floats_ = parts.TakeFloats(Weights());
+    return parts.taken();
+  }
+  const void* Weight(const Convolution& convolution) const {
+    if (!is_bf16()) return weight_;
+    return convolution.takes_floats() ? static_cast<const void*>(rounded_in_floats_) : rounded_;
+  }
+
+  static void* TakeRounded(bool floats, int64_t n, Parts& parts) {
+    return floats ? static_cast<void*>(parts.TakeFloats(n)) : parts.TakeBf16(n);
+  }
+  // n floats as the convolution takes them.
+  const void* Factor(const Queue& q, const Convolution& convolution, int64_t n, const float* x,
+                     Parts& parts) const {
+    if (!is_bf16()) return x;
+    void* const rounded = TakeRounded(convolution.takes_floats(), n, parts);
+    if (convolution.takes_floats()) {
+      RoundInFloats(q, n, x, static_cast<float*>(rounded));
+    } else {
+      RoundToBf16(q, n, x, static_cast<uint16_t*>(rounded));
+    }
+    return rounded;
+  }
+
+  const Conv2dShape s_;
+  std::unique_ptr<Memory> memory_;  // of the rounded weights
+  const float* weight_ = nullptr;
+  uint16_t* rounded_ = nullptr;
+  float* rounded_in_floats_ = nullptr;
+  std::map<int64_t, Plans> plans_;
+  size_t scratch_bytes_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Conv2d>> MakeCudaConv2d(Device& device, Dnn& dnn,
+                                                       const Conv2dShape& shape,
+                                                       absl::Span<const int64_t> rows) {
+  const Conv2dShape& s = shape;
+  if (s.in < 1 || s.out < 1 || s.kernel < 1 || s.stride < 1 || s.padding < 0 || s.dilation < 1 ||
+      s.groups < 1 || s.in % s.groups != 0 || s.out % s.groups != 0 ||
+      s.height + 2 * s.padding < s.extent() || s.width + 2 * s.padding < s.extent()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "conv2d of ", s.height, "x", s.width, "x", s.in, " to ", s.out, " channels with kernel ",
+        s.kernel, ", stride ", s.stride, ", padding ", s.padding, ", dilation ", s.dilation,
+        ", groups ", s.groups,
+        "; sizes must be positive, the window must fit into the padded input, and groups divide "
+        "the channels"));
+  }
+  for (const int64_t count : rows) {
+    if (count >= 1) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("conv2d was asked for ", count, " rows; at least 1 is accepted"));
+  }
+  return CudaConv2d::Make(device, dnn, shape, rows);
+}
+
+}  // namespace lockstep::device::cuda

@@ -1,0 +1,315 @@
+#include "worker/device/cuda/cuda_dense.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/device/cuda/cuda_stream.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/parts.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+// Gradients of all leaves together that are kept until they are folded in one pass; of larger ones
+// only those that wait for their sibling.
+constexpr int64_t kMostLeafBytes = int64_t{64} << 20;
+
+int64_t CeilLog2(int64_t n) {
+  int64_t log = 0;
+  while ((int64_t{1} << log) < n) ++log;
+  return log;
+}
+
+// Where each part of a fold has its leaves, if all parts are the canonical tree over theirs.
+struct PartLeaves {
+  int begin = 0, end = 0;
+};
+bool IsCanonical(const LeafFold& fold, PartLeaves* parts) {
+  struct Value {
+    PartLeaves leaves;
+    bool canonical = false;
+  };
+  std::array<Value, kMostFoldBuffers> values;
+  const FoldPair* combine = fold.combines;
+  for (int leaf = 0; leaf < fold.leaves; ++leaf) {
+    values[static_cast<size_t>(fold.buffer[leaf])] = {{leaf, leaf + 1}, true};
+    for (int i = 0; i < fold.combine_count[leaf]; ++i, ++combine) {
+      Value& left = values[static_cast<size_t>(combine->left)];
+      const Value& right = values[static_cast<size_t>(combine->right)];
+      const int n = right.leaves.end - left.leaves.begin;
+      left.canonical = left.canonical && right.canonical && left.leaves.end == right.leaves.begin &&
+                       left.leaves.end - left.leaves.begin == 1 << (CeilLog2(n) - 1);
+      left.leaves.end = right.leaves.end;
+    }
+  }
+  for (int part = 0; part < fold.parts; ++part) {
+    const Value& value = values[static_cast<size_t>(fold.part_buffer[part])];
+    if (!value.canonical || value.leaves.end - value.leaves.begin > kMostParts) return false;
+    parts[part] = value.leaves;
+  }
+  return true;
+}
+
+class CudaDense : public Dense {
+ public:
+  static absl::StatusOr<std::unique_ptr<Dense>> Make(Device& device, Blas& blas,
+                                                     const DenseShape& shape,
+                                                     absl::Span<const int64_t> rows) {
+    auto dense = std::make_unique<CudaDense>(shape, *std::max_element(rows.begin(), rows.end()));
+    if (dense->is_bf16()) {
+      ASSIGN_OR_RETURN(dense->memory_,
+                       device.Allocate(static_cast<size_t>(dense->Weights()) * sizeof(uint16_t)));
+    }
+    RETURN_IF_ERROR(dense->MakeProducts(blas, rows));
+    return dense;
+  }
+
+  CudaDense(const DenseShape& shape, int64_t most_rows)
+      : s_(shape),
+        most_leaves_(std::max<int64_t>(1, shape.most_leaves)),
+        most_leaf_rows_(most_rows),
+        most_rows_(std::min(most_rows * most_leaves_, Limit())) {}
+
+  size_t scratch_bytes() const override {
+    return std::max(FactorScratch(*this, nullptr).bytes, WeightScratch(*this, nullptr).bytes);
+  }
+
+  void Pack(Stream& stream, const float* weight) override {
+    if (is_bf16()) {
+      RoundToBf16(QueueOf(stream), Weights(), weight, rounded_weight());
+      weight_ = rounded_weight();
+    } else {
+      weight_ = weight;
+    }
+  }
+
+  void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+               void* scratch) override {
+    const FactorScratch use(*this, scratch);
+    const Queue& q = QueueOf(stream);
+    // A row has the same bits in any call.
+    for (int64_t row = 0; row < rows; row += most_rows_) {
+      const int64_t count = std::min(most_rows_, rows - row);
+      const void* const factor = Factor(q, count * s_.in, x + row * s_.in, use.rounded);
+      forward_->Run(q, count, factor, weight_, s_.bias ? bias : nullptr, y + row * s_.out,
+                    use.workspace);
+    }
+  }
+
+  void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+                     void* scratch) override {
+    const FactorScratch use(*this, scratch);
+    const Queue& q = QueueOf(stream);
+    for (int64_t row = 0; row < rows; row += most_rows_) {
+      const int64_t count = std::min(most_rows_, rows - row);
+      const void* const factor = Factor(q, count * s_.out, dy + row * s_.out, use.rounded);
+      backward_input_->Run(q, count, factor, weight_, nullptr, dx + row * s_.in, use.workspace);
+    }
+  }
+
+  void BackwardWeight(Stream& stream, const LeafFold& fold, const int64_t* rows,
+                      const float* const* x, const float* const* dy, float* const* dw,
+                      float* const* db, void* scratch) override {
+    const Queue& q = QueueOf(stream);
+    if (fold.leaves > most_leaves_) {
+      return Fail(q, absl::StrCat("a dense layer was given ", fold.leaves,
+                                  " leaves; it was made for ", most_leaves_));
+    }
+    for (int leaf = 0; leaf < fold.leaves; ++leaf) {
+      if (backward_weight_.contains(rows[leaf])) continue;
+      return Fail(q, absl::StrCat("a dense layer was called with ", rows[leaf],
+                                  " rows, for which it was not made"));
+    }
+    const WeightScratch use(*this, scratch);
+    std::array<PartLeaves, kMostFoldBuffers> parts;
+    const bool canonical = fold.parts <= kMostFoldBuffers && IsCanonical(fold, parts.data());
+    const auto product = [&](int leaf, float* gradient) {
+      const int64_t n = rows[leaf];
+      const void* const dy_factor = Factor(q, n * s_.out, dy[leaf], use.dy);
+      const void* const x_factor = Factor(q, n * s_.in, x[leaf], use.x);
+      backward_weight_.at(n)->Run(q, s_.out, dy_factor, x_factor, nullptr, gradient, use.workspace);
+    };
+    if (canonical && KeepsLeaves()) {
+      FoldTogether(q, fold, parts.data(), Weights(), use.gradients, dw, product);
+    } else {
+      FoldOneByOne(q, fold, Weights(), use.gradients, dw, product);
+    }
+    if (!s_.bias) return;
+    const auto sums = [&](int leaf, float* gradient) {
+      ColumnSums(q, Leaves(rows[leaf]), s_.out, dy[leaf], gradient, 0);
+    };
+    if (canonical) {
+      FoldTogether(q, fold, parts.data(), s_.out, use.sums, db, sums);
+    } else {
+      FoldOneByOne(q, fold, s_.out, use.sums, db, sums);
+    }
+  }
+
+ private:
+  struct FactorScratch {
+    FactorScratch(const CudaDense& dense, void* scratch) {
+      Parts parts(scratch);
+      workspace = parts.Take(kProductWorkspaceBytes);
+      if (dense.is_bf16()) {
+        rounded = parts.TakeBf16(dense.most_rows_ * std::max(dense.s_.in, dense.s_.out));
+      }
+      bytes = parts.taken();
+    }
+    void* workspace;
+    uint16_t* rounded = nullptr;
+    size_t bytes;
+  };
+  struct WeightScratch {
+    WeightScratch(const CudaDense& dense, void* scratch) {
+      Parts parts(scratch);
+      workspace = parts.Take(kProductWorkspaceBytes);
+      if (dense.is_bf16()) {
+        x = parts.TakeBf16(dense.most_leaf_rows_ * dense.s_.in);
+        dy = parts.TakeBf16(dense.most_leaf_rows_ * dense.s_.out);
+      }
+      const int64_t leaves = dense.most_leaves_;
+      // One leaf's is written where it is wanted. Of many, those that wait (tree.h): where the
+      // leaves are cut is not known here.
+      const int64_t waiting =
+          std::min<int64_t>(std::min<int64_t>(leaves, kMostFoldBuffers), 2 * CeilLog2(leaves) + 1);
+      const int64_t kept = leaves == 1 ? 0 : dense.KeepsLeaves() ? leaves : waiting;
+      gradients = parts.TakeFloats(kept * Stride(dense.Weights()));
+      if (dense.s_.bias && leaves > 1) {
+        sums = parts.TakeFloats(std::max<int64_t>(leaves, kMostFoldBuffers) * Stride(dense.s_.out));
+      }
+      bytes = parts.taken();
+    }
+    void* workspace;
+    uint16_t *x = nullptr, *dy = nullptr;
+    float *gradients, *sums = nullptr;
+    size_t bytes;
+  };
+
+  // From one gradient to the next, so that each is aligned.
+  static int64_t Stride(int64_t n) { return (n + 63) / 64 * 64; }
+
+  // All leaves' gradients, then each part's tree in one pass.
+  template <class Compute>
+  static void FoldTogether(const Queue& q, const LeafFold& fold, const PartLeaves* parts, int64_t n,
+                           float* memory, float* const* results, const Compute& compute) {
+    for (int part = 0; part < fold.parts; ++part) {
+      const PartLeaves leaves = parts[part];
+      const int count = leaves.end - leaves.begin;
+      if (count == 1) {
+        compute(leaves.begin, results[part]);
+        continue;
+      }
+      std::array<const float*, kMostParts> values;
+      for (int i = 0; i < count; ++i) {
+        float* const value = memory + (leaves.begin + i) * Stride(n);
+        compute(leaves.begin + i, value);
+        values[static_cast<size_t>(i)] = value;
+      }
+      TreeSum(q, n, values.data(), count, results[part]);
+    }
+  }
+
+  // In the order that the fold says. A buffer that becomes a part is that from the start.
+  template <class Compute>
+  static void FoldOneByOne(const Queue& q, const LeafFold& fold, int64_t n, float* memory,
+                           float* const* results, const Compute& compute) {
+    std::array<float*, kMostFoldBuffers> buffers = {};
+    for (int part = 0; part < fold.parts; ++part) {
+      buffers[static_cast<size_t>(fold.part_buffer[part])] = results[part];
+    }
+    const auto buffer = [&](int i) {
+      float*& at = buffers[static_cast<size_t>(i)];
+      if (at == nullptr) at = std::exchange(memory, memory + Stride(n));
+      return at;
+    };
+    const FoldPair* combine = fold.combines;
+    for (int leaf = 0; leaf < fold.leaves; ++leaf) {
+      compute(leaf, buffer(fold.buffer[leaf]));
+      for (int i = 0; i < fold.combine_count[leaf]; ++i, ++combine) {
+        float* const left = buffer(combine->left);
+        Add(q, n, left, buffer(combine->right), left);
+      }
+    }
+  }
+
+  bool is_bf16() const { return s_.precision == Precision::kBf16; }
+  int64_t Weights() const { return s_.in * s_.out; }
+  bool KeepsLeaves() const {
+    return most_leaves_ * Stride(Weights()) * static_cast<int64_t>(sizeof(float)) <= kMostLeafBytes;
+  }
+  // Rows of a call of the library, whose matrices then have fewer than 2^31 elements.
+  int64_t Limit() const {
+    return std::max<int64_t>(1, std::numeric_limits<int32_t>::max() / std::max(s_.in, s_.out));
+  }
+  uint16_t* rounded_weight() const { return static_cast<uint16_t*>(memory_->data()); }
+
+  // n floats as products take them.
+  const void* Factor(const Queue& q, int64_t n, const float* x, uint16_t* rounded) const {
+    if (!is_bf16()) return x;
+    RoundToBf16(q, n, x, rounded);
+    return rounded;
+  }
+
+  absl::Status MakeProducts(Blas& blas, absl::Span<const int64_t> rows) {
+    ProductShape base;
+    base.factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
+    ProductShape shape = base;  // y = x W^T + b
+    shape.transpose_b = true;
+    shape.m = most_rows_;
+    shape.n = s_.out;
+    shape.k = s_.in;
+    shape.bias = s_.bias;
+    shape.relu = s_.activation == Activation::kRelu;
+    ASSIGN_OR_RETURN(forward_, blas.MakeProduct(shape));
+    shape = base;  // dx = dy W
+    shape.m = most_rows_;
+    shape.n = s_.in;
+    shape.k = s_.out;
+    ASSIGN_OR_RETURN(backward_input_, blas.MakeProduct(shape));
+    for (const int64_t count : rows) {
+      shape = base;  // dW = dy^T x
+      shape.transpose_a = true;
+      shape.m = s_.out;
+      shape.n = s_.in;
+      shape.k = count;
+      ASSIGN_OR_RETURN(backward_weight_[count], blas.MakeProduct(shape));
+    }
+    return absl::OkStatus();
+  }
+
+  const DenseShape s_;
+  const int64_t most_leaves_, most_leaf_rows_;
+  const int64_t most_rows_;  // of one call of the library
+  std::unique_ptr<Memory> memory_;
+  const void* weight_ = nullptr;
+  std::unique_ptr<Product> forward_, backward_input_;
+  std::map<int64_t, std::unique_ptr<Product>> backward_weight_;  // by rows
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Dense>> MakeCudaDense(Device& device, Blas& blas,
+                                                     const DenseShape& shape,
+                                                     absl::Span<const int64_t> rows) {
+  if (shape.in < 1 || shape.out < 1 || rows.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("dense of ", shape.in, " inputs and ", shape.out,
+                                                   " outputs; both must be positive"));
+  }
+  for (const int64_t count : rows) {
+    if (count < 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("dense was asked for ", count, " rows; at least 1 is accepted"));
+    }
+  }
+  return CudaDense::Make(device, blas, shape, rows);
+}
+
+}  // namespace lockstep::device::cuda

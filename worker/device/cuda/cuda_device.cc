@@ -1,0 +1,397 @@
+#include "worker/device/cuda/cuda_device.h"
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/device/cuda/blas.h"
+#include "worker/device/cuda/cuda_conv2d.h"
+#include "worker/device/cuda/cuda_dense.h"
+#include "worker/device/cuda/cuda_lstm.h"
+#include "worker/device/cuda/cuda_status.h"
+#include "worker/device/cuda/cuda_stream.h"
+#include "worker/device/cuda/dnn.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+class DeviceMemory : public Memory {
+ public:
+  DeviceMemory(void* data, size_t size) : data_(data), size_(size) {}
+  ~DeviceMemory() override { cudaFree(data_); }
+  void* data() override { return data_; }
+  size_t size() const override { return size_; }
+
+ private:
+  void* const data_;
+  const size_t size_;
+};
+
+class PinnedMemory : public Memory {
+ public:
+  PinnedMemory(void* data, size_t size) : data_(data), size_(size) {}
+  ~PinnedMemory() override { cudaFreeHost(data_); }
+  void* data() override { return data_; }
+  size_t size() const override { return size_; }
+
+ private:
+  void* const data_;
+  const size_t size_;
+};
+
+// Host memory of somebody else, made readable for kernels.
+class RegisteredMemory : public Memory {
+ public:
+  RegisteredMemory(void* data, size_t size) : data_(data), size_(size) {}
+  ~RegisteredMemory() override { cudaHostUnregister(data_); }
+  void* data() override { return data_; }
+  size_t size() const override { return size_; }
+
+ private:
+  void* const data_;
+  const size_t size_;
+};
+
+class CudaDevice : public Device {
+ public:
+  CudaDevice(int ordinal, std::string fingerprint, std::unique_ptr<Blas> blas,
+             std::unique_ptr<Dnn> dnn)
+      : ordinal_(ordinal),
+        fingerprint_(std::move(fingerprint)),
+        blas_(std::move(blas)),
+        dnn_(std::move(dnn)) {}
+
+  std::string fingerprint(Precision precision) const override {
+    return precision == Precision::kFp32 ? fingerprint_ : absl::StrCat(fingerprint_, " bf16");
+  }
+  bool host_addressable() const override { return false; }
+  absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
+    return CudaStream::Make(ordinal_);
+  }
+  absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) override {
+    cudaSetDevice(ordinal_);
+    void* data = nullptr;
+    cudaError_t error = cudaMalloc(&data, bytes);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // it does not break the context, and is not the next launch's
+      size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      return ToStatus(error, absl::StrCat("allocating ", bytes, " bytes, of which ", free, " of ",
+                                          total, " are free"));
+    }
+    auto memory = std::make_unique<DeviceMemory>(data, bytes);
+    error = cudaMemset(data, 0, bytes);
+    if (error != cudaSuccess) return ToStatus(error, "clearing memory");
+    return memory;
+  }
+  absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
+    cudaSetDevice(ordinal_);
+    void* data = nullptr;
+    const cudaError_t error = cudaHostAlloc(&data, bytes, cudaHostAllocPortable);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return ToStatus(error, absl::StrCat("allocating ", bytes, " bytes of pinned host memory"));
+    }
+    std::memset(data, 0, bytes);
+    return std::make_unique<PinnedMemory>(data, bytes);
+  }
+  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes) override {
+    cudaSetDevice(ordinal_);
+    size_t free = 0, total = 0;
+    cudaError_t error = cudaMemGetInfo(&free, &total);
+    if (error != cudaSuccess) return ToStatus(error, "asking for free memory");
+    if (bytes <= free / 4) {
+      void* copy = nullptr;
+      error = cudaMalloc(&copy, bytes);
+      if (error == cudaSuccess) {
+        auto memory = std::make_unique<DeviceMemory>(copy, bytes);
+        error = cudaMemcpy(copy, data, bytes, cudaMemcpyDefault);
+        if (error != cudaSuccess) return ToStatus(error, "copying the data set to the device");
+        return memory;
+      }
+      cudaGetLastError();
+    }
+    void* host = const_cast<void*>(data);  // it is only read
+    error = cudaHostRegister(host, bytes, cudaHostRegisterPortable | cudaHostRegisterReadOnly);
+    if (error == cudaErrorNotSupported || error == cudaErrorInvalidValue) {
+      cudaGetLastError();
+      error = cudaHostRegister(host, bytes, cudaHostRegisterPortable);
+    }
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return ToStatus(error, absl::StrCat("registering the ", bytes, " bytes of the data set"));
+    }
+    return std::make_unique<RegisteredMemory>(host, bytes);
+  }
+  void Copy(Stream& stream, const void* from, void* to, size_t bytes) override {
+    if (bytes == 0) return;
+    static_cast<void>(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, QueueOf(stream).stream));
+  }
+  void Zero(Stream& stream, void* to, size_t bytes) override {
+    if (bytes == 0) return;
+    static_cast<void>(cudaMemsetAsync(to, 0, bytes, QueueOf(stream).stream));
+  }
+
+  absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
+                                                   absl::Span<const int64_t> rows) override {
+    return MakeCudaDense(*this, *blas_, shape, rows);
+  }
+  absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
+                                                     absl::Span<const int64_t> rows) override {
+    return MakeCudaConv2d(*this, *dnn_, shape, rows);
+  }
+  absl::StatusOr<std::unique_ptr<Lstm>> MakeLstm(const LstmShape& shape,
+                                                 absl::Span<const int64_t> rows) override {
+    return MakeCudaLstm(*this, *blas_, shape, rows);
+  }
+
+  // Host memory on every device: what is merged comes from other members.
+  void MergeMoments(Stream&, int64_t channels, int64_t count_a, const float* mean_a,
+                    const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
+                    float* mean, float* m2) override {
+    if (count_a == 0 || count_b == 0) {  // an empty record says nothing, whatever it holds
+      const size_t bytes = sizeof(float) * static_cast<size_t>(channels);
+      std::memmove(mean, count_b == 0 ? mean_a : mean_b, bytes);
+      std::memmove(m2, count_b == 0 ? m2_a : m2_b, bytes);
+      return;
+    }
+    const double a = static_cast<double>(count_a), b = static_cast<double>(count_b);
+    for (int64_t c = 0; c < channels; ++c) {
+      MergeChannel(b / (a + b), a * b / (a + b), mean_a[c], m2_a[c], mean_b[c], m2_b[c], mean[c],
+                   m2[c]);
+    }
+  }
+
+  void BatchNormMoments(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                        const float* x, float* mean, float* m2, int64_t stride) override {
+    cuda::BatchNormMoments(QueueOf(stream), shape.channels, leaves, x, mean, m2, stride);
+  }
+  void BatchNormForward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                        const float* x, const Moments& moments, float epsilon, const float* weight,
+                        const float* bias, const float* residual, float* y) override {
+    cuda::BatchNormForward(QueueOf(stream), shape, leaves, x, moments, epsilon, weight, bias,
+                           residual, y);
+  }
+  void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                         const float* x, const float* y, const float* dy, const float* more,
+                         const Moments& moments, float epsilon, float* g, float* sum_dy,
+                         float* sum_dy_xhat, int64_t stride) override {
+    cuda::BatchNormGradient(QueueOf(stream), shape, leaves, x, y, dy, more, moments, epsilon, g,
+                            sum_dy, sum_dy_xhat, stride);
+  }
+  void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                         const float* x, const float* y, const float* dy, const Moments& moments,
+                         float epsilon, const float* weight, const float* sum_dy,
+                         const float* sum_dy_xhat, int64_t stride, float* dx) override {
+    cuda::BatchNormBackward(QueueOf(stream), shape, leaves, x, y, dy, moments, epsilon, weight,
+                            sum_dy, sum_dy_xhat, stride, dx);
+  }
+  void LayerNormBackwardWeight(Stream& stream, const Leaves& leaves, int64_t features,
+                               const float* x, const float* stats, const float* dy, float* dweight,
+                               float* dbias, int64_t stride) override {
+    cuda::LayerNormBackwardWeight(QueueOf(stream), leaves, features, x, stats, dy, dweight, dbias,
+                                  stride);
+  }
+  void EmbeddingBackward(Stream& stream, const Leaves& leaves, int64_t vocabulary, int64_t features,
+                         const float* x, const float* dy, float* dweight, int64_t stride) override {
+    cuda::EmbeddingBackward(QueueOf(stream), leaves, vocabulary, features, x, dy, dweight, stride);
+  }
+  void SoftmaxCrossEntropy(Stream& stream, const Leaves& leaves, int64_t classes,
+                           const float* logits, const int32_t* labels, float smoothing, float scale,
+                           LeafResult* results, float* dlogits) override {
+    cuda::SoftmaxCrossEntropy(QueueOf(stream), leaves, classes, logits, labels, smoothing, scale,
+                              results, dlogits);
+  }
+  void SigmoidCrossEntropy(Stream& stream, const Leaves& leaves, int64_t features, const float* x,
+                           const float* target, float scale, LeafResult* results,
+                           float* dx) override {
+    cuda::SigmoidCrossEntropy(QueueOf(stream), leaves, features, x, target, scale, results, dx);
+  }
+  void MeanSquaredError(Stream& stream, const Leaves& leaves, int64_t features, const float* y,
+                        const float* target, float scale, LeafResult* results, float* dy) override {
+    cuda::MeanSquaredError(QueueOf(stream), leaves, features, y, target, scale, results, dy);
+  }
+  void CountCorrect(Stream& stream, const Leaves& leaves, int64_t classes, const float* scores,
+                    const int32_t* labels, LeafResult* results) override {
+    cuda::CountCorrect(QueueOf(stream), leaves, classes, scores, labels, results);
+  }
+  void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count, SampleType type,
+                     const void* data, const int64_t* offsets, const float* mean,
+                     const float* inv_std, const Augmentation& augmentation, uint64_t step,
+                     uint64_t first_position, float* out) override {
+    cuda::GatherSamples(QueueOf(stream), shape, count, type, data, offsets, mean, inv_std,
+                        augmentation, step, first_position, out);
+  }
+  void TreeSum(Stream& stream, int64_t n, absl::Span<const float* const> parts,
+               float* out) override {
+    cuda::TreeSum(QueueOf(stream), n, parts.data(), static_cast<int>(parts.size()), out);
+  }
+
+  void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
+                      float* y, uint8_t* argmax) override {
+    cuda::MaxPoolForward(QueueOf(stream), shape, rows, x, y, argmax);
+  }
+  void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const float* dy,
+                       const uint8_t* argmax, float* dx) override {
+    cuda::MaxPoolBackward(QueueOf(stream), shape, rows, dy, argmax, dx);
+  }
+  void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
+                          float* y) override {
+    cuda::AveragePoolForward(QueueOf(stream), shape, rows, x, y);
+  }
+  void AveragePoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const float* dy,
+                           float* dx) override {
+    cuda::AveragePoolBackward(QueueOf(stream), shape, rows, dy, dx);
+  }
+  void GlobalAveragePoolForward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
+                                const float* x, float* y) override {
+    cuda::GlobalAveragePoolForward(QueueOf(stream), rows, spatial, channels, x, y);
+  }
+  void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
+                                 const float* dy, float* dx) override {
+    cuda::GlobalAveragePoolBackward(QueueOf(stream), rows, spatial, channels, dy, dx);
+  }
+  void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
+                             const float* m2, float momentum, float* running_mean,
+                             float* running_var) override {
+    cuda::UpdateRunningAverages(QueueOf(stream), channels, n, mean, m2, momentum, running_mean,
+                                running_var);
+  }
+  void CopyStrided(Stream& stream, const StridedCopy& copy, int64_t rows, const float* x,
+                   float* y) override {
+    cuda::CopyStrided(QueueOf(stream), copy, rows, x, y);
+  }
+  void ReluForward(Stream& stream, int64_t n, const float* x, float* y) override {
+    cuda::ReluForward(QueueOf(stream), n, x, y);
+  }
+  void ReluBackward(Stream& stream, int64_t n, const float* y, const float* dy,
+                    float* dx) override {
+    cuda::ReluBackward(QueueOf(stream), n, y, dy, dx);
+  }
+  void TanhForward(Stream& stream, int64_t n, const float* x, float* y) override {
+    cuda::TanhForward(QueueOf(stream), n, x, y);
+  }
+  void TanhBackward(Stream& stream, int64_t n, const float* y, const float* dy,
+                    float* dx) override {
+    cuda::TanhBackward(QueueOf(stream), n, y, dy, dx);
+  }
+  void SigmoidForward(Stream& stream, int64_t n, const float* x, float* y) override {
+    cuda::SigmoidForward(QueueOf(stream), n, x, y);
+  }
+  void SigmoidBackward(Stream& stream, int64_t n, const float* y, const float* dy,
+                       float* dx) override {
+    cuda::SigmoidBackward(QueueOf(stream), n, y, dy, dx);
+  }
+  void LeakyReluForward(Stream& stream, int64_t n, float slope, const float* x, float* y) override {
+    cuda::LeakyReluForward(QueueOf(stream), n, slope, x, y);
+  }
+  void LeakyReluBackward(Stream& stream, int64_t n, float slope, const float* y, const float* dy,
+                         float* dx) override {
+    cuda::LeakyReluBackward(QueueOf(stream), n, slope, y, dy, dx);
+  }
+  void EluForward(Stream& stream, int64_t n, float alpha, const float* x, float* y) override {
+    cuda::EluForward(QueueOf(stream), n, alpha, x, y);
+  }
+  void EluBackward(Stream& stream, int64_t n, float alpha, const float* y, const float* dy,
+                   float* dx) override {
+    cuda::EluBackward(QueueOf(stream), n, alpha, y, dy, dx);
+  }
+  void SoftplusForward(Stream& stream, int64_t n, const float* x, float* y) override {
+    cuda::SoftplusForward(QueueOf(stream), n, x, y);
+  }
+  void SoftplusBackward(Stream& stream, int64_t n, const float* x, const float* dy,
+                        float* dx) override {
+    cuda::SoftplusBackward(QueueOf(stream), n, x, dy, dx);
+  }
+  void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) override {
+    cuda::Add(QueueOf(stream), n, a, b, out);
+  }
+  void Multiply(Stream& stream, int64_t n, const float* a, const float* b, float* out) override {
+    cuda::Multiply(QueueOf(stream), n, a, b, out);
+  }
+  void Dropout(Stream& stream, int64_t n, const float* x, float rate, PhiloxKey key,
+               const StepScalars* scalars, uint64_t first, float* y) override {
+    cuda::Dropout(QueueOf(stream), n, x, rate, key, scalars, first, y);
+  }
+  void SoftmaxForward(Stream& stream, int64_t n, int64_t features, const float* x,
+                      float* y) override {
+    cuda::SoftmaxForward(QueueOf(stream), n, features, x, y);
+  }
+  void SoftmaxBackward(Stream& stream, int64_t n, int64_t features, const float* y, const float* dy,
+                       float* dx) override {
+    cuda::SoftmaxBackward(QueueOf(stream), n, features, y, dy, dx);
+  }
+  void LayerNormForward(Stream& stream, int64_t n, int64_t features, const float* x, float epsilon,
+                        const float* weight, const float* bias, float* y, float* stats) override {
+    cuda::LayerNormForward(QueueOf(stream), n, features, x, epsilon, weight, bias, y, stats);
+  }
+  void LayerNormBackward(Stream& stream, int64_t n, int64_t features, const float* x,
+                         const float* stats, const float* weight, const float* dy,
+                         float* dx) override {
+    cuda::LayerNormBackward(QueueOf(stream), n, features, x, stats, weight, dy, dx);
+  }
+  void EmbeddingForward(Stream& stream, int64_t n, int64_t vocabulary, int64_t features,
+                        const float* x, const float* weight, float* y) override {
+    cuda::EmbeddingForward(QueueOf(stream), n, vocabulary, features, x, weight, y);
+  }
+  void OneHot(Stream& stream, int64_t rows, int64_t classes, const int32_t* labels,
+              float* out) override {
+    cuda::OneHot(QueueOf(stream), rows, classes, labels, out);
+  }
+  void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
+                       const StepScalars* scalars, const float* gradient, float* parameters,
+                       const OptimizerSlots& slots) override {
+    cuda::OptimizerUpdate(QueueOf(stream), coefficients, n, scalars, gradient, parameters, slots);
+  }
+  void SquaredNorms(Stream& stream, int64_t n, const float* x, double* sums) override {
+    cuda::SquaredNorms(QueueOf(stream), n, x, sums);
+  }
+  void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) override {
+    cuda::FlagNonFinite(QueueOf(stream), n, x, flag);
+  }
+  void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
+                        uint64_t first_index, Digest* digest) override {
+    cuda::AccumulateDigest(QueueOf(stream), n, x, tensor_key, first_index, digest);
+  }
+
+ private:
+  const int ordinal_;
+  const std::string fingerprint_;
+  const std::unique_ptr<Blas> blas_;
+  const std::unique_ptr<Dnn> dnn_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return ToStatus(error, "looking for GPUs");
+  if (ordinal < 0 || ordinal >= count) {
+    return absl::NotFoundError(absl::StrCat("there is no GPU ", ordinal, "; GPUs here: ", count));
+  }
+  error = cudaSetDevice(ordinal);
+  if (error != cudaSuccess) return ToStatus(error, absl::StrCat("using GPU ", ordinal));
+  cudaDeviceProp properties;
+  error = cudaGetDeviceProperties(&properties, ordinal);
+  if (error != cudaSuccess) return ToStatus(error, absl::StrCat("asking about GPU ", ordinal));
+  constexpr int kOldestMajor = 8;
+  if (properties.major < kOldestMajor) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("GPU ", ordinal, " (", properties.name, ") has compute capability ",
+                     properties.major, ".", properties.minor, "; needed: 8.0 (Ampere) or later"));
+  }
+  ASSIGN_OR_RETURN(auto blas, MakeBlas());
+  ASSIGN_OR_RETURN(auto dnn, MakeDnn());
+  std::string fingerprint = absl::StrCat("cuda sm_", properties.major, properties.minor, " ",
+                                         blas->version(), " ", dnn->version());
+  return std::make_unique<CudaDevice>(ordinal, std::move(fingerprint), std::move(blas),
+                                      std::move(dnn));
+}
+
+}  // namespace lockstep::device::cuda

@@ -1,0 +1,332 @@
+#include "worker/device/cuda/cuda_lstm.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/device/cuda/cuda_stream.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/parts.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+// Samples stay samples: nothing is transposed. Of the reserve, each direction has gates {rows,
+// steps, 4 hidden}, then c, tanh(c) and `h_before` {rows, steps, hidden}, which holds at a step
+// what its recurrent product multiplies, h of the step before it or zero: so the gradients of both
+// weights are products over all samples and steps. In bf16 factors are rounded where a kernel or
+// another pass over them writes them; everything else is the same.
+class CudaLstm : public Lstm {
+ public:
+  static absl::StatusOr<std::unique_ptr<Lstm>> Make(Device& device, Blas& blas,
+                                                    const LstmShape& shape,
+                                                    absl::Span<const int64_t> rows) {
+    auto lstm = std::make_unique<CudaLstm>(shape, *std::max_element(rows.begin(), rows.end()));
+    ASSIGN_OR_RETURN(lstm->memory_, device.Allocate(lstm->Place(nullptr)));
+    lstm->Place(lstm->memory_->data());
+    RETURN_IF_ERROR(lstm->MakeProducts(blas, rows));
+    return lstm;
+  }
+
+  CudaLstm(const LstmShape& shape, int64_t most_rows) : s_(shape), most_rows_(most_rows) {}
+
+  size_t scratch_bytes() const override {
+    return std::max(ForwardScratch(*this, most_rows_, nullptr).bytes,
+                    BackwardScratch(*this, most_rows_, nullptr).bytes);
+  }
+
+  void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors) override {
+    const Queue& q = QueueOf(stream);
+    for (int64_t d = 0; d < s_.directions(); ++d) {
+      const LstmTensors<const float>& t = tensors[static_cast<size_t>(d)];
+      const Packed& p = packed_[static_cast<size_t>(d)];
+      PackWeight(q, gates() * s_.in, t.weight_ih, p.weight_ih);
+      PackWeight(q, gates() * s_.hidden, t.weight_hh, p.weight_hh);
+      if (s_.bias) Add(q, gates(), t.bias_ih, t.bias_hh, p.bias);
+    }
+  }
+
+  void Forward(Stream& stream, int64_t rows, const float* x, float* y, float* reserve,
+               void* scratch) override {
+    const Queue& q = QueueOf(stream);
+    const ForwardScratch use(*this, rows, scratch);
+    const void* const inputs = Factor(q, rows * s_.steps * s_.in, x, use.x16);
+    for (int64_t d = 0; d < s_.directions(); ++d) {
+      const Packed& p = packed_[static_cast<size_t>(d)];
+      const Reserve r(s_, rows, d, reserve);
+      input_->Run(q, rows * s_.steps, inputs, p.weight_ih, p.bias, r.gates, use.workspace);
+      const StridedCopy first = {.size = {1, 1, s_.hidden},
+                                 .from = {0, 0, 1},
+                                 .to_begin = Time(d, 0) * s_.hidden,
+                                 .to = {0, 0, 1},
+                                 .to_row = state_row()};
+      CopyStrided(q, first, rows, zeros_, r.h_before);
+      for (int64_t k = 0; k < s_.steps; ++k) {
+        const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
+        float* const gate = r.gates + t * gates();
+        if (k > 0) {
+          const float* const h = r.h_before + t * s_.hidden;
+          recurrent_->Run(q, rows, is_bf16() ? static_cast<const void*>(use.h16) : h, p.weight_hh,
+                          nullptr, gate, use.workspace);
+        }
+        const bool last = k + 1 == s_.steps;
+        LstmForwardStep(q, rows, s_.hidden, gate, gates_row(),
+                        k == 0 ? nullptr : r.c + before * s_.hidden, r.c + t * s_.hidden,
+                        r.tanh_c + t * s_.hidden, state_row(),
+                        last ? y + OutputOf(d, t) : r.h_before + after * s_.hidden,
+                        last ? s_.outputs() : state_row(), use.h16);
+      }
+      if (!s_.sequence || s_.steps == 1) continue;
+      // The other steps' outputs are what the steps behind them began with.
+      const int64_t begin = d == 0 ? 0 : 1;  // in time
+      const StridedCopy others = {.size = {1, s_.steps - 1, s_.hidden},
+                                  .from_begin = (1 - begin) * s_.hidden,
+                                  .from = {0, s_.hidden, 1},
+                                  .from_row = state_row(),
+                                  .to_begin = OutputOf(d, begin),
+                                  .to = {0, s_.out(), 1},
+                                  .to_row = s_.outputs()};
+      CopyStrided(q, others, rows, r.h_before, y);
+    }
+  }
+
+  void Backward(Stream& stream, int64_t rows, const float* x, const float* dy, float* reserve,
+                absl::Span<const LstmTensors<float>> gradients, float* dx, void* scratch) override {
+    const Queue& q = QueueOf(stream);
+    const BackwardScratch use(*this, rows, scratch);
+    const int64_t samples = rows * s_.steps;
+    const void* const inputs = Factor(q, samples * s_.in, x, use.x16);
+    for (int64_t d = 0; d < s_.directions(); ++d) {
+      const Packed& p = packed_[static_cast<size_t>(d)];
+      const Reserve r(s_, rows, d, reserve);
+      const void* const dgates = is_bf16() ? static_cast<const void*>(use.gates16) : r.gates;
+      for (int64_t k = s_.steps - 1; k >= 0; --k) {
+        const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
+        const bool last = k + 1 == s_.steps;
+        if (!last) {
+          recurrent_gradient_->Run(q, rows, FactorAt(dgates, after * gates()), p.weight_hh, nullptr,
+                                   use.dh_after, use.workspace);
+        }
+        LstmBackwardStep(q, rows, s_.hidden, r.gates + t * gates(), gates_row(),
+                         k == 0 ? nullptr : r.c + before * s_.hidden, r.tanh_c + t * s_.hidden,
+                         state_row(), s_.sequence || last ? dy + OutputOf(d, t) : nullptr,
+                         s_.outputs(), last ? nullptr : use.dh_after, last, use.dc,
+                         is_bf16() ? use.gates16 + t * gates() : nullptr);
+      }
+      const LstmTensors<float>& gradient = gradients[static_cast<size_t>(d)];
+      const WeightProducts& weights = weight_gradients_.at(rows);
+      WeightGradient(q, *weights.input, dgates, inputs, s_.in, use, gradient.weight_ih);
+      const void* const states = Factor(q, samples * s_.hidden, r.h_before, use.h16);
+      WeightGradient(q, *weights.recurrent, dgates, states, s_.hidden, use, gradient.weight_hh);
+      if (s_.bias) {
+        ColumnSums(q, Leaves(samples), gates(), r.gates, gradient.bias_ih, 0);
+        CopyFloats(q, gates(), gradient.bias_ih, gradient.bias_hh);
+      }
+      if (dx == nullptr) continue;
+      Product& product = d == 0 ? *input_gradient_ : *input_gradient_more_;
+      product.Run(q, samples, dgates, p.weight_ih, nullptr, dx, use.workspace);
+    }
+  }
+
+ private:
+  // Of one direction: weights as factors, and the sum of the biases.
+  struct Packed {
+    void *weight_ih, *weight_hh;
+    float* bias = nullptr;
+  };
+  struct Reserve {
+    Reserve(const LstmShape& s, int64_t rows, int64_t d, float* reserve) {
+      const int64_t size = rows * s.steps * s.hidden;
+      gates = reserve + d * 7 * size;
+      c = gates + 4 * size;
+      tanh_c = c + size;
+      h_before = tanh_c + size;
+    }
+    float *gates, *c, *tanh_c, *h_before;
+  };
+  struct ForwardScratch {
+    ForwardScratch(const CudaLstm& lstm, int64_t rows, void* scratch) {
+      const LstmShape& s = lstm.s_;
+      Parts parts(scratch);
+      workspace = parts.Take(kProductWorkspaceBytes);
+      if (lstm.is_bf16()) {
+        x16 = parts.TakeBf16(rows * s.steps * s.in);
+        h16 = parts.TakeBf16(rows * s.hidden);
+      }
+      bytes = parts.taken();
+    }
+    void* workspace;
+    uint16_t *x16 = nullptr, *h16 = nullptr;
+    size_t bytes;
+  };
+  struct BackwardScratch {
+    BackwardScratch(const CudaLstm& lstm, int64_t rows, void* scratch) {
+      const LstmShape& s = lstm.s_;
+      const int64_t samples = rows * s.steps;
+      Parts parts(scratch);
+      workspace = parts.Take(kProductWorkspaceBytes);
+      dc = parts.TakeFloats(rows * s.hidden);
+      dh_after = parts.TakeFloats(rows * s.hidden);
+      weight = parts.TakeFloats(lstm.gates() * std::max(s.in, s.hidden));
+      if (lstm.is_bf16()) {
+        x16 = parts.TakeBf16(samples * s.in);
+        h16 = parts.TakeBf16(samples * s.hidden);
+        gates16 = parts.TakeBf16(samples * lstm.gates());
+      }
+      bytes = parts.taken();
+    }
+    void* workspace;
+    float *dc, *dh_after, *weight;
+    uint16_t *x16 = nullptr, *h16 = nullptr, *gates16 = nullptr;
+    size_t bytes;
+  };
+  struct WeightProducts {
+    std::unique_ptr<Product> input, recurrent;
+  };
+
+  bool is_bf16() const { return s_.precision == Precision::kBf16; }
+  int64_t gates() const { return 4 * s_.hidden; }
+  // Elements from a sample to the next.
+  int64_t gates_row() const { return s_.steps * gates(); }
+  int64_t state_row() const { return s_.steps * s_.hidden; }
+  // The time of a direction's step k.
+  int64_t Time(int64_t d, int64_t k) const { return d == 0 ? k : s_.steps - 1 - k; }
+  // Where a sample's y has a direction's h of a time.
+  int64_t OutputOf(int64_t d, int64_t t) const {
+    return (s_.sequence ? t * s_.out() : 0) + d * s_.hidden;
+  }
+
+  // Divides the memory of the packed weights; returns its size.
+  size_t Place(void* memory) {
+    Parts parts(memory);
+    packed_.resize(static_cast<size_t>(s_.directions()));
+    const int64_t bytes = is_bf16() ? 2 : 4;
+    for (Packed& p : packed_) {
+      p.weight_ih = parts.Take(gates() * s_.in * bytes);
+      p.weight_hh = parts.Take(gates() * s_.hidden * bytes);
+      if (s_.bias) p.bias = parts.TakeFloats(gates());
+    }
+    zeros_ = parts.TakeFloats(s_.hidden);
+    return parts.taken();
+  }
+
+  absl::Status MakeProducts(Blas& blas, absl::Span<const int64_t> rows) {
+    const int64_t most = most_rows_, most_samples = most * s_.steps;
+    ProductShape base;
+    base.factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
+    // A step of the reserve, or of what is like it, begins at a multiple of a state.
+    base.alignment = std::gcd<int64_t>(16, s_.hidden * (is_bf16() ? 2 : 4));
+
+    ProductShape shape = base;  // gates = x W_ih^T + b
+    shape.transpose_b = true;
+    shape.m = most_samples;
+    shape.n = gates();
+    shape.k = s_.in;
+    shape.bias = s_.bias;
+    ASSIGN_OR_RETURN(input_, blas.MakeProduct(shape));
+
+    shape = base;  // gates += h W_hh^T
+    shape.transpose_b = true;
+    shape.m = most;
+    shape.n = gates();
+    shape.k = s_.hidden;
+    shape.a_row = is_bf16() ? 0 : state_row();
+    shape.c_row = gates_row();
+    shape.accumulate = true;
+    ASSIGN_OR_RETURN(recurrent_, blas.MakeProduct(shape));
+
+    shape = base;  // dh = dgates W_hh
+    shape.m = most;
+    shape.n = s_.hidden;
+    shape.k = gates();
+    shape.a_row = gates_row();
+    ASSIGN_OR_RETURN(recurrent_gradient_, blas.MakeProduct(shape));
+
+    shape = base;  // dx = dgates W_ih
+    shape.m = most_samples;
+    shape.n = s_.in;
+    shape.k = gates();
+    ASSIGN_OR_RETURN(input_gradient_, blas.MakeProduct(shape));
+    if (s_.bidirectional) {
+      shape.accumulate = true;
+      ASSIGN_OR_RETURN(input_gradient_more_, blas.MakeProduct(shape));
+    }
+
+    for (const int64_t count : rows) {
+      WeightProducts& weights = weight_gradients_[count];
+      if (weights.input != nullptr) continue;
+      shape = base;  // dW = dgates^T x, dgates^T h
+      shape.transpose_a = true;
+      shape.m = gates();
+      shape.n = s_.in;
+      shape.k = count * s_.steps;
+      ASSIGN_OR_RETURN(weights.input, blas.MakeProduct(shape));
+      shape.n = s_.hidden;
+      ASSIGN_OR_RETURN(weights.recurrent, blas.MakeProduct(shape));
+    }
+    return absl::OkStatus();
+  }
+
+  void PackWeight(const Queue& q, int64_t n, const float* weight, void* packed) const {
+    if (is_bf16()) return RoundToBf16(q, n, weight, static_cast<uint16_t*>(packed));
+    CopyFloats(q, n, weight, static_cast<float*>(packed));
+  }
+  static void CopyFloats(const Queue& q, int64_t n, const float* from, float* to) {
+    static_cast<void>(cudaMemcpyAsync(to, from, static_cast<size_t>(n) * sizeof(float),
+                                      cudaMemcpyDeviceToDevice, q.stream));
+  }
+  // What a product reads of x: in fp32 x itself, in bf16 `rounded`, written here.
+  const void* Factor(const Queue& q, int64_t n, const float* x, uint16_t* rounded) const {
+    if (!is_bf16()) return x;
+    RoundToBf16(q, n, x, rounded);
+    return rounded;
+  }
+  // Element i of factors.
+  const void* FactorAt(const void* factors, int64_t i) const {
+    return static_cast<const std::byte*>(factors) + i * (is_bf16() ? 2 : 4);
+  }
+  // A gradient that does not lie as products want it goes there by way of the scratch.
+  void WeightGradient(const Queue& q, Product& product, const void* dgates, const void* factor,
+                      int64_t columns, const BackwardScratch& use, float* gradient) const {
+    float* const to = IsAligned16(gradient) ? gradient : use.weight;
+    product.Run(q, gates(), dgates, factor, nullptr, to, use.workspace);
+    if (to != gradient) CopyFloats(q, gates() * columns, to, gradient);
+  }
+
+  const LstmShape s_;
+  const int64_t most_rows_;
+  std::unique_ptr<Memory> memory_;
+  std::vector<Packed> packed_;    // by direction
+  const float* zeros_ = nullptr;  // a state
+  std::unique_ptr<Product> input_, recurrent_, recurrent_gradient_, input_gradient_,
+      input_gradient_more_;
+  std::map<int64_t, WeightProducts> weight_gradients_;  // by rows
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Lstm>> MakeCudaLstm(Device& device, Blas& blas,
+                                                   const LstmShape& shape,
+                                                   absl::Span<const int64_t> rows) {
+  if (shape.steps < 1 || shape.in < 1 || shape.hidden < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("lstm of ", shape.steps, " steps, ", shape.in,
+                                                   " inputs and ", shape.hidden,
+                                                   " hidden units; all must be positive"));
+  }
+  if (rows.empty()) return absl::InvalidArgumentError("lstm was asked for no number of rows");
+  for (const int64_t count : rows) {
+    if (count < 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("lstm was asked for ", count, " rows; at least 1 is accepted"));
+    }
+  }
+  return CudaLstm::Make(device, blas, shape, rows);
+}
+
+}  // namespace lockstep::device::cuda

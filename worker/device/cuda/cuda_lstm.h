@@ -1,0 +1,24 @@
+// Lstm on the vendor's matrix products and hand-written cells: one product for all gates of all
+// steps' inputs, then for each step the recurrent product and the cells behind it (lstm.cu); the
+// gradients of each weight are one product over all steps. Thread-safe as worker/device/device.h
+// says: Pack excludes the other calls.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "worker/device/cuda/blas.h"
+#include "worker/device/device.h"
+
+namespace lockstep::device::cuda {
+
+// InvalidArgument for sizes that are not positive; otherwise errors of the device and the library,
+// which are used here only. Backward serves the numbers of rows that are listed, Forward every
+// number up to the largest.
+absl::StatusOr<std::unique_ptr<Lstm>> MakeCudaLstm(Device& device, Blas& blas,
+                                                   const LstmShape& shape,
+                                                   absl::Span<const int64_t> rows);
+
+}  // namespace lockstep::device::cuda

@@ -1,0 +1,424 @@
+// Passes over flat vectors, and sums of columns.
+#include <algorithm>
+
+#include "common/digest.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/row_reduction.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMostBlocks = 132 * 32;  // of passes in which a block walks; fills a large GPU
+
+unsigned WalkingBlocks(int64_t pieces) {
+  return static_cast<unsigned>(std::min(CeilDiv(pieces, kThreads), kMostBlocks));
+}
+
+// ---- walking [0, n) by fours. Vectors that begin `lead` elements behind an aligned address are
+// cut at aligned addresses: the first and the last piece may be shorter.
+
+template <class... Pointers>
+bool SameLead(const float* first, const Pointers*... others) {
+  return ((LeadOf(first) == LeadOf(others)) && ...);
+}
+
+// Calls whole(i) for pieces of four elements from i, and element(i) for what is left; without
+// kByFour only the latter.
+template <bool kByFour, class Whole, class Element>
+__device__ __forceinline__ void Walk(int64_t n, int lead, const Whole& whole,
+                                     const Element& element) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  if constexpr (kByFour) {
+    for (int64_t i = 4 * first - lead; i < n; i += 4 * step) {
+      if (i >= 0 && i + 4 <= n) {
+        whole(i);
+      } else {
+#pragma unroll 1
+        for (int64_t j = i < 0 ? 0 : i; j < i + 4 && j < n; ++j) element(j);
+      }
+    }
+  } else {
+    for (int64_t i = first; i < n; i += step) element(i);
+  }
+}
+
+// ---- optimizers.
+
+template <OptimizerType kType, int kSlots, bool kByFour>
+__global__ void __launch_bounds__(kThreads)
+    Update(OptimizerCoefficients coefficients, int64_t n, int lead, const StepScalars* scalars,
+           const float* gradient, float* parameters, OptimizerSlots slots) {
+  StepScalars* const shared = SharedMemory<StepScalars>();
+  if (threadIdx.x == 0) *shared = *scalars;  // perhaps from memory of the host: once a block
+  __syncthreads();
+  const StepScalars s = *shared;
+  const auto update = [&]<int kLanes>(int64_t i) {
+    const Lanes<kLanes> g = LoadLanes<kLanes>(gradient + i);
+    Lanes<kLanes> w = LoadLanes<kLanes>(parameters + i);
+    Lanes<kLanes> slot[kMostSlots] = {};
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) slot[k] = LoadLanes<kLanes>(slots.at[k] + i);
+#pragma unroll
+    for (int v = 0; v < kLanes; ++v) {
+      float of_element[kMostSlots] = {slot[0].at[v], slot[1].at[v], slot[2].at[v]};
+      OptimizerStep<kType>(coefficients, s, g.at[v], w.at[v], of_element);
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) slot[k].at[v] = of_element[k];
+    }
+    StoreLanes<kLanes>(parameters + i, w);
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) StoreLanes<kLanes>(slots.at[k] + i, slot[k]);
+  };
+  Walk<kByFour>(
+      n, lead, [&](int64_t i) { update.template operator()<4>(i); },
+      [&](int64_t i) { update.template operator()<1>(i); });
+}
+
+template <OptimizerType kType>
+void RunUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
+               const StepScalars* scalars, const float* gradient, float* parameters,
+               const OptimizerSlots& slots) {
+  constexpr int kSlots = SlotCount(kType);
+  bool by_four = SameLead(gradient, parameters);
+  for (int k = 0; k < kSlots; ++k) by_four = by_four && SameLead(gradient, slots.at[k]);
+  const int lead = LeadOf(gradient);
+  if (by_four) {
+    Launch(q, dim3(WalkingBlocks(CeilDiv(n + lead, 4))), dim3(kThreads), sizeof(StepScalars),
+           Update<kType, kSlots, true>, coefficients, n, lead, scalars, gradient, parameters,
+           slots);
+  } else {
+    Launch(q, dim3(WalkingBlocks(n)), dim3(kThreads), sizeof(StepScalars),
+           Update<kType, kSlots, false>, coefficients, n, 0, scalars, gradient, parameters, slots);
+  }
+}
+
+// ---- norms.
+
+// Sums over a block's kThreads threads by a tree; valid in thread 0. `shared` has an element each.
+template <class T>
+__device__ __forceinline__ T SumOfBlock(T value, T* shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int stride = kThreads / 2; stride > 0; stride /= 2) {
+    if (thread >= stride && thread < 2 * stride) shared[thread] = value;
+    __syncthreads();
+    if (thread < stride) value += shared[thread + stride];
+  }
+  return value;
+}
+
+// A block of elements each. Thread t takes elements t, t + kThreads, ..., whose loads need no
+// alignment.
+__global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x, double* sums) {
+  constexpr int kEach = kNormBlock / kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kNormBlock + threadIdx.x;
+  float value[kEach];
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int64_t i = first + k * kThreads;
+    value[k] = i < n ? x[i] : 0.0f;
+  }
+  double sum = 0;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const double wide = static_cast<double>(value[k]);
+    sum = __builtin_fma(wide, wide, sum);
+  }
+  sum = SumOfBlock(sum, SharedMemory<double>());
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// ---- flags.
+
+__device__ __forceinline__ uint32_t BitsOf(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    FlagRange(int64_t n, int lead, const float* x, uint32_t* flag) {
+  constexpr uint32_t kExponent = 0x7F800000u;
+  bool found = false;
+  Walk<true>(
+      n, lead,
+      [&](int64_t i) {
+        const Lanes<4> v = LoadLanes<4>(x + i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) found |= (BitsOf(v.at[k]) & kExponent) == kExponent;
+      },
+      [&](int64_t i) { found |= (BitsOf(x[i]) & kExponent) == kExponent; });
+  if (found) atomicOr(flag, 1u);
+}
+
+// ---- digests: sums modulo 2^128, which no order changes.
+
+__global__ void __launch_bounds__(kThreads)
+    DigestRange(int64_t n, int lead, const float* x, uint64_t tensor_key, uint64_t first_index,
+                Digest* block_sums) {
+  Digest sum;
+  const auto add = [&](int64_t i, float value) {
+    sum += MixElement(tensor_key, first_index + static_cast<uint64_t>(i), BitsOf(value));
+  };
+  Walk<true>(
+      n, lead,
+      [&](int64_t i) {
+        const Lanes<4> v = LoadLanes<4>(x + i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) add(i + k, v.at[k]);
+      },
+      [&](int64_t i) { add(i, x[i]); });
+  sum = SumOfBlock(sum, SharedMemory<Digest>());
+  if (threadIdx.x == 0) block_sums[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    AddDigests(int count, const Digest* block_sums, Digest* digest) {
+  Digest sum;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += block_sums[i];
+  sum = SumOfBlock(sum, SharedMemory<Digest>());
+  if (threadIdx.x == 0) *digest += sum;
+}
+
+// ---- sums of columns.
+
+struct ColumnReduction {
+  static constexpr int kPlanes = 1, kMostThreads = 1024;
+  static constexpr int kGroup = 4;  // rows whose loads are in flight
+
+  const float* x;
+  int64_t columns;
+  float* sums;
+  int64_t stride;
+
+  template <int kVector>
+  __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
+                                             Partial<kVector, 1>* sum) const {
+    const float* from = x + rows.first * columns + column;
+    const int64_t step = kRowLanes * columns;
+    for (int left = rows.count; left > 0; left -= kGroup) {
+      Lanes<kVector> row[kGroup];
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k, from += step) {
+        if (k < left) row[k] = LoadLanes<kVector>(from);
+      }
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        if (k >= left) continue;
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) sum->plane[0].at[v] += row[k].at[v];
+      }
+    }
+  }
+  template <int kVector>
+  __device__ __forceinline__ static void Combine(float, float, Partial<kVector, 1>* a,
+                                                 const Partial<kVector, 1>& b) {
+    AddPartial(a, b);
+  }
+  template <int kVector>
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+                                        int64_t column) const {
+    double total[1][kVector];
+    SumChunks(lanes, total);
+    if (!lanes.is_first()) return;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      sums[chunks.leaf * stride + column + v] = static_cast<float>(total[0][v]);
+    }
+  }
+};
+
+// ---- the canonical tree.
+
+struct Parts {
+  const float* at[kMostParts];
+};
+
+template <int kLanes>
+__device__ __forceinline__ Lanes<kLanes> operator+(const Lanes<kLanes>& a, const Lanes<kLanes>& b) {
+  Lanes<kLanes> sum;
+#pragma unroll
+  for (int v = 0; v < kLanes; ++v) sum.at[v] = a.at[v] + b.at[v];
+  return sum;
+}
+
+// Of kParts parts, a power of two, from the first on.
+template <int kLanes, int kParts>
+__device__ __forceinline__ Lanes<kLanes> FullTree(const float* const* parts, int64_t i) {
+  if constexpr (kParts == 1) {
+    return LoadLanes<kLanes>(parts[0] + i);
+  } else {
+    const Lanes<kLanes> left = FullTree<kLanes, kParts / 2>(parts, i);
+    return left + FullTree<kLanes, kParts / 2>(parts + kParts / 2, i);
+  }
+}
+
+// kTail = parts % 8. A tree of n leaves is the full tree of the largest power of two in n, plus the
+// tree of the rest; full trees of eight are counted up in binary.
+template <int kLanes, int kTail>
+__device__ __forceinline__ Lanes<kLanes> Tree(const Parts& parts, int eights, int64_t i) {
+  Lanes<kLanes> one = {}, two = {}, four = {};  // so many eights
+  Lanes<kLanes> sum = {};
+  for (int e = 0; e < eights; ++e) {
+    sum = FullTree<kLanes, 8>(parts.at + 8 * e, i);
+    if (e % 2 == 0) {
+      one = sum;
+      continue;
+    }
+    sum = one + sum;
+    if (e / 2 % 2 == 0) {
+      two = sum;
+      continue;
+    }
+    sum = two + sum;
+    if (e / 4 % 2 == 0) {
+      four = sum;
+      continue;
+    }
+    sum = four + sum;  // all kMostParts
+  }
+  if (kTail == 0 && (eights & (eights - 1)) == 0) return sum;
+  const float* const* rest = parts.at + 8 * eights;
+  bool any = kTail > 0;
+  if constexpr (kTail == 1) sum = FullTree<kLanes, 1>(rest, i);
+  if constexpr (kTail == 2) sum = FullTree<kLanes, 2>(rest, i);
+  if constexpr (kTail == 3) {
+    sum = FullTree<kLanes, 2>(rest, i) + FullTree<kLanes, 1>(rest + 2, i);
+  }
+  if constexpr (kTail == 4) sum = FullTree<kLanes, 4>(rest, i);
+  if constexpr (kTail == 5) {
+    sum = FullTree<kLanes, 4>(rest, i) + FullTree<kLanes, 1>(rest + 4, i);
+  }
+  if constexpr (kTail == 6) {
+    sum = FullTree<kLanes, 4>(rest, i) + FullTree<kLanes, 2>(rest + 4, i);
+  }
+  if constexpr (kTail == 7) {
+    sum = FullTree<kLanes, 4>(rest, i) +
+          (FullTree<kLanes, 2>(rest + 4, i) + FullTree<kLanes, 1>(rest + 6, i));
+  }
+  if (eights & 1) sum = any ? one + sum : one, any = true;
+  if (eights & 2) sum = any ? two + sum : two, any = true;
+  if (eights & 4) sum = any ? four + sum : four;
+  return sum;
+}
+
+template <int kTail, bool kByFour>
+__global__ void __launch_bounds__(kThreads)
+    SumParts(int64_t n, int lead, Parts parts, int eights, float* out) {
+  Walk<kByFour>(
+      n, lead, [&](int64_t i) { StoreLanes<4>(out + i, Tree<4, kTail>(parts, eights, i)); },
+      [&](int64_t i) { StoreLanes<1>(out + i, Tree<1, kTail>(parts, eights, i)); });
+}
+
+template <int kTail>
+void RunTreeSum(const Queue& q, int64_t n, const Parts& parts, int count, float* out) {
+  bool by_four = true;
+  for (int p = 0; p < count; ++p) by_four = by_four && SameLead(out, parts.at[p]);
+  const int lead = LeadOf(out);
+  if (by_four) {
+    Launch(q, dim3(WalkingBlocks(CeilDiv(n + lead, 4))), dim3(kThreads), 0, SumParts<kTail, true>,
+           n, lead, parts, count / 8, out);
+  } else {
+    Launch(q, dim3(WalkingBlocks(n)), dim3(kThreads), 0, SumParts<kTail, false>, n, 0, parts,
+           count / 8, out);
+  }
+}
+
+}  // namespace
+
+void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
+                     const StepScalars* scalars, const float* gradient, float* parameters,
+                     const OptimizerSlots& slots) {
+  if (n == 0) return;
+  const auto update = [&]<OptimizerType kType>() {
+    RunUpdate<kType>(q, coefficients, n, scalars, gradient, parameters, slots);
+  };
+  using Type = OptimizerType;
+  switch (coefficients.type) {
+    case Type::kSgd:
+      return update.template operator()<Type::kSgd>();
+    case Type::kMomentum:
+      return update.template operator()<Type::kMomentum>();
+    case Type::kNesterov:
+      return update.template operator()<Type::kNesterov>();
+    case Type::kAdam:
+      return update.template operator()<Type::kAdam>();
+    case Type::kAdagrad:
+      return update.template operator()<Type::kAdagrad>();
+    case Type::kAdadelta:
+      return update.template operator()<Type::kAdadelta>();
+    case Type::kRmsProp:
+      return update.template operator()<Type::kRmsProp>();
+    case Type::kRmsPropMomentum:
+      return update.template operator()<Type::kRmsPropMomentum>();
+    case Type::kRmsPropCentered:
+      return update.template operator()<Type::kRmsPropCentered>();
+    case Type::kRmsPropCenteredMomentum:
+      return update.template operator()<Type::kRmsPropCenteredMomentum>();
+  }
+}
+
+void SquaredNorms(const Queue& q, int64_t n, const float* x, double* sums) {
+  if (n == 0) return;
+  Launch(q, dim3(static_cast<unsigned>(CeilDiv(n, kNormBlock))), dim3(kThreads),
+         sizeof(double) * kThreads, SumSquares, n, x, sums);
+}
+
+void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag) {
+  if (n == 0) return;
+  const int lead = LeadOf(x);
+  Launch(q, dim3(WalkingBlocks(CeilDiv(n + lead, 4))), dim3(kThreads), 0, FlagRange, n, lead, x,
+         flag);
+}
+
+void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
+                      uint64_t first_index, Digest* digest) {
+  if (n == 0) return;
+  static_assert(sizeof(Digest) * kMostBlocks <= kWorkspaceBytes);
+  const int lead = LeadOf(x);
+  const unsigned blocks = WalkingBlocks(CeilDiv(n + lead, 4));
+  auto* const block_sums = static_cast<Digest*>(q.workspace);
+  constexpr size_t kShared = sizeof(Digest) * kThreads;
+  Launch(q, dim3(blocks), dim3(kThreads), kShared, DigestRange, n, lead, x, tensor_key, first_index,
+         block_sums);
+  Launch(q, dim3(1), dim3(kThreads), kShared, AddDigests, static_cast<int>(blocks), block_sums,
+         digest);
+}
+
+void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const float* x, float* sums,
+                int64_t stride) {
+  constexpr int kOneBlockChunks = 16;
+  ReduceRows(q, ColumnReduction{x, columns, sums, stride}, leaves, columns, TakenByFour(columns, x),
+             kOneBlockChunks);
+}
+
+void TreeSum(const Queue& q, int64_t n, const float* const* parts, int count, float* out) {
+  if (n == 0) return;
+  Parts all = {};
+  std::copy(parts, parts + count, all.at);
+  switch (count % 8) {
+    case 0:
+      return RunTreeSum<0>(q, n, all, count, out);
+    case 1:
+      return RunTreeSum<1>(q, n, all, count, out);
+    case 2:
+      return RunTreeSum<2>(q, n, all, count, out);
+    case 3:
+      return RunTreeSum<3>(q, n, all, count, out);
+    case 4:
+      return RunTreeSum<4>(q, n, all, count, out);
+    case 5:
+      return RunTreeSum<5>(q, n, all, count, out);
+    case 6:
+      return RunTreeSum<6>(q, n, all, count, out);
+    case 7:
+      return RunTreeSum<7>(q, n, all, count, out);
+  }
+}
+
+}  // namespace lockstep::device::cuda

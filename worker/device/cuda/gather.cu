@@ -1,0 +1,173 @@
+// Samples of a data set: normalized, cropped, mirrored and cut out in one pass. A block makes some
+// rows of one sample; the sample's rows that it needs, which lie together, are brought into shared
+// memory, so that each byte is read once, also from the host's memory. An element's bits are those
+// of its own pixel, wherever it lies.
+#include <algorithm>
+
+#include "worker/device/augment.h"
+#include "worker/device/cuda/divisor.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kBlockElements = 4096;  // wanted
+constexpr size_t kMostStagedBytes =
+    40960;  // of a block's rows; longer ones are read where they are
+constexpr size_t kChangeBytes = 64;
+static_assert(sizeof(SampleChange) <= kChangeBytes);
+
+// b / 255 as the division rounds it, for each of the 256 values, without dividing: the product with
+// the rounded reciprocal, and one correction by what is left.
+__device__ __forceinline__ float ValueOf(uint8_t byte) {
+  const float b = static_cast<float>(byte), reciprocal = 1.0f / 255.0f;
+  const float quotient = b * reciprocal;
+  return Fma(Fma(quotient, -255.0f, b), reciprocal, quotient);
+}
+__device__ __forceinline__ float ValueOf(float value) { return value; }
+
+struct Rows {
+  int height, width, channels;
+  int block_rows, blocks;  // of a sample
+  bool staged;
+  Divisor by_row, by_channels;  // elements of a row; channels
+};
+
+// Copies n elements to shared memory, 16 bytes at a time. They must lie alike to 16 bytes.
+template <class T>
+__device__ __forceinline__ void Stage(const T* from, int n, T* to) {
+  constexpr int kVector = 16 / sizeof(T);
+  const int behind = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T));
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lead = behind == 0 ? 0 : min(kVector - behind, n);
+  const int vectors = (n - lead) / kVector, tail = lead + vectors * kVector;
+  for (int v = thread; v < vectors; v += kThreads) {
+    *reinterpret_cast<uint4*>(to + lead + v * kVector) =
+        *reinterpret_cast<const uint4*>(from + lead + v * kVector);
+  }
+  if (thread < lead) to[thread] = from[thread];
+  if (thread < n - tail) to[tail + thread] = from[tail + thread];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    GatherRows(Rows shape, const T* data, const int64_t* offsets, const float* __restrict__ mean,
+               const float* __restrict__ inv_std, Augmentation augmentation, uint64_t step,
+               uint64_t first_position, float* __restrict__ out) {
+  SampleChange& drawn = *SharedMemory<SampleChange>();
+  const int64_t sample = blockIdx.x / static_cast<unsigned>(shape.blocks);
+  const int block = static_cast<int>(blockIdx.x % static_cast<unsigned>(shape.blocks));
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    drawn = DrawChange(augmentation, {shape.height, shape.width, shape.channels}, step,
+                       first_position + static_cast<uint64_t>(sample));
+  }
+  __syncthreads();
+  const int shift_y = static_cast<int>(drawn.shift_y), shift_x = static_cast<int>(drawn.shift_x);
+  const int cut_top = static_cast<int>(drawn.cut_top), cut_left = static_cast<int>(drawn.cut_left);
+  const int cut_bottom = static_cast<int>(drawn.cut_bottom);
+  const int cut_right = static_cast<int>(drawn.cut_right);
+  const bool flip = drawn.flip;
+
+  const int row_elements = shape.width * shape.channels;
+  const int y_begin = block * shape.block_rows;
+  const int y_end = min(y_begin + shape.block_rows, shape.height);
+  const T* from = data + offsets[sample];
+  int from_begin = 0;  // the element of the sample that lies at `from`
+  if (shape.staged) {
+    const int begin = min(max(y_begin + shift_y, 0), shape.height) * row_elements;
+    const int end = min(max(y_end + shift_y, 0), shape.height) * row_elements;
+    const auto behind = reinterpret_cast<uintptr_t>(from + begin) % 16;
+    T* const staged = reinterpret_cast<T*>(SharedMemory<unsigned char>() + kChangeBytes + behind);
+    Stage(from + begin, end - begin, staged);
+    __syncthreads();
+    from = staged;
+    from_begin = begin;
+  }
+
+  // Vectors of four lie at aligned addresses of the output; the first and last may be parts.
+  const int n = (y_end - y_begin) * row_elements;
+  float* const to = out + (sample * shape.height + y_begin) * row_elements;
+  const int lead = LeadOf(to);
+  for (int first = 4 * thread - lead; first < n; first += 4 * kThreads) {
+    const int begin = max(first, 0), end = min(first + 4, n);
+    uint32_t at = static_cast<uint32_t>(begin);
+    int c = static_cast<int>(shape.by_row.TakeRemainder(at));
+    int y = y_begin + static_cast<int>(at);
+    at = static_cast<uint32_t>(c);
+    c = static_cast<int>(shape.by_channels.TakeRemainder(at));
+    int x = static_cast<int>(at);
+    Lanes<4> values = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (first + j < begin || first + j >= end) continue;
+      const int from_y = y + shift_y, from_x = (flip ? shape.width - 1 - x : x) + shift_x;
+      const bool inside =
+          from_y >= 0 && from_y < shape.height && from_x >= 0 && from_x < shape.width;
+      const bool cut = y >= cut_top && y < cut_bottom && x >= cut_left && x < cut_right;
+      if (inside && !cut) {
+        const int element = (from_y * shape.width + from_x) * shape.channels + c;
+        values.at[j] = (ValueOf(from[element - from_begin]) - mean[c]) * inv_std[c];
+      }
+      if (++c == shape.channels) {
+        c = 0;
+        if (++x == shape.width) {
+          x = 0;
+          ++y;
+        }
+      }
+    }
+    if (end - begin == 4) {
+      StoreLanes<4>(to + first, values);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (first + j >= begin && first + j < end) to[first + j] = values.at[j];
+      }
+    }
+  }
+}
+
+template <class T>
+void Run(const Queue& q, const SampleShape& shape, int64_t count, const T* data,
+         const int64_t* offsets, const float* mean, const float* inv_std,
+         const Augmentation& augmentation, uint64_t step, uint64_t first_position, float* out) {
+  const int64_t row = shape.width * shape.channels;
+  const int64_t block_rows = std::clamp<int64_t>(kBlockElements / row, 1, shape.height);
+  const size_t bytes = static_cast<size_t>(block_rows * row) * sizeof(T) + 16;
+  Rows rows = {static_cast<int>(shape.height),
+               static_cast<int>(shape.width),
+               static_cast<int>(shape.channels),
+               static_cast<int>(block_rows),
+               static_cast<int>(CeilDiv(shape.height, block_rows)),
+               bytes <= kMostStagedBytes,
+               Divisor(row),
+               Divisor(shape.channels)};
+  const size_t shared = kChangeBytes + (rows.staged ? bytes : 0);
+  ForEachPart(count, rows.blocks, [&](int64_t first, int64_t samples) {
+    Launch(q, dim3(static_cast<unsigned>(samples * rows.blocks)), dim3(kThreads), shared,
+           GatherRows<T>, rows, data, offsets + first, mean, inv_std, augmentation, step,
+           first_position + static_cast<uint64_t>(first), out + first * shape.features());
+  });
+}
+
+}  // namespace
+
+void GatherSamples(const Queue& q, const SampleShape& shape, int64_t count, SampleType type,
+                   const void* data, const int64_t* offsets, const float* mean,
+                   const float* inv_std, const Augmentation& augmentation, uint64_t step,
+                   uint64_t first_position, float* out) {
+  if (type == SampleType::kUint8) {
+    Run(q, shape, count, static_cast<const uint8_t*>(data), offsets, mean, inv_std, augmentation,
+        step, first_position, out);
+  } else {
+    Run(q, shape, count, static_cast<const float*>(data), offsets, mean, inv_std, augmentation,
+        step, first_position, out);
+  }
+}
+
+}  // namespace lockstep::device::cuda

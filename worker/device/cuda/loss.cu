@@ -1,0 +1,429 @@
+// Losses. A team of threads takes a row; the sums of rows are added in an order that depends on
+// their number alone: rows one after another in blocks of kBlockRows, then a tree over blocks.
+#include <algorithm>
+
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kBlockRows = 32;
+
+struct RowResult {
+  double loss = 0;
+  int correct = 0;
+};
+
+// ---- a row's threads: a warp, or a block where a row is long. Reductions give all of them the
+// same. Element i belongs to thread i / 4 % kThreads, whatever the alignment.
+
+struct Larger {
+  __device__ float operator()(float a, float b) const { return Maximum(a, b); }
+};
+struct Smaller {
+  __device__ int operator()(int a, int b) const { return a < b ? a : b; }
+};
+struct Sum {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+
+template <int kThreads>
+class Team {
+ public:
+  // `shared` takes a double for each warp; not used by one warp.
+  __device__ explicit Team(double* shared) : shared_(shared) {}
+
+  __device__ int thread() const { return static_cast<int>(threadIdx.x) % kThreads; }
+
+  template <class T, class Operation>
+  __device__ __forceinline__ T Reduce(T value, const Operation& operation) const {
+#pragma unroll
+    for (int stride = kWarp / 2; stride > 0; stride /= 2) {
+      value = operation(value, __shfl_xor_sync(kAllLanes, value, stride));
+    }
+    if constexpr (kThreads > kWarp) {
+      T* const warps = reinterpret_cast<T*>(shared_);
+      __syncthreads();  // what was reduced before has been read
+      if (thread() % kWarp == 0) warps[thread() / kWarp] = value;
+      __syncthreads();
+      value = warps[0];
+#pragma unroll
+      for (int w = 1; w < kThreads / kWarp; ++w) value = operation(value, warps[w]);
+    }
+    return value;
+  }
+  // All have read what one of them is about to overwrite.
+  __device__ __forceinline__ void Wait() const {
+    if constexpr (kThreads > kWarp) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+
+  // Calls take(first element, count) for this thread's elements, four at a time.
+  template <class Take>
+  __device__ __forceinline__ void ForEachFour(int64_t size, const Take& take) const {
+    for (int64_t i = 4 * thread(); i < size; i += 4 * kThreads) {
+      take(i, size - i < 4 ? static_cast<int>(size - i) : 4);
+    }
+  }
+
+ private:
+  double* const shared_;
+};
+
+// kAligned: every row begins on a 16-byte boundary and has a multiple of four elements.
+template <bool kAligned>
+__device__ __forceinline__ Lanes<4> LoadFour(const float* p, int count) {
+  if constexpr (kAligned) {
+    return LoadLanes<4>(p);
+  } else {
+    Lanes<4> result = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k < count) result.at[k] = p[k];
+    }
+    return result;
+  }
+}
+template <bool kAligned>
+__device__ __forceinline__ void StoreFour(float* p, const Lanes<4>& v, int count) {
+  if constexpr (kAligned) {
+    StoreLanes<4>(p, v);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k < count) p[k] = v.at[k];
+    }
+  }
+}
+
+template <bool kAligned, class T>
+__device__ __forceinline__ float LargestOf(const T& team, int64_t size, const float* x) {
+  float largest = -__builtin_inff();
+  team.ForEachFour(size, [&](int64_t i, int count) {
+    const Lanes<4> v = LoadFour<kAligned>(x + i, count);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (kAligned || k < count) largest = Maximum(v.at[k], largest);  // a NaN is no largest
+    }
+  });
+  return team.Reduce(largest, Larger());
+}
+
+// ---- the losses: a struct with kLoss and kCorrect, what of a result it computes, `features` and
+// Row(team, row).
+
+struct CrossEntropy {
+  static constexpr bool kLoss = true, kCorrect = true;
+  int64_t features;
+  const float* logits;
+  const int32_t* labels;
+  double share, rest;  // smoothing / classes, 1 - smoothing
+  float scale;
+  float* dlogits;
+
+  template <bool kAligned, class T>
+  __device__ __forceinline__ RowResult Row(const T& team, int64_t row) const {
+    const float* x = logits + row * features;
+    const int label = labels[row];
+    const float largest = LargestOf<kAligned>(team, features, x);
+    double sum = 0, differences = 0;
+    int first = static_cast<int>(features);
+    team.ForEachFour(features, [&](int64_t i, int count) {
+      const Lanes<4> v = LoadFour<kAligned>(x + i, count);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (!kAligned && k >= count) continue;
+        const float d = v.at[k] - largest;
+        sum += static_cast<double>(Exp<Range::kNotAbove0>(d));
+        differences += static_cast<double>(d);
+        if (v.at[k] == largest && first == features) first = static_cast<int>(i) + k;
+      }
+    });
+    sum = team.Reduce(sum, Sum());
+    first = team.Reduce(first, Smaller());
+    const float own_logit = x[label];
+    const double at_label = static_cast<double>(own_logit) - static_cast<double>(largest);
+    RowResult result = {Log(sum) - at_label, first == label ? 1 : 0};
+    if (share > 0) {
+      // -sum over classes of target * log softmax, log softmax = x - largest - log(sum).
+      result.loss = Log(sum) - rest * at_label - share * team.Reduce(differences, Sum());
+    }
+    if (dlogits == nullptr) return result;
+    team.Wait();  // dlogits may lie over logits
+    const float inverse = static_cast<float>(1.0 / sum);
+    const float others = static_cast<float>(share), own = static_cast<float>(rest + share);
+    float* const d = dlogits + row * features;
+    team.ForEachFour(features, [&](int64_t i, int count) {
+      Lanes<4> v = LoadFour<kAligned>(x + i, count);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float p = Exp<Range::kNotAbove0>(v.at[k] - largest) * inverse;
+        v.at[k] = (p - (i + k == label ? own : others)) * scale;
+      }
+      StoreFour<kAligned>(d + i, v, count);
+    });
+    return result;
+  }
+};
+
+struct FirstLargest {
+  static constexpr bool kLoss = false, kCorrect = true;
+  int64_t features;
+  const float* scores;
+  const int32_t* labels;
+
+  template <bool kAligned, class T>
+  __device__ __forceinline__ RowResult Row(const T& team, int64_t row) const {
+    const float* x = scores + row * features;
+    const float largest = LargestOf<kAligned>(team, features, x);
+    int first = static_cast<int>(features);
+    team.ForEachFour(features, [&](int64_t i, int count) {
+      const Lanes<4> v = LoadFour<kAligned>(x + i, count);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (!kAligned && k >= count) continue;
+        if (v.at[k] == largest && first == features) first = static_cast<int>(i) + k;
+      }
+    });
+    return {0, team.Reduce(first, Smaller()) == labels[row] ? 1 : 0};
+  }
+};
+
+// The mean over features of what Element says of input and target.
+struct SigmoidElement {
+  float factor;
+  __device__ __forceinline__ double Loss(float x, float t) const {
+    return static_cast<double>(Softplus(x)) - static_cast<double>(x) * static_cast<double>(t);
+  }
+  __device__ __forceinline__ float Gradient(float x, float t) const {
+    return (Sigmoid(x) - t) * factor;
+  }
+};
+struct SquareElement {
+  float factor;
+  __device__ __forceinline__ double Loss(float y, float t) const {
+    const double d = static_cast<double>(y - t);
+    return d * d;
+  }
+  __device__ __forceinline__ float Gradient(float y, float t) const { return (y - t) * factor; }
+};
+
+template <class Element>
+struct ElementLoss {
+  static constexpr bool kLoss = true, kCorrect = false;
+  int64_t features;
+  const float* x;
+  const float* target;
+  Element element;
+  float* dx;
+
+  template <bool kAligned, class T>
+  __device__ __forceinline__ RowResult Row(const T& team, int64_t row) const {
+    const int64_t begin = row * features;
+    double sum = 0;
+    team.ForEachFour(features, [&](int64_t i, int count) {
+      Lanes<4> v = LoadFour<kAligned>(x + begin + i, count);
+      const Lanes<4> t = LoadFour<kAligned>(target + begin + i, count);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (!kAligned && k >= count) continue;
+        sum += element.Loss(v.at[k], t.at[k]);
+        if (dx != nullptr) v.at[k] = element.Gradient(v.at[k], t.at[k]);
+      }
+      if (dx != nullptr) StoreFour<kAligned>(dx + begin + i, v, count);
+    });
+    return {team.Reduce(sum, Sum()) / static_cast<double>(features), 0};
+  }
+};
+
+// ---- launches.
+
+template <class Loss>
+__device__ __forceinline__ void WriteResult(double loss, int64_t correct, bool add,
+                                            LeafResult* result) {
+  if constexpr (Loss::kLoss) result->loss_sum = add ? result->loss_sum + loss : loss;
+  if constexpr (Loss::kCorrect) result->correct = add ? result->correct + correct : correct;
+}
+
+constexpr int kLeafWarps = 32;
+constexpr int kLeafBlocks = 4;  // of rows, that one block of threads may take
+
+// A leaf each block, a row each warp.
+template <class Loss, bool kAligned>
+__global__ void __launch_bounds__(kWarp* kLeafWarps, 1)
+    SmallLeaves(Loss loss, Leaves leaves, LeafResult* results) {
+  const int leaf = static_cast<int>(blockIdx.x);
+  const int64_t begin = leaves.begin[leaf];
+  const int rows = static_cast<int>(leaves.begin[leaf + 1] - begin);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp,
+            lane = static_cast<int>(threadIdx.x) % kWarp,
+            warps = static_cast<int>(blockDim.x) / kWarp;
+  RowResult* const row_results = SharedMemory<RowResult>();
+  const Team<kWarp> team(nullptr);
+  for (int r = warp; r < rows; r += warps) {
+    const RowResult result = loss.template Row<kAligned>(team, begin + r);
+    if (lane == 0) row_results[r] = result;
+  }
+  __syncthreads();
+  if (warp > 0) return;
+  double sum = 0;
+  int correct = 0;
+  const int first = lane * kBlockRows, end = first + kBlockRows < rows ? first + kBlockRows : rows;
+  for (int r = first; r < end; ++r) {
+    sum += row_results[r].loss;
+    correct += row_results[r].correct;
+  }
+#pragma unroll
+  for (int stride = kWarp / 2; stride > 0; stride /= 2) {
+    sum += __shfl_down_sync(kAllLanes, sum, stride);
+    correct += __shfl_down_sync(kAllLanes, correct, stride);
+  }
+  if (lane == 0) WriteResult<Loss>(sum, correct, false, &results[leaf]);
+}
+
+constexpr int kRowThreads = 256;
+
+template <class Loss, int kTeam, bool kAligned>
+__global__ void __launch_bounds__(kRowThreads)
+    LossOfRows(Loss loss, int64_t first, int64_t rows, RowResult* row_results) {
+  constexpr int kTeams = kRowThreads / kTeam;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * kTeams + static_cast<int>(threadIdx.x) / kTeam;
+  if (row >= rows) return;  // a team, as a whole
+  const Team<kTeam> team(SharedMemory<double>());
+  const RowResult result = loss.template Row<kAligned>(team, first + row);
+  if (team.thread() == 0) row_results[row] = result;
+}
+
+constexpr int kSumThreads = 1024;
+
+// The leaves' rows begin at row `first` of the call; adds to results where `add`.
+template <class Loss>
+__global__ void __launch_bounds__(kSumThreads)
+    SumRows(Leaves leaves, int64_t first, const RowResult* row_results, bool add,
+            LeafResult* results) {
+  const int leaf = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const RowResult* const from = row_results + (leaves.begin[leaf] - first);
+  const int64_t rows = leaves.begin[leaf + 1] - leaves.begin[leaf];
+  double sum = 0;
+  int64_t correct = 0;
+  for (int64_t block = thread; block * kBlockRows < rows; block += kSumThreads) {
+    const int64_t begin = block * kBlockRows;
+    const int count = static_cast<int>(rows - begin < kBlockRows ? rows - begin : kBlockRows);
+    double block_sum = 0;
+    for (int r = 0; r < count; ++r) {
+      block_sum += from[begin + r].loss;
+      correct += from[begin + r].correct;
+    }
+    sum += block_sum;
+  }
+  double* const sums = SharedMemory<double>();
+  int64_t* const corrects = reinterpret_cast<int64_t*>(sums + kSumThreads);
+  sums[thread] = sum;
+  corrects[thread] = correct;
+  for (int stride = kSumThreads / 2; stride > 0; stride /= 2) {
+    __syncthreads();
+    if (thread >= stride) continue;
+    sums[thread] += sums[thread + stride];
+    corrects[thread] += corrects[thread + stride];
+  }
+  if (thread == 0) WriteResult<Loss>(sums[0], corrects[0], add, &results[leaf]);
+}
+
+template <class Loss, int kTeam, bool kAligned>
+void RunRows(const Queue& q, const Loss& loss, const Leaves& leaves, int64_t first, bool add,
+             LeafResult* results) {
+  const int64_t rows = leaves.total() - first;
+  auto* const row_results = static_cast<RowResult*>(q.workspace);
+  if (rows > 0) {
+    Launch(q, dim3(static_cast<unsigned>(CeilDiv(rows, kRowThreads / kTeam))), dim3(kRowThreads),
+           sizeof(double) * kRowThreads / kWarp, LossOfRows<Loss, kTeam, kAligned>, loss, first,
+           rows, row_results);
+  }
+  Launch(q, dim3(static_cast<unsigned>(leaves.count)), dim3(kSumThreads),
+         (sizeof(double) + sizeof(int64_t)) * kSumThreads, SumRows<Loss>, leaves, first,
+         row_results, add, results);
+}
+
+template <bool kAligned, class Loss>
+void RunAligned(const Queue& q, const Loss& loss, const Leaves& leaves, LeafResult* results) {
+  constexpr int64_t kWarpFeatures = 1024;       // of a row that one warp takes
+  constexpr int64_t kLeafElements = 32 * 1024;  // of a leaf that one block of threads takes
+  constexpr int64_t kMostRows = kWorkspaceBytes / sizeof(RowResult);
+  const bool by_warp = loss.features <= kWarpFeatures;
+  int64_t most = 0;
+  for (int l = 0; l < leaves.count; ++l) {
+    most = std::max(most, leaves.begin[l + 1] - leaves.begin[l]);
+  }
+  if (by_warp && most <= kLeafBlocks * kBlockRows && most * loss.features <= kLeafElements) {
+    const int64_t warps = std::clamp<int64_t>(most, 1, kLeafWarps);
+    Launch(q, dim3(static_cast<unsigned>(leaves.count)), dim3(static_cast<unsigned>(warps * kWarp)),
+           sizeof(RowResult) * static_cast<size_t>(std::max<int64_t>(most, 1)),
+           SmallLeaves<Loss, kAligned>, loss, leaves, results);
+    return;
+  }
+  const auto run = by_warp ? RunRows<Loss, kWarp, kAligned> : RunRows<Loss, kRowThreads, kAligned>;
+  if (leaves.total() - leaves.begin[0] <= kMostRows) {
+    return run(q, loss, leaves, leaves.begin[0], false, results);
+  }
+  for (int l = 0; l < leaves.count; ++l) {
+    Leaves part;
+    part.begin[0] = leaves.begin[l];
+    do {
+      part.begin[1] = std::min(part.begin[0] + kMostRows, leaves.begin[l + 1]);
+      run(q, loss, part, part.begin[0], part.begin[0] > leaves.begin[l], results + l);
+      part.begin[0] = part.begin[1];
+    } while (part.begin[0] < leaves.begin[l + 1]);
+  }
+}
+
+template <class Loss>
+void Run(const Queue& q, const Loss& loss, const Leaves& leaves, bool aligned,
+         LeafResult* results) {
+  if (aligned) {
+    RunAligned<true>(q, loss, leaves, results);
+  } else {
+    RunAligned<false>(q, loss, leaves, results);
+  }
+}
+
+}  // namespace
+
+void SoftmaxCrossEntropy(const Queue& q, const Leaves& leaves, int64_t classes, const float* logits,
+                         const int32_t* labels, float smoothing, float scale, LeafResult* results,
+                         float* dlogits) {
+  const double share = static_cast<double>(smoothing) / static_cast<double>(classes);
+  const double rest = 1.0 - static_cast<double>(smoothing);
+  Run(q, CrossEntropy{classes, logits, labels, share, rest, scale, dlogits}, leaves,
+      TakenByFour(classes, logits, dlogits), results);
+}
+
+void SigmoidCrossEntropy(const Queue& q, const Leaves& leaves, int64_t features, const float* x,
+                         const float* target, float scale, LeafResult* results, float* dx) {
+  const double count = static_cast<double>(features);
+  const SigmoidElement element = {static_cast<float>(static_cast<double>(scale) / count)};
+  Run(q, ElementLoss<SigmoidElement>{features, x, target, element, dx}, leaves,
+      TakenByFour(features, x, target, dx), results);
+}
+
+void MeanSquaredError(const Queue& q, const Leaves& leaves, int64_t features, const float* y,
+                      const float* target, float scale, LeafResult* results, float* dy) {
+  const double count = static_cast<double>(features);
+  const SquareElement element = {static_cast<float>(2.0 / count * static_cast<double>(scale))};
+  Run(q, ElementLoss<SquareElement>{features, y, target, element, dy}, leaves,
+      TakenByFour(features, y, target, dy), results);
+}
+
+void CountCorrect(const Queue& q, const Leaves& leaves, int64_t classes, const float* scores,
+                  const int32_t* labels, LeafResult* results) {
+  Run(q, FirstLargest{classes, scores, labels}, leaves, TakenByFour(classes, scores), results);
+}
+
+}  // namespace lockstep::device::cuda

@@ -1,0 +1,492 @@
+// Batch norm over {n, channels}. A thread has neighbouring channels and walks down rows.
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/row_reduction.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+// Per-channel values, which lie anywhere.
+template <int kVector>
+__device__ __forceinline__ Lanes<kVector> LoadChannels(const float* p) {
+  Lanes<kVector> result;
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) result.at[v] = p[v];
+  return result;
+}
+
+// `n` is the leaf's own count.
+__device__ __forceinline__ float DivisorOf(const Moments& moments, int64_t n) {
+  return static_cast<float>(moments.divisor != 0 ? moments.divisor : n);
+}
+
+// ---- moments.
+
+// (mean, M2) by Chan, Golub & LeVeque (1983). Means are relative to the leaf's first row, so that
+// where the mean is far from zero they are as precise as the deviations.
+struct MomentsReduction {
+  static constexpr int kPlanes = 2;
+  static constexpr int kMostThreads = 1024;
+  static constexpr int kGroup = 4;  // rows in registers: their mean, then their deviations from it
+
+  const float* x;
+  int64_t channels;
+  float* mean;
+  float* m2;
+  int64_t stride;
+
+  template <int kVector>
+  __device__ __forceinline__ static void AddGroup(int before, int count,
+                                                  const Lanes<kVector> (&row)[kGroup],
+                                                  Partial<kVector, 2>* sum) {
+    const bool full = count == kGroup;
+    const float rows = static_cast<float>(count), earlier = static_cast<float>(before);
+    const float inverse = 1.0f / rows, share = rows / (earlier + rows), cross = earlier * share;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      float centre = 0, square = 0;
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) centre += full || k < count ? row[k].at[v] : 0.0f;
+      centre *= inverse;
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        const float d = full || k < count ? row[k].at[v] - centre : 0.0f;
+        square = Fma(d, d, square);
+      }
+      float& sum_mean = sum->plane[0].at[v];
+      float& sum_m2 = sum->plane[1].at[v];
+      const float delta = centre - sum_mean;
+      sum_mean = Fma(delta, share, sum_mean);
+      sum_m2 = Fma(delta * delta, cross, sum_m2 + square);
+    }
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
+                                             Partial<kVector, 2>* sum) const {
+    const Lanes<kVector> pivot = LoadLanes<kVector>(x + rows.leaf_first * channels + column);
+    const float* from = x + rows.first * channels + column;
+    const int64_t step = kRowLanes * channels;
+    for (int done = 0; done < rows.count; done += kGroup) {
+      Lanes<kVector> row[kGroup];
+      const int count = rows.count - done < kGroup ? rows.count - done : kGroup;
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k, from += step) {
+        if (k < count) row[k] = LoadLanes<kVector>(from);
+      }
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) row[k].at[v] -= pivot.at[v];
+      }
+      AddGroup<kVector>(done, count, row, sum);
+    }
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ static void Combine(float count_a, float count_b,
+                                                 Partial<kVector, 2>* a,
+                                                 const Partial<kVector, 2>& b) {
+    const float share = count_b / (count_a + count_b), cross = count_a * share;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      float& mean_a = a->plane[0].at[v];
+      float& m2_a = a->plane[1].at[v];
+      const float delta = b.plane[0].at[v] - mean_a;
+      mean_a = Fma(delta, share, mean_a);
+      m2_a = Fma(delta * delta, cross, m2_a + b.plane[1].at[v]);
+    }
+  }
+
+  // The mean of the means, then deviations from it: nothing cancels here either.
+  template <int kVector>
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+                                        int64_t column) const {
+    double centre[kVector] = {}, square[kVector] = {};
+    lanes.template ForEachChunk<2>([&](double rows, const Partial<kVector, 2>& chunk) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        centre[v] += rows * static_cast<double>(chunk.plane[0].at[v]);
+      }
+    });
+    lanes.Sum(centre);
+    lanes.Broadcast(centre);
+    const double n = static_cast<double>(chunks.n > 0 ? chunks.n : 1);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) centre[v] /= n;
+    lanes.template ForEachChunk<2>([&](double rows, const Partial<kVector, 2>& chunk) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        const double d = static_cast<double>(chunk.plane[0].at[v]) - centre[v];
+        square[v] += static_cast<double>(chunk.plane[1].at[v]) + rows * (d * d);
+      }
+    });
+    lanes.Sum(square);
+    if (!lanes.is_first()) return;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const double pivot =
+          chunks.n > 0 ? static_cast<double>(x[chunks.leaf_first * channels + column + v]) : 0.0;
+      mean[chunks.leaf * stride + column + v] = static_cast<float>(pivot + centre[v]);
+      m2[chunks.leaf * stride + column + v] = static_cast<float>(square[v]);
+    }
+  }
+};
+
+// ---- what backward sums.
+
+template <bool kRelu, bool kMore>
+struct GradientReduction {
+  static constexpr int kPlanes = 2;
+  static constexpr int kMostThreads = 512;
+  static constexpr int kGroup = kRelu && kMore ? 2 : 4;  // rows whose loads are in flight
+
+  const float* x;
+  const float* y;
+  const float* dy;
+  const float* more;
+  int64_t channels;
+  Moments moments;
+  float epsilon;
+  float* g;
+  float* sum_dy;
+  float* sum_dy_xhat;
+  int64_t stride;
+
+  template <int kVector>
+  __device__ __forceinline__ void AddRows(int count, int64_t at, int64_t step,
+                                          const Lanes<kVector>& centre,
+                                          Partial<kVector, 2>* sum) const {
+    Lanes<kVector> row[kGroup], gradient[kGroup], second[kGroup], output[kGroup];
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      if (k >= count) continue;
+      row[k] = LoadLanes<kVector>(x + at + k * step);
+      gradient[k] = LoadLanes<kVector>(dy + at + k * step);
+      if constexpr (kMore) second[k] = LoadLanes<kVector>(more + at + k * step);
+      if constexpr (kRelu) output[k] = LoadLanes<kVector>(y + at + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      if (k >= count) continue;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        float value = gradient[k].at[v];
+        if constexpr (kMore) value += second[k].at[v];
+        if constexpr (kRelu) value = ReluGradient(output[k].at[v], value);
+        float& sum_g = sum->plane[0].at[v];
+        float& sum_x = sum->plane[1].at[v];
+        sum_g += value;
+        sum_x = Fma(value, row[k].at[v] - centre.at[v], sum_x);
+        gradient[k].at[v] = value;
+      }
+      // Over an input of these very elements, perhaps; all of them have been read.
+      if (g != nullptr) StoreLanes<kVector>(g + at + k * step, gradient[k]);
+    }
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
+                                             Partial<kVector, 2>* sum) const {
+    const Lanes<kVector> centre =
+        LoadChannels<kVector>(moments.mean + rows.leaf * moments.stride + column);
+    const int64_t step = kRowLanes * channels;
+    int64_t at = rows.first * channels + column;
+    int left = rows.count;
+    for (; left >= kGroup; left -= kGroup, at += kGroup * step) {
+      AddRows<kVector>(kGroup, at, step, centre, sum);
+    }
+    if (left > 0) AddRows<kVector>(left, at, step, centre, sum);
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ static void Combine(float, float, Partial<kVector, 2>* a,
+                                                 const Partial<kVector, 2>& b) {
+    AddPartial(a, b);
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+                                        int64_t column) const {
+    double total[2][kVector];
+    SumChunks(lanes, total);
+    if (!lanes.is_first()) return;
+    const float divisor = DivisorOf(moments, chunks.n);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const int64_t at = column + v;
+      const float spread = moments.spread[chunks.leaf * moments.stride + at];
+      sum_dy[chunks.leaf * stride + at] = static_cast<float>(total[0][v]);
+      sum_dy_xhat[chunks.leaf * stride + at] =
+          static_cast<float>(total[1][v]) * InverseDeviation(spread / divisor, epsilon);
+    }
+  }
+};
+
+// ---- passes over the elements.
+
+constexpr int kThreads = 256;
+
+// Calls map.Load and then map.Store for the rows of a block's share of a leaf. A map's Channel is
+// what it knows of a thread's channels.
+template <class Map, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    MapRows(Map map, Leaves leaves, int64_t channels, int64_t block_rows) {
+  const int leaf = static_cast<int>(blockIdx.z);
+  const int64_t leaf_end = leaves.begin[leaf + 1];
+  const int64_t first = leaves.begin[leaf] + blockIdx.y * block_rows;
+  const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kVector;
+  if (first >= leaf_end || column >= channels) return;
+  const typename Map::template Channel<kVector> channel(map, leaf, leaf_end - leaves.begin[leaf],
+                                                        column);
+  const int64_t end = first + block_rows < leaf_end ? first + block_rows : leaf_end;
+  const int64_t step = static_cast<int>(blockDim.y) * channels;
+  int64_t row = first + threadIdx.y;
+  int64_t at = row * channels + column;
+  const int group = Map::kUnroll * static_cast<int>(blockDim.y);
+  for (; row < end; row += group, at += Map::kUnroll * step) {
+    typename Map::template Row<kVector> rows[Map::kUnroll];
+    const auto reaches = [&](int k) { return row + k * static_cast<int>(blockDim.y) < end; };
+#pragma unroll
+    for (int k = 0; k < Map::kUnroll; ++k) {
+      if (reaches(k)) rows[k].Load(map, at + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < Map::kUnroll; ++k) {
+      if (reaches(k)) rows[k].Store(map, channel, at + k * step);
+    }
+  }
+}
+
+template <bool kRelu, bool kResidual>
+struct ForwardMap {
+  static constexpr int kUnroll = kResidual ? 2 : 4;  // rows whose loads are in flight
+
+  const float* x;
+  Moments moments;
+  float epsilon;
+  const float* weight;
+  const float* bias;
+  const float* residual;
+  float* y;
+
+  template <int kVector>
+  struct Channel {
+    Lanes<kVector> centre, scale, shift;
+    __device__ __forceinline__ Channel(const ForwardMap& map, int leaf, int64_t n, int column) {
+      const int64_t at = leaf * map.moments.stride + column;
+      const float divisor = DivisorOf(map.moments, n);
+      centre = LoadChannels<kVector>(map.moments.mean + at);
+      scale = LoadChannels<kVector>(map.moments.spread + at);
+      shift = LoadChannels<kVector>(map.bias + column);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        scale.at[v] = InverseDeviation(scale.at[v] / divisor, map.epsilon) * map.weight[column + v];
+      }
+    }
+  };
+
+  template <int kVector>
+  struct Row {
+    Lanes<kVector> x, residual;
+    __device__ __forceinline__ void Load(const ForwardMap& map, int64_t at) {
+      x = LoadLanes<kVector>(map.x + at);
+      if constexpr (kResidual) residual = LoadLanes<kVector>(map.residual + at);
+    }
+    __device__ __forceinline__ void Store(const ForwardMap& map, const Channel<kVector>& channel,
+                                          int64_t at) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        float value = Fma(x.at[v] - channel.centre.at[v], channel.scale.at[v], channel.shift.at[v]);
+        if constexpr (kResidual) value += residual.at[v];
+        if constexpr (kRelu) value = Relu(value);
+        x.at[v] = value;
+      }
+      StoreLanes<kVector>(map.y + at, x);
+    }
+  };
+};
+
+template <bool kRelu>
+struct BackwardMap {
+  static constexpr int kUnroll = 2;  // rows whose loads are in flight
+
+  const float* x;
+  const float* y;
+  const float* dy;
+  Moments moments;
+  float epsilon;
+  const float* weight;
+  const float* sum_dy;
+  const float* sum_dy_xhat;
+  int64_t sums_stride;
+  float* dx;
+
+  template <int kVector>
+  struct Channel {
+    Lanes<kVector> centre, scale, offset, slope;
+    __device__ __forceinline__ Channel(const BackwardMap& map, int leaf, int64_t n, int column) {
+      const int64_t at = leaf * map.moments.stride + column;
+      const float divisor = DivisorOf(map.moments, n);
+      const int64_t sums = leaf * map.sums_stride + column;
+      centre = LoadChannels<kVector>(map.moments.mean + at);
+      scale = LoadChannels<kVector>(map.moments.spread + at);
+      offset = LoadChannels<kVector>(map.sum_dy + sums);
+      slope = LoadChannels<kVector>(map.sum_dy_xhat + sums);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        const float inverse = InverseDeviation(scale.at[v] / divisor, map.epsilon);
+        scale.at[v] = inverse * map.weight[column + v];
+        offset.at[v] = offset.at[v] / divisor;
+        slope.at[v] = inverse * (slope.at[v] / divisor);
+      }
+    }
+  };
+
+  template <int kVector>
+  struct Row {
+    Lanes<kVector> x, y, dy;
+    __device__ __forceinline__ void Load(const BackwardMap& map, int64_t at) {
+      x = LoadLanes<kVector>(map.x + at);
+      dy = LoadLanes<kVector>(map.dy + at);
+      if constexpr (kRelu) y = LoadLanes<kVector>(map.y + at);
+    }
+    __device__ __forceinline__ void Store(const BackwardMap& map, const Channel<kVector>& channel,
+                                          int64_t at) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        float g = dy.at[v];
+        if constexpr (kRelu) g = ReluGradient(y.at[v], g);
+        const float centred = x.at[v] - channel.centre.at[v];
+        x.at[v] = channel.scale.at[v] *
+                  Fma(0.0f - centred, channel.slope.at[v], g - channel.offset.at[v]);
+      }
+      StoreLanes<kVector>(map.dx + at, x);
+    }
+  };
+};
+
+template <int kVector, class Map>
+void RunMapBy(const Queue& q, int64_t channels, const Leaves& leaves, const Map& map) {
+  int64_t n = 0;
+  for (int l = 0; l < leaves.count; ++l) n = std::max(n, leaves.begin[l + 1] - leaves.begin[l]);
+  if (n == 0) return;
+  const int64_t vectors = channels / kVector, tiles = CeilDiv(vectors, 32);
+  const int64_t width = CeilDiv(vectors, tiles);
+  const int64_t height = std::min<int64_t>(kThreads / width, n);
+  // What a thread knows of its channels is worth several groups of rows where there are many.
+  constexpr int64_t kFill = 132 * 16, kMostGroups = 8, kMostGrid = 65535;
+  const int64_t groups = CeilDiv(n, height * Map::kUnroll);
+  int64_t group_rows = std::clamp<int64_t>(groups * tiles * leaves.count / kFill, 1, kMostGroups);
+  group_rows = std::max(group_rows, CeilDiv(groups, kMostGrid));
+  Launch(q,
+         dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(CeilDiv(groups, group_rows)),
+              static_cast<unsigned>(leaves.count)),
+         dim3(static_cast<unsigned>(width), static_cast<unsigned>(height)), 0,
+         MapRows<Map, kVector>, map, leaves, channels, height * Map::kUnroll * group_rows);
+}
+
+template <class Map>
+void RunMap(const Queue& q, int64_t channels, const Leaves& leaves, bool aligned, const Map& map) {
+  if (channels == 0) return;
+  if (aligned) {
+    RunMapBy<4>(q, channels, leaves, map);
+  } else {
+    RunMapBy<1>(q, channels, leaves, map);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    UpdateAverages(int64_t channels, float divisor, const float* mean, const float* m2,
+                   float momentum, float* running_mean, float* running_var) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  const float old_mean = running_mean[c], old_var = running_var[c];
+  running_mean[c] = Fma(momentum, mean[c] - old_mean, old_mean);
+  running_var[c] = Fma(momentum, m2[c] / divisor - old_var, old_var);
+}
+
+// Chunks of a leaf that one block takes; more where one stream is read than where three are.
+constexpr int kMomentsChunks = 16, kGradientChunks = 8;
+
+template <bool kRelu, bool kMore>
+void RunGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+                 const float* y, const float* dy, const float* more, const Moments& moments,
+                 float epsilon, float* g, float* sum_dy, float* sum_dy_xhat, int64_t stride) {
+  bool aligned = TakenByFour(shape.channels, x, dy, g);
+  if constexpr (kRelu) aligned = aligned && IsAligned16(y);
+  if constexpr (kMore) aligned = aligned && IsAligned16(more);
+  const GradientReduction<kRelu, kMore> reduction = {
+      x, y, dy, more, shape.channels, moments, epsilon, g, sum_dy, sum_dy_xhat, stride};
+  ReduceRows(q, reduction, leaves, shape.channels, aligned, kGradientChunks);
+}
+
+}  // namespace
+
+void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* x,
+                      float* mean, float* m2, int64_t stride) {
+  ReduceRows(q, MomentsReduction{x, channels, mean, m2, stride}, leaves, channels,
+             TakenByFour(channels, x), kMomentsChunks);
+}
+
+void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                      const float* x, const Moments& moments, float epsilon, const float* weight,
+                      const float* bias, const float* residual, float* y) {
+  const bool aligned = TakenByFour(shape.channels, x, residual, y);
+  const auto run = [&]<bool kRelu, bool kResidual>() {
+    RunMap(q, shape.channels, leaves, aligned,
+           ForwardMap<kRelu, kResidual>{x, moments, epsilon, weight, bias, residual, y});
+  };
+  if (shape.relu) {
+    residual != nullptr ? run.template operator()<true, true>()
+                        : run.template operator()<true, false>();
+  } else {
+    residual != nullptr ? run.template operator()<false, true>()
+                        : run.template operator()<false, false>();
+  }
+}
+
+void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                       const float* x, const float* y, const float* dy, const float* more,
+                       const Moments& moments, float epsilon, float* g, float* sum_dy,
+                       float* sum_dy_xhat, int64_t stride) {
+  const auto run = [&]<bool kRelu, bool kMore>() {
+    RunGradient<kRelu, kMore>(q, shape, leaves, x, y, dy, more, moments, epsilon, g, sum_dy,
+                              sum_dy_xhat, stride);
+  };
+  if (shape.relu) {
+    more != nullptr ? run.template operator()<true, true>()
+                    : run.template operator()<true, false>();
+  } else {
+    more != nullptr ? run.template operator()<false, true>()
+                    : run.template operator()<false, false>();
+  }
+}
+
+void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                       const float* x, const float* y, const float* dy, const Moments& moments,
+                       float epsilon, const float* weight, const float* sum_dy,
+                       const float* sum_dy_xhat, int64_t sums_stride, float* dx) {
+  const bool aligned = TakenByFour(shape.channels, x, dy, dx);
+  if (shape.relu) {
+    RunMap(q, shape.channels, leaves, aligned && IsAligned16(y),
+           BackwardMap<true>{x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, sums_stride,
+                             dx});
+  } else {
+    RunMap(q, shape.channels, leaves, aligned,
+           BackwardMap<false>{x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, sums_stride,
+                              dx});
+  }
+}
+
+void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,
+                           const float* m2, float momentum, float* running_mean,
+                           float* running_var) {
+  const float divisor = static_cast<float>(n > 1 ? n - 1 : 1);
+  Launch(q, dim3(static_cast<unsigned>(CeilDiv(channels, kThreads))), dim3(kThreads), 0,
+         UpdateAverages, channels, divisor, mean, m2, momentum, running_mean, running_var);
+}
+
+}  // namespace lockstep::device::cuda

@@ -1,0 +1,334 @@
+// Reducing the rows of each leaf of x {rows, columns} to one row: sums, moments.
+//
+// The order is a function of the leaf's n rows alone, so a column's bits depend neither on other
+// columns nor on other leaves, nor on how a launch is cut. Rows are cut into chunks of
+// ChunkRows(n). In a chunk lane l of kRowLanes takes rows l, l + kRowLanes, ... in order, in float;
+// lanes are combined by a tree, strides 16, 8, 4, 2, 1. Chunks are merged in double: lane k %
+// kRowLanes takes chunk k, in order, then the same tree.
+//
+// A block is {columns of a tile, kRowLanes, chunks}. Where a block holds all chunks of a leaf it
+// merges them itself; otherwise a second launch does, from partial results in the workspace.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "common/philox.h"  // LOCKSTEP_DEVICE
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/kernel_types.h"
+
+namespace lockstep::device::cuda {
+
+constexpr int kRowLanes = 32;
+constexpr int64_t kChunkRows = 128;  // the fewest, and a multiple of kRowLanes
+constexpr int64_t kMostChunks = 128;
+
+LOCKSTEP_DEVICE inline int64_t ChunkRows(int64_t n) {
+  constexpr int64_t kStep = kChunkRows * kMostChunks;
+  return kChunkRows * ((n + kStep - 1) / kStep);
+}
+
+// What a lane, or a chunk, knows of its columns.
+template <int kVector, int kPlanes>
+struct Partial {
+  Lanes<kVector> plane[kPlanes];
+};
+
+// The rows that a lane takes: `count` rows, kRowLanes apart, from `first` of the call's rows.
+struct LaneRows {
+  int leaf = 0;
+  int64_t leaf_first = 0;  // row of the call
+  int64_t first = 0;
+  int count = 0;
+};
+
+// A reduction is a struct with
+//   static constexpr int kPlanes, kMostThreads (of a block);
+//   Accumulate(rows, column, Partial*): of a lane; at least one row;
+//   Combine(count_a, count_b, Partial* a, b): a takes b in; counts of rows, not 0;
+//   Merge(chunks, LaneSum, column): writes what all of a leaf's chunks come to. All threads of
+//   the block call it.
+
+// The part of a call that one launch covers, so that its partial results fit the workspace.
+struct ReductionPart {
+  int first_leaf = 0;
+  int64_t first_column = 0;
+  int columns = 0;
+  int chunks = 0;  // at most, of a leaf: the partial results that a leaf has room for
+};
+
+// What is merged: a leaf's chunks.
+struct Chunks {
+  int leaf = 0;
+  int64_t leaf_first = 0, n = 0, chunk_rows = 0;  // rows
+  const float* partials = nullptr;                // {chunks, planes, columns}, at the first column
+  int columns = 0;
+};
+
+// Sums over the kRowLanes lanes of a block, by a tree in shared memory. All threads of the block
+// take part in barriers, those that are `active` in sums.
+template <int kVector>
+class LaneSum {
+ public:
+  __device__ LaneSum(const Chunks& chunks, double* shared, bool active)
+      : chunks_(chunks), shared_(shared), active_(active) {}
+
+  // Calls take(rows, Partial) for the chunks of this lane.
+  template <int kPlanes, class Take>
+  __device__ __forceinline__ void ForEachChunk(const Take& take) const {
+    if (!active_) return;
+    const int64_t size = static_cast<int64_t>(kPlanes) * chunks_.columns;
+    int64_t first = static_cast<int>(threadIdx.y) * chunks_.chunk_rows;
+    const float* from = chunks_.partials + static_cast<int>(threadIdx.y) * size;
+    for (; first < chunks_.n; first += kRowLanes * chunks_.chunk_rows, from += kRowLanes * size) {
+      Partial<kVector, kPlanes> chunk;
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          chunk.plane[plane].at[v] = from[plane * chunks_.columns + v];
+        }
+      }
+      const int64_t left = chunks_.n - first;
+      take(static_cast<double>(left < chunks_.chunk_rows ? left : chunks_.chunk_rows), chunk);
+    }
+  }
+
+  // The sum over lanes, in lane 0.
+  __device__ __forceinline__ void Sum(double (&value)[kVector]) {
+    const int lane = static_cast<int>(threadIdx.y);
+#pragma unroll
+    for (int stride = kRowLanes / 2; stride > 0; stride /= 2) {
+      if (stride * chunks_.chunk_rows >= chunks_.n) continue;  // those lanes had no chunk
+      if (active_ && lane >= stride && lane < 2 * stride) Write(lane, value);
+      __syncthreads();
+      if (active_ && lane < stride) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) value[v] += At(lane + stride)[v];
+      }
+    }
+  }
+  // From lane 0 to all lanes.
+  __device__ __forceinline__ void Broadcast(double (&value)[kVector]) {
+    if (chunks_.n <= chunks_.chunk_rows) return;       // only lane 0 had one
+    if (active_ && threadIdx.y == 0) Write(0, value);  // a place that Sum does not use
+    __syncthreads();
+    if (!active_) return;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) value[v] = At(0)[v];
+  }
+  __device__ bool is_first() const { return active_ && threadIdx.y == 0; }
+
+  static size_t bytes(int64_t width) {
+    return sizeof(double) * kRowLanes * kVector * static_cast<size_t>(width);
+  }
+
+ private:
+  __device__ double* At(int lane) const {
+    return shared_ +
+           (lane * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kVector;
+  }
+  __device__ void Write(int lane, const double (&value)[kVector]) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) At(lane)[v] = value[v];
+  }
+
+  const Chunks chunks_;
+  double* const shared_;
+  const bool active_;
+};
+
+// For reductions that add.
+template <int kVector, int kPlanes>
+__device__ __forceinline__ void AddPartial(Partial<kVector, kPlanes>* a,
+                                           const Partial<kVector, kPlanes>& b) {
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) a->plane[plane].at[v] += b.plane[plane].at[v];
+  }
+}
+template <int kVector, int kPlanes>
+__device__ __forceinline__ void SumChunks(LaneSum<kVector>& lanes,
+                                          double (&total)[kPlanes][kVector]) {
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) total[plane][v] = 0;
+  }
+  lanes.template ForEachChunk<kPlanes>([&](double, const Partial<kVector, kPlanes>& chunk) {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        total[plane][v] += static_cast<double>(chunk.plane[plane].at[v]);
+      }
+    }
+  });
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    if (plane > 0) __syncthreads();
+    lanes.Sum(total[plane]);
+  }
+}
+
+constexpr int kMergeThreads = 1024;
+
+template <class Reduction, int kVector>
+__global__ void __launch_bounds__(Reduction::kMostThreads)
+    ReduceChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
+  constexpr int kPlanes = Reduction::kPlanes;
+  const int local_leaf = static_cast<int>(blockIdx.z), leaf = part.first_leaf + local_leaf;
+  const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
+  const int64_t chunk_rows = ChunkRows(n);
+  const int first_chunk = static_cast<int>(blockIdx.y * blockDim.z);
+  if (first_chunk > 0 && first_chunk * chunk_rows >= n) return;
+  const int x = static_cast<int>(threadIdx.x), lane = static_cast<int>(threadIdx.y),
+            z = static_cast<int>(threadIdx.z), width = static_cast<int>(blockDim.x);
+  const int column = (static_cast<int>(blockIdx.x) * width + x) * kVector;
+  const bool here = column < part.columns;
+  const int chunk = first_chunk + z;
+  const int64_t chunk_first = chunk * chunk_rows;
+  const int64_t behind = n - chunk_first;
+  const int rows = static_cast<int>(behind < 0 ? 0 : behind < chunk_rows ? behind : chunk_rows);
+
+  Partial<kVector, kPlanes> values = {};
+  const int own = (rows + kRowLanes - 1 - lane) / kRowLanes;
+  if (here && own > 0) {
+    reduction.Accumulate({leaf, leaf_first, leaf_first + chunk_first + lane, own},
+                         part.first_column + column, &values);
+  }
+  auto* slots = SharedMemory<Partial<kVector, kPlanes>>() + z * kRowLanes * width + x;
+#pragma unroll
+  for (int stride = kRowLanes / 2; stride > 0; stride /= 2) {
+    if (lane >= stride && lane < 2 * stride) slots[lane * width] = values;
+    __syncthreads();
+    if (lane >= stride) continue;
+    // Here a lane stands for the rows that are the lane, modulo twice the stride.
+    const int count_a = (rows + 2 * stride - 1 - lane) / (2 * stride);
+    const int count_b = (rows + stride - 1 - lane) / (2 * stride);
+    if (count_b > 0) {
+      Reduction::Combine(static_cast<float>(count_a), static_cast<float>(count_b), &values,
+                         slots[(lane + stride) * width]);
+    }
+  }
+  const bool stores = lane == 0 && here && rows > 0;
+  if (gridDim.y > 1) {  // MergeChunks does the rest
+    if (!stores) return;
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const int64_t at = (static_cast<int64_t>(local_leaf) * part.chunks + chunk) * kPlanes + plane;
+      StoreLanes<kVector>(partials + at * part.columns + column, values.plane[plane]);
+    }
+    return;
+  }
+  // Every chunk is in this block: the partial results go to shared memory, behind what sums need.
+  __syncthreads();
+  double* const sums = SharedMemory<double>();
+  float* const chunks = reinterpret_cast<float*>(sums + kRowLanes * kVector * width);
+  const int tile = kVector * width;
+  if (stores) {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        chunks[(z * kPlanes + plane) * tile + x * kVector + v] = values.plane[plane].at[v];
+      }
+    }
+  }
+  __syncthreads();
+  const Chunks all = {leaf, leaf_first, n, chunk_rows, chunks + x * kVector, tile};
+  reduction.template Merge<kVector>(all, LaneSum<kVector>(all, sums, z == 0 && here),
+                                    part.first_column + column);
+}
+
+template <class Reduction>
+__global__ void __launch_bounds__(kMergeThreads)
+    MergeChunks(Reduction reduction, Leaves leaves, ReductionPart part, const float* partials) {
+  const int local_leaf = static_cast<int>(blockIdx.y), leaf = part.first_leaf + local_leaf;
+  const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
+  const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int64_t before = static_cast<int64_t>(local_leaf) * part.chunks * Reduction::kPlanes;
+  const Chunks all = {
+      leaf, leaf_first, n, ChunkRows(n), partials + before * part.columns + column, part.columns};
+  reduction.template Merge<1>(all, LaneSum<1>(all, SharedMemory<double>(), column < part.columns),
+                              part.first_column + column);
+}
+
+template <class Reduction, int kVector>
+void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leaves, int64_t columns,
+                  int most_chunks_a_block) {
+  constexpr int kPlanes = Reduction::kPlanes;
+  int64_t chunks = 1;
+  for (int l = 0; l < leaves.count; ++l) {
+    const int64_t n = leaves.begin[l + 1] - leaves.begin[l];
+    if (n > 0) chunks = std::max(chunks, CeilDiv(n, ChunkRows(n)));
+  }
+  constexpr int kGroups = Reduction::kMostThreads / kRowLanes;  // of lanes, in a block
+  // A row of a tile has at least the 32 bytes of a sector, at most a line's 128.
+  constexpr int kNarrowest = 8 / kVector, kWidest = std::min(32 / kVector, kGroups);
+  constexpr int kOrdinaryGroups = 8;
+  constexpr int64_t kFill = 132;  // blocks that occupy a large GPU
+  const int64_t vectors = columns / kVector;
+  const bool fits = chunks <= std::min(most_chunks_a_block, kGroups / kNarrowest);
+  int width = kWidest;
+  while (fits && width > kNarrowest &&
+         (width * chunks > kGroups || CeilDiv(vectors, width) * leaves.count < kFill)) {
+    width /= 2;
+  }
+  const int64_t tiles = CeilDiv(vectors, width);
+  width = static_cast<int>(CeilDiv(vectors, tiles));
+  const int depth = static_cast<int>(
+      fits ? chunks : std::min<int64_t>(chunks, std::max(1, kOrdinaryGroups / width)));
+  const bool one_stage = depth == chunks;  // as the kernel sees it by its grid
+
+  size_t shared = sizeof(Partial<kVector, kPlanes>) * kRowLanes * width * depth;
+  shared = std::max(
+      shared, LaneSum<kVector>::bytes(width) + sizeof(Partial<kVector, kPlanes>) * width * depth);
+  const auto launch = [&](const ReductionPart& part, int part_leaves) {
+    const auto part_tiles = static_cast<unsigned>(CeilDiv(part.columns, width * kVector));
+    const auto grid_leaves = static_cast<unsigned>(part_leaves);
+    float* const partials = static_cast<float*>(q.workspace);
+    Launch(q, dim3(part_tiles, static_cast<unsigned>(CeilDiv(chunks, depth)), grid_leaves),
+           dim3(static_cast<unsigned>(width), kRowLanes, static_cast<unsigned>(depth)), shared,
+           ReduceChunks<Reduction, kVector>, reduction, leaves, part, partials);
+    if (one_stage) return;
+    const int merged = std::min(part.columns, kMergeThreads / kRowLanes);
+    Launch(q, dim3(static_cast<unsigned>(CeilDiv(part.columns, merged)), grid_leaves),
+           dim3(static_cast<unsigned>(merged), kRowLanes), LaneSum<1>::bytes(merged),
+           MergeChunks<Reduction>, reduction, leaves, part, partials);
+  };
+  ReductionPart part;
+  part.chunks = static_cast<int>(chunks);
+  if (one_stage) {
+    part.columns = static_cast<int>(columns);
+    return launch(part, leaves.count);
+  }
+  constexpr int64_t kRoom = kWorkspaceBytes / sizeof(float) / kPlanes;
+  const int64_t most_columns = kRoom / chunks / 4 * 4;
+  for (; part.first_column < columns; part.first_column += most_columns) {
+    part.columns = static_cast<int>(std::min(most_columns, columns - part.first_column));
+    const int most_leaves = static_cast<int>(
+        std::min<int64_t>(leaves.count, std::max<int64_t>(1, kRoom / chunks / part.columns)));
+    for (part.first_leaf = 0; part.first_leaf < leaves.count; part.first_leaf += most_leaves) {
+      launch(part, std::min(most_leaves, leaves.count - part.first_leaf));
+    }
+  }
+}
+
+// `aligned`: what is read and written row by row lies on 16-byte boundaries. Leaves of at most
+// `most_chunks_a_block` chunks take one launch: more than a few pay where little is read.
+template <class Reduction>
+void ReduceRows(const Queue& q, const Reduction& reduction, const Leaves& leaves, int64_t columns,
+                bool aligned, int most_chunks_a_block) {
+  if (columns == 0) return;
+  if (aligned && columns % 4 == 0) {
+    ReduceRowsBy<Reduction, 4>(q, reduction, leaves, columns, most_chunks_a_block);
+  } else {
+    ReduceRowsBy<Reduction, 1>(q, reduction, leaves, columns, most_chunks_a_block);
+  }
+}
+
+}  // namespace lockstep::device::cuda
