@@ -46,6 +46,15 @@ void AddSpec(CLI::App* command, std::string* spec, std::vector<std::string>* ove
       ->type_size(1)
       ->allow_extra_args(false)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  // Behind --set, which assigns the list.
+  command
+      ->add_option_function<std::string>(
+          "--device",
+          [overrides](const std::string& device) {
+            overrides->push_back("resources.device=" + device);
+          },
+          "What to compute on: cpu or cuda (short for --set resources.device=...)")
+      ->type_name("KIND");
 }
 
 CLI::App* AddCommand(CLI::App& app, const std::string& name, const std::string& description,
@@ -93,8 +102,10 @@ int RunCli(int argc, char** argv, const std::string& version) {
       ->check(CLI::Range(1, 1024))
       ->default_val(1);
   command
-      ->add_option("--slots", run.slots,
-                   "Slots of each worker (default: the machine's cores, shared among the workers)")
+      ->add_option(
+          "--slots", run.slots,
+          "Slots of each worker (default: the machine's cores, shared among the workers; of a "
+          "GPU 1)")
       ->type_name("N")
       ->check(CLI::Range(1, 1024));
   command

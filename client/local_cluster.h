@@ -21,7 +21,8 @@ struct LocalClusterOptions {
   std::string server_program, worker_program;  // paths
   std::string folder;                          // absolute; holds server/, worker-<i>/ and logs/
   int workers = 1;
-  int slots = 1;  // of each
+  int slots = 1;               // of each
+  std::string device = "cpu";  // of the slots
 };
 
 class LocalCluster {

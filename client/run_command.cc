@@ -196,8 +196,15 @@ End Supervise(LocalCluster& cluster, Follower& follower, Progress& progress, Int
   return end;
 }
 
-absl::StatusOr<v1::JobSpec> LoadSpec(const RunOptions& options, int slots_offered) {
+// Slots of each worker: given, or of a machine's cores, or one stream of a GPU.
+int SlotsOf(const RunOptions& options, const v1::JobSpec& spec) {
+  if (options.slots > 0) return options.slots;
+  return spec.resources().device() == "cuda" ? 1 : std::max(1, AvailableCores() / options.workers);
+}
+
+absl::StatusOr<v1::JobSpec> LoadSpec(const RunOptions& options) {
   ASSIGN_OR_RETURN(v1::JobSpec spec, spec::LoadFile(options.spec, options.overrides));
+  const int slots_offered = options.workers * SlotsOf(options, spec);
   v1::ResourceSpec& resources = *spec.mutable_resources();
   if (!resources.has_slots()) {
     resources.set_slots(std::min(slots_offered, spec.train().shards()));
@@ -284,13 +291,12 @@ std::string Closing(const RunOptions& options, const v1::Job& job, const std::st
 
 int Run(const RunOptions& options, Interrupts& interrupts) {
   signal(SIGPIPE, SIG_IGN);  // a reader that leaves (`| head`) must not leave the cluster running
-  const int slots =
-      options.slots > 0 ? options.slots : std::max(1, AvailableCores() / options.workers);
-  const absl::StatusOr<v1::JobSpec> spec = LoadSpec(options, options.workers * slots);
+  const absl::StatusOr<v1::JobSpec> spec = LoadSpec(options);
   if (!spec.ok()) return Fail(absl::InvalidArgumentError(std::string(spec.status().message())));
   LocalClusterOptions local;
   local.workers = options.workers;
-  local.slots = slots;
+  const int slots = local.slots = SlotsOf(options, *spec);
+  local.device = spec->resources().device();
   for (const auto& [name, path] : {std::pair{"lockstep-server", &local.server_program},
                                    std::pair{"lockstep-worker", &local.worker_program}}) {
     absl::StatusOr<std::string> program = ProgramPath(name);

@@ -17,9 +17,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "common/host.h"
+#include "common/status_macros.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 #include "worker/agent/agent.h"
+#include "worker/device/module/cuda_module.h"
 #include "worker/train/member_job.h"
 #include "worker/train/offline.h"
 
@@ -38,17 +40,38 @@ struct Flags {
   std::string evaluate;
   std::string log_level = "info";
   int64_t flip_bit_at_step = 0;
+  int gpu = 0;
   bool insecure = false;
   bool explain = false;
   bool die_with_parent = false;
 };
 
-// "cpu:4" -> 4 slots. 0: malformed.
-int ParseSlots(const std::string& text) {
+// "cpu:4" -> 4 slots of device cpu. 0: malformed.
+int ParseSlots(const std::string& text, std::string* device) {
   absl::string_view count = text;
   int slots = 0;
-  if (!absl::ConsumePrefix(&count, "cpu:") || !absl::SimpleAtoi(count, &slots)) return 0;
-  return slots >= 1 && slots <= 1024 ? slots : 0;
+  for (const char* kind : {"cpu", "cuda"}) {
+    if (!absl::ConsumePrefix(&count, absl::StrCat(kind, ":"))) continue;
+    *device = kind;
+    return absl::SimpleAtoi(count, &slots) && slots >= 1 && slots <= 1024 ? slots : 0;
+  }
+  return 0;
+}
+
+// The GPU that this worker uses: where there are fewer than workers, they share.
+absl::StatusOr<int> ChooseGpu(int wanted) {
+  ASSIGN_OR_RETURN(const lockstep::device::CudaModule* module, lockstep::device::LoadCudaModule());
+  const lockstep::device::CudaReport report = module->report();
+  if (report.gpus.empty()) return absl::FailedPreconditionError(report.problem);
+  const int chosen = wanted % static_cast<int>(report.gpus.size());
+  const lockstep::device::GpuInfo& gpu = report.gpus[chosen];
+  if (!gpu.cannot_use.empty()) return absl::FailedPreconditionError(gpu.cannot_use);
+  if (chosen != wanted) {
+    spdlog::warn("there is no GPU {}; this worker shares GPU {} with another", wanted, chosen);
+  }
+  spdlog::info("GPU {}: {}, {} of {} MiB free", chosen, gpu.name, gpu.free_bytes >> 20,
+               gpu.memory_bytes >> 20);
+  return chosen;
 }
 
 // One generation of a job as the agent sees it, on MemberJob.
@@ -64,7 +87,7 @@ class TrainJob : public lockstep::agent::Job {
   lockstep::train::MemberJob job_;
 };
 
-int Serve(const Flags& flags, int slots) {
+int Serve(const Flags& flags, int slots, const std::string& device) {
   lockstep::agent::AgentOptions options;
   options.coordinator = flags.coordinator;
   options.insecure = flags.insecure;
@@ -73,6 +96,7 @@ int Serve(const Flags& flags, int slots) {
   options.host_id = flags.host_id;
   options.advertise = flags.advertise;
   options.slots = slots;
+  options.device = device;
   options.version = LOCKSTEP_VERSION;
 
   // Signals are taken by a thread of their own, so that handlers may lock.
@@ -92,6 +116,7 @@ int Serve(const Flags& flags, int slots) {
     member.work_dir = std::filesystem::absolute(flags.work_dir);
     member.version = LOCKSTEP_VERSION;
     member.data_path = flags.data;
+    member.gpu = flags.gpu;
     member.flip_bit_at_step = flags.flip_bit_at_step;
     member.send = [&outbox](lockstep::v1::WorkerMessage message) {
       outbox.Send(std::move(message));
@@ -128,7 +153,11 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", LOCKSTEP_VERSION);
   app.add_option("--coordinator", flags.coordinator, "host:port of lockstep-server")
       ->capture_default_str();
-  app.add_option("--slots", flags.slots, "what to offer: cpu:N, N slots of one thread each")
+  app.add_option("--slots", flags.slots,
+                 "what to offer: cpu:N, N slots of one thread each; cuda:N, N streams of one GPU")
+      ->capture_default_str();
+  app.add_option("--gpu", flags.gpu, "which GPU cuda slots are of")
+      ->check(CLI::Range(0, 1023))
       ->capture_default_str();
   app.add_option("--name", flags.name, "unique among the workers of a coordinator")
       ->capture_default_str();
@@ -187,10 +216,11 @@ int main(int argc, char** argv) {
     std::cout << *json << std::endl;
     return 0;
   }
-  const int slots = ParseSlots(flags.slots);
+  std::string device;
+  const int slots = ParseSlots(flags.slots, &device);
   if (slots == 0) {
     std::cerr << "lockstep-worker: --slots " << flags.slots
-              << ": accepted: cpu:N with N from 1 to 1024" << std::endl;
+              << ": accepted: cpu:N or cuda:N with N from 1 to 1024" << std::endl;
     return 2;
   }
   unsigned char address[sizeof(in6_addr)];
@@ -200,5 +230,14 @@ int main(int argc, char** argv) {
               << ": accepted: an IP address such as 10.0.0.2 (no name, no port)" << std::endl;
     return 2;
   }
-  return Serve(flags, slots);
+  if (device == "cuda") {
+    const absl::StatusOr<int> gpu = ChooseGpu(flags.gpu);
+    if (!gpu.ok()) {
+      std::cerr << "lockstep-worker: --slots " << flags.slots << ": " << gpu.status().message()
+                << std::endl;
+      return 1;
+    }
+    flags.gpu = *gpu;
+  }
+  return Serve(flags, slots, device);
 }

@@ -155,7 +155,7 @@ const std::map<std::string, Rule>& Rules() {
       {"CheckpointSpec.every_steps", Integer(0, kManySteps)},
       {"CheckpointSpec.every_epochs", Integer(0, kManyEpochs)},
       {"CheckpointSpec.keep", Integer(1, kInt32Max)},
-      {"ResourceSpec.device", Choice({"cpu"})},
+      {"ResourceSpec.device", Choice({"cpu", "cuda"})},
       {"ResourceSpec.slots", Integer(1, 4096)},
   };
   return rules;

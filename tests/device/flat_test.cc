@@ -126,12 +126,13 @@ OptimizerSlots SlotsAt(OptimizerType type, float* a, float* b, float* d, int64_t
 }
 
 TEST_P(FlatTest, OptimizersMatchTheReference) {
+  const auto scalars = In(std::vector<StepScalars>{kScalars});
   for (const OptimizerCoefficients& c : kOptimizers) {
     for (int64_t n : kOddSizes) {
       const State state(c.type, n);
       const auto gradient = In(state.gradient), parameters = In(state.parameters);
       const auto a = In(state.slots[0]), b = In(state.slots[1]), d = In(state.slots[2]);
-      device().OptimizerUpdate(stream(), c, n, &kScalars, gradient, parameters,
+      device().OptimizerUpdate(stream(), c, n, scalars, gradient, parameters,
                                SlotsAt(c.type, a, b, d, 0));
       std::vector<double> w = ToDoubles(state.parameters), wa = ToDoubles(state.slots[0]),
                           wb = ToDoubles(state.slots[1]), wd = ToDoubles(state.slots[2]);
@@ -149,12 +150,13 @@ TEST_P(FlatTest, OptimizersMatchTheReference) {
 }
 
 TEST_P(FlatTest, AnyCutOfAnUpdateGivesTheSameBits) {
+  const auto scalars = In(std::vector<StepScalars>{kScalars});
   constexpr int64_t kSize = 70;
   for (const OptimizerCoefficients& c : kOptimizers) {
     const State state(c.type, kSize);
     const auto gradient = In(state.gradient);
     const auto update = [&](int64_t at, float* w, const OptimizerSlots& slots, int64_t n) {
-      device().OptimizerUpdate(stream(), c, n, &kScalars, gradient + at, w + at, slots);
+      device().OptimizerUpdate(stream(), c, n, scalars, gradient + at, w + at, slots);
     };
     const auto w = In(state.parameters);
     const auto a = In(state.slots[0]), b = In(state.slots[1]), d = In(state.slots[2]);
@@ -175,6 +177,7 @@ TEST_P(FlatTest, AnyCutOfAnUpdateGivesTheSameBits) {
 // With a constant gradient the mean of squares and the square of the mean differ by roundings
 // alone, in either direction.
 TEST_P(FlatTest, ACenteredVarianceIsNeverBelowZero) {
+  const auto scalars = In(std::vector<StepScalars>{kScalars});
   for (const OptimizerType type :
        {OptimizerType::kRmsPropCentered, OptimizerType::kRmsPropCenteredMomentum}) {
     const OptimizerCoefficients c{.type = type, .momentum = 0.5f, .rho = 0.7f, .epsilon = 1.0f};
@@ -183,8 +186,7 @@ TEST_P(FlatTest, ACenteredVarianceIsNeverBelowZero) {
     const auto a = In(std::vector<float>(kSize)), b = In(std::vector<float>(kSize)),
                d = In(std::vector<float>(kSize));
     for (int step = 0; step < 100; ++step) {
-      device().OptimizerUpdate(stream(), c, kSize, &kScalars, gradient, w,
-                               SlotsAt(type, a, b, d, 0));
+      device().OptimizerUpdate(stream(), c, kSize, scalars, gradient, w, SlotsAt(type, a, b, d, 0));
     }
     int below = 0;
     for (int64_t i = 0; i < kSize; ++i) {

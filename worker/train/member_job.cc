@@ -25,6 +25,7 @@
 #include "worker/data/sampler.h"
 #include "worker/data/values.h"
 #include "worker/device/cpu/cpu_device.h"
+#include "worker/device/module/cuda_module.h"
 #include "worker/train/checkpoint.h"
 #include "worker/train/probe.h"
 #include "worker/train/step_loop.h"
@@ -61,7 +62,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
         graph.loss == spec::LossType::kSoftmaxCrossEntropy || graph.target == spec::Target::kLabel;
     RETURN_IF_ERROR(LoadData(MakeValueRule(graph)));
     ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
-    ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
+    RETURN_IF_ERROR(MakeDevice());
     ASSIGN_OR_RETURN(stream_, device_->MakeStream());
     RETURN_IF_ERROR(MakePlans());
     RETURN_IF_ERROR(MakeState());
@@ -179,6 +180,16 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
  private:
+  absl::Status MakeDevice() {
+    if (spec_.resources().device() != "cuda") {
+      ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
+      return absl::OkStatus();
+    }
+    ASSIGN_OR_RETURN(const device::CudaModule* module, device::LoadCudaModule());
+    ASSIGN_OR_RETURN(device_, module->make_device(options_.gpu));
+    return absl::OkStatus();
+  }
+
   absl::Status LoadData(const data::ValueRule& rule) {
     // Synthetic data has no path.
     std::string folder = options_.data_path.empty() ? spec_.data().path() : options_.data_path;

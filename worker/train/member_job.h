@@ -26,6 +26,7 @@ struct MemberOptions {
   std::string work_dir;  // output folder <work_dir>/<job> where Prepare gives none
   std::string version;
   std::string data_path;  // replaces the spec's where not empty
+  int gpu = 0;            // which of the machine's, for a spec with resources.device cuda
   bool evaluate_only =
       false;  // Run evaluates the checkpoint of prepare.resume_from and trains nothing
   int64_t flip_bit_at_step = 0;  // fault injection, see StepLoop

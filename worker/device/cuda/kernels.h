@@ -39,10 +39,6 @@ void GlobalAveragePoolBackward(const Queue& q, int64_t rows, int64_t spatial, in
 // cancellation, one pass over memory.
 void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* x,
                       float* mean, float* m2, int64_t stride);
-// (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a.
-void MergeMoments(const Queue& q, int64_t channels, int64_t count_a, const float* mean_a,
-                  const float* m2_a, int64_t count_b, const float* mean_b, const float* m2_b,
-                  float* mean, float* m2);
 // inv_std = 1 / sqrt(spread / divisor + epsilon); y = (x - mean) * inv_std * weight + bias, plus
 // residual (null: none), then relu. y may alias x or residual.
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
