@@ -183,11 +183,12 @@ TEST_P(DropoutTest, MatchesScalarPhiloxFromAnyFirstElement) {
                         28, 29, 30, 31, 32, 33, 61, 64, 65, 100, 257}) {
         for (Guard guard : {Guard::kBehind, Guard::kBefore}) {
           const std::vector<float> x = RandomFloats(n, 10);
-          const StepScalars scalars{.step = 0x100000007ull + n};
+          const StepScalars host_scalars{.step = 0x100000007ull + n};
+          const auto scalars = In(std::vector<StepScalars>{host_scalars});
           const auto in = In(x, guard), out = Out(n, guard);
-          device().Dropout(stream(), n, in, 0.3f, key, &scalars, base + offset, out);
-          ASSERT_TRUE(
-              SameBits(out.Read(), DropoutReference(x, 0.3f, key, scalars.step, base + offset)))
+          device().Dropout(stream(), n, in, 0.3f, key, scalars, base + offset, out);
+          ASSERT_TRUE(SameBits(out.Read(),
+                               DropoutReference(x, 0.3f, key, host_scalars.step, base + offset)))
               << n << " elements from " << base + offset;
         }
       }
@@ -198,38 +199,41 @@ TEST_P(DropoutTest, MatchesScalarPhiloxFromAnyFirstElement) {
 TEST_P(DropoutTest, ComparesAsTheScalarDoesForEveryRate) {
   constexpr int64_t kSize = 4096;
   const PhiloxKey key{7, 11};
-  const StepScalars scalars{.step = 3};
+  const StepScalars host_scalars{.step = 3};
+  const auto scalars = In(std::vector<StepScalars>{host_scalars});
   const std::vector<float> x(kSize, 1.0f);
   const auto in = In(x), out = Out(kSize);
   // Among them a rate that is exactly the uniform number of an element, and its neighbours.
-  const float exact = ToUniform(PhiloxAt(key, 100, scalars.step));
+  const float exact = ToUniform(PhiloxAt(key, 100, host_scalars.step));
   for (float rate : {0.0f, 1e-9f, 0.1f, 0.25f, 0.5f, 0.999f, exact, std::nextafter(exact, 0.0f),
                      std::nextafter(exact, 1.0f)}) {
-    device().Dropout(stream(), kSize, in, rate, key, &scalars, 0, out);
-    ASSERT_TRUE(SameBits(out.Read(), DropoutReference(x, rate, key, scalars.step, 0))) << rate;
+    device().Dropout(stream(), kSize, in, rate, key, scalars, 0, out);
+    ASSERT_TRUE(SameBits(out.Read(), DropoutReference(x, rate, key, host_scalars.step, 0))) << rate;
   }
 }
 
 TEST_P(DropoutTest, AnyCutGivesTheSameBitsInPlaceToo) {
   constexpr int64_t kSize = 200;
   const PhiloxKey key{5, 6};
-  const StepScalars scalars{.step = 9};
+  const StepScalars host_scalars{.step = 9};
+  const auto scalars = In(std::vector<StepScalars>{host_scalars});
   const std::vector<float> x = RandomFloats(kSize, 11);
   const auto in = In(x), whole = Out(kSize);
-  device().Dropout(stream(), kSize, in, 0.5f, key, &scalars, 77, whole);
+  device().Dropout(stream(), kSize, in, 0.5f, key, scalars, 77, whole);
   for (int64_t at = 0; at <= kSize; ++at) {
     const auto cut = In(x);
-    device().Dropout(stream(), at, cut, 0.5f, key, &scalars, 77, cut);
-    device().Dropout(stream(), kSize - at, cut + at, 0.5f, key, &scalars, 77 + at, cut + at);
+    device().Dropout(stream(), at, cut, 0.5f, key, scalars, 77, cut);
+    device().Dropout(stream(), kSize - at, cut + at, 0.5f, key, scalars, 77 + at, cut + at);
     ASSERT_TRUE(SameBits(cut.Read(), whole.Read())) << "cut at " << at;
   }
 }
 
 TEST_P(DropoutTest, DropsTheRateAndKeepsTheMean) {
   constexpr int64_t kSize = 1 << 18;
-  const StepScalars scalars{.step = 1};
+  const StepScalars host_scalars{.step = 1};
+  const auto scalars = In(std::vector<StepScalars>{host_scalars});
   const auto in = In(std::vector<float>(kSize, 1.0f)), out = Out(kSize);
-  device().Dropout(stream(), kSize, in, 0.25f, {1, 2}, &scalars, 0, out);
+  device().Dropout(stream(), kSize, in, 0.25f, {1, 2}, scalars, 0, out);
   double sum = 0, zeros = 0;
   for (float y : out.Read()) {
     sum += y;

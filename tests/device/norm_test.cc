@@ -1,4 +1,5 @@
 #include <cmath>
+#include <utility>
 
 #include "tests/device/device_test_fixture.h"
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -222,7 +223,7 @@ TEST_F(KernelLeavesTest, LossesOfLeavesHaveTheBitsThatTheyHaveAlone) {
   // By warps in one launch; by warps in two; by blocks.
   for (int64_t features : {1, 3, 10, 16, 33, 1000, 1100}) {
     for (bool many : {false, true}) {
-      if (many && features > 33) continue;
+      if (many && features != 10 && features != 16) continue;
       SCOPED_TRACE(features);
       const std::vector<int64_t>& rows = many ? kManyRows : kFewRows;
       const Leaves leaves = LeavesOf(rows);

@@ -31,6 +31,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -164,6 +165,14 @@ class Lstm {
                         void* scratch) = 0;
 };
 
+// Calls of the device that can be made again, with the arguments they had: a CUDA graph. It must
+// not outlive what the calls use.
+class Recording {
+ public:
+  virtual ~Recording() = default;
+  virtual void Replay(Stream& stream) = 0;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -185,6 +194,12 @@ class Device {
   // reused at once if it is the source, and is valid after Synchronize if it is the target.
   virtual void Copy(Stream& stream, const void* from, void* to, size_t bytes) = 0;
   virtual void Zero(Stream& stream, void* to, size_t bytes) = 0;
+
+  // Records what `calls` calls on the stream, instead of running it; calls that allocate or wait
+  // are forbidden in it, and it should have run once before. Null where the device has no use for
+  // it: then nothing is called. Fails where something in it cannot be recorded.
+  virtual absl::StatusOr<std::unique_ptr<Recording>> Record(
+      Stream& stream, absl::FunctionRef<absl::Status()> calls) = 0;
 
   // `rows` lists every number of rows that will be asked for; primitives are made here, none later.
   virtual absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
@@ -242,6 +257,16 @@ class Device {
                                  const Moments& moments, float epsilon, const float* weight,
                                  const float* sum_dy, const float* sum_dy_xhat, int64_t stride,
                                  float* dx) = 0;
+  // The leaves' records merged by the canonical tree into one, in memory of the device; leaves are
+  // of n = rows * spatial elements a channel.
+  virtual void MergeLeafMoments(Stream& stream, int64_t channels, const Leaves& leaves,
+                                const float* mean, const float* m2, int64_t stride,
+                                float* merged_mean, float* merged_m2) = 0;
+  // The same for all norms at once, and UpdateRunningAverages with what comes of it: `slices` is a
+  // table that kernels read, leaves are of rows, records lie `stride` apart.
+  virtual void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
+                                int64_t most_channels, const Leaves& leaves, const float* records,
+                                int64_t stride, float* statistics) = 0;
   // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
   virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                                      const float* m2, float momentum, float* running_mean,
@@ -344,15 +369,28 @@ class Device {
   virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars* scalars, const float* gradient, float* parameters,
                                const OptimizerSlots& slots) = 0;
+  // The same for pieces with coefficients of their own, of at most kUpdatePiece elements, in a
+  // table that kernels read. Pointers are those of whole vectors.
+  virtual void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
+                                     int64_t count, const UpdatePiece* pieces,
+                                     const StepScalars* scalars, const float* gradient,
+                                     float* parameters, const OptimizerSlots& slots) = 0;
   // sums[b] = the sum of squares of block b of kNormBlock elements (the last may be shorter), in an
   // order that depends on the block's length alone. In double, where no finite float overflows: a
   // sum is finite exactly where all elements of its block are.
   virtual void SquaredNorms(Stream& stream, int64_t n, const float* x, double* sums) = 0;
+  // The same of blocks of x anywhere, in a table that kernels read.
+  virtual void SquaredNormsOf(Stream& stream, int64_t count, const NormBlock* blocks,
+                              const float* x, double* sums) = 0;
   // *flag |= 1 where any element is infinite or NaN.
   virtual void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) = 0;
   // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
   virtual void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
                                 uint64_t first_index, Digest* digest) = 0;
+  // digests[i] = the sum over piece i of a table that kernels read, of at most kDigestPiece
+  // elements each.
+  virtual void DigestPieces(Stream& stream, int64_t count, const DigestPiece* pieces,
+                            Digest* digests) = 0;
 
   // ---- samples.
   // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])

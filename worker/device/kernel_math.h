@@ -245,6 +245,14 @@ LOCKSTEP_MATH void MergeChannel(double share, double cross, float mean_a, float 
   m2 = static_cast<float>(__builtin_fma(delta * delta, cross, spread));
 }
 
+// One channel's running averages, moved towards the moments of n elements.
+LOCKSTEP_MATH void UpdateRunningAverage(int64_t n, float mean, float m2, float momentum,
+                                        float& running_mean, float& running_var) {
+  const float variance = m2 / static_cast<float>(n > 1 ? n - 1 : 1);
+  running_mean = Fma(momentum, mean - running_mean, running_mean);
+  running_var = Fma(momentum, variance - running_var, running_var);
+}
+
 // ---- optimizers (kernel_types.h, OptimizerCoefficients): one element, in this order of
 // operations.
 template <OptimizerType kType, class V>

@@ -68,6 +68,33 @@ inline constexpr LeafFold kOneLeaf = {1, &kFirstBuffer, &kNoCombines, nullptr, 1
 // share of a large one is even.
 constexpr int64_t kNormBlock = 4096;
 
+// ---- tables of pieces of flat vectors, which kernels read: one call for all tensors of a model.
+
+struct NormBlock {
+  int64_t begin = 0;
+  int64_t length = 0;  // at most kNormBlock
+};
+// What is its own of a range of an optimizer's coefficients (OptimizerCoefficients).
+struct UpdatePiece {
+  int64_t begin = 0, end = 0;
+  float l2 = 0, weight_decay = 0, rate_multiplier = 1;
+};
+constexpr int64_t kUpdatePiece = 4096;  // elements at most
+// A piece of a tensor of the state, beginning at element first_index of it.
+struct DigestPiece {
+  const float* data = nullptr;
+  int64_t count = 0;
+  uint64_t tensor_key = 0, first_index = 0;
+};
+constexpr int64_t kDigestPiece = 16384;  // elements at most
+// A batch norm's part of a leaf's moments record, and of the vector of running averages.
+struct StatisticsSlice {
+  int64_t offset = 0, channels = 0;  // mean[channels], then M2[channels] from offset on
+  int64_t spatial = 0;               // elements a row
+  int64_t running_mean = 0, running_var = 0;
+  float momentum = 0;
+};
+
 struct PoolShape {
   int64_t height = 0, width = 0, channels = 0;  // of the input
   int64_t kernel = 0, stride = 0, padding = 0;  // square; padding < kernel

@@ -37,6 +37,18 @@ struct Plan::Impl {
   StepContext context;
   Joint joint;
 
+  // A training step that has run, by everything that its kernels' arguments follow from.
+  struct Ran {
+    std::vector<ShardInput> shards;
+    std::vector<float*> leaves;
+    const device::StepScalars* scalars = nullptr;
+    float loss_scale = 0;
+    const device::Stream* stream = nullptr;
+    std::unique_ptr<device::Recording> recording;  // null before its second time
+  };
+  std::vector<std::unique_ptr<Ran>> ran;
+  Ran* FindRan(absl::Span<const ShardInput> shards);
+
   int64_t sums_size() const { return 2 * widest_norm; }
   const float* readable_moments(int position) const {
     return (host_moments != nullptr ? host_moments : moments)->floats() +
@@ -57,7 +69,9 @@ struct Plan::Impl {
                            MomentExchange& exchange);
   absl::Status RunCalls(Executor& executor, int calls, absl::Span<const ShardInput> shards,
                         MomentExchange* exchange);
+  void MergeHere(const MomentsSlice& slice, bool moments, absl::Span<const ShardInput> shards);
   void ShowMoments(size_t shards);
+  absl::Status RunTraining(absl::Span<const ShardInput> shards, MomentExchange& exchange);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
   // Calls visit(call, frame) for the segment's calls before `end`, in the order that its memory was
   // planned for.
@@ -179,6 +193,10 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
                                      MomentExchange& exchange) {
   const MomentsSlice& slice = program->moments()[segment.moments];
   const bool moments = segment.exchange == Exchange::kMoments;
+  if (!device->host_addressable() && exchange.IsLocal()) {
+    MergeHere(slice, moments, shards);
+    return absl::OkStatus();
+  }
   const size_t bytes = sizeof(float) * 2 * static_cast<size_t>(slice.channels);
   for (size_t i = 0; i < shards.size(); ++i) {
     const int position = static_cast<int>(i);
@@ -200,6 +218,29 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
   device->Copy(*context.stream, root, moments ? merged.moments + slice.offset : merged.sums, bytes);
   if (moments) merged.rows[segment.moments] = rows;
   return absl::OkStatus();
+}
+
+// An exchange in which nobody else takes part, on the device.
+void Plan::Impl::MergeHere(const MomentsSlice& slice, bool moments,
+                           absl::Span<const ShardInput> shards) {
+  const int count = static_cast<int>(shards.size());
+  if (!moments) {
+    std::vector<const float*>& sums_of = records;
+    for (int i = 0; i < count; ++i) sums_of[i] = frames[i].sums;
+    device->TreeSum(*context.stream, 2 * slice.channels,
+                    absl::MakeConstSpan(sums_of.data(), shards.size()), merged.sums);
+    return;
+  }
+  device::Leaves leaves;
+  leaves.count = count;
+  for (int i = 0; i < count; ++i) {
+    leaves.begin[i + 1] = leaves.begin[i] + shards[i].rows * slice.spatial;
+  }
+  const float* mean = frames[0].moments + slice.offset;
+  float* merged_mean = merged.moments + slice.offset;
+  device->MergeLeafMoments(*context.stream, slice.channels, leaves, mean, mean + slice.channels,
+                           program->moments_size(), merged_mean, merged_mean + slice.channels);
+  merged.rows[&slice - program->moments().data()] = leaves.total() / slice.spatial;
 }
 
 // The first `calls`, in the order that their memory is planned for.
@@ -245,10 +286,47 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
   p.context.leaves_stay = sink.LeavesStay();
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
   p.BindJoint(shards.size());
-  const int calls = static_cast<int>(p.train->lowering().calls.size());
-  RETURN_IF_ERROR(p.RunCalls(*p.train, calls, shards, &exchange));
-  p.ShowMoments(shards.size());
+  const bool repeats = !p.device->host_addressable() && sink.LeavesStay() && !shards.empty() &&
+                       (exchange.IsLocal() || !p.program->has_synchronized_norm());
+  if (!repeats) return p.RunTraining(shards, exchange);
+  Impl::Ran* const before = p.FindRan(shards);
+  if (before == nullptr) return p.RunTraining(shards, exchange);  // once as it is
+  if (before->recording == nullptr) {
+    ASSIGN_OR_RETURN(before->recording,
+                     p.device->Record(stream, [&] { return p.RunTraining(shards, exchange); }));
+  }
+  before->recording->Replay(stream);
   return absl::OkStatus();
+}
+
+absl::Status Plan::Impl::RunTraining(absl::Span<const ShardInput> shards,
+                                     MomentExchange& exchange) {
+  const int calls = static_cast<int>(train->lowering().calls.size());
+  RETURN_IF_ERROR(RunCalls(*train, calls, shards, &exchange));
+  if (!exchange.IsLocal()) ShowMoments(shards.size());
+  return absl::OkStatus();
+}
+
+// The same step as it ran before; null, and remembered, the first time.
+Plan::Impl::Ran* Plan::Impl::FindRan(absl::Span<const ShardInput> shards) {
+  const auto same_leaf = [](float* leaf, const Frame& frame) { return leaf == frame.leaf; };
+  for (const auto& one : ran) {
+    if (one->scalars == context.scalars && one->loss_scale == context.loss_scale &&
+        one->stream == context.stream &&
+        std::equal(one->shards.begin(), one->shards.end(), shards.begin(), shards.end()) &&
+        std::equal(one->leaves.begin(), one->leaves.end(), frames.begin(), same_leaf)) {
+      return one.get();
+    }
+  }
+  constexpr size_t kMost = 4;  // a full batch, a short one; accumulation has as many as passes
+  if (ran.size() >= kMost) return nullptr;
+  auto& one = ran.emplace_back(std::make_unique<Ran>());
+  one->shards.assign(shards.begin(), shards.end());
+  for (size_t i = 0; i < shards.size(); ++i) one->leaves.push_back(frames[i].leaf);
+  one->scalars = context.scalars;
+  one->loss_scale = context.loss_scale;
+  one->stream = context.stream;
+  return nullptr;
 }
 
 absl::Status Plan::GatherMoments(device::Stream& stream, optim::FlatState& state,
@@ -280,6 +358,8 @@ void Plan::Evaluate(device::Stream& stream, optim::FlatState& state,
 const ShardResult& Plan::result(int position) const { return *impl_->result(position); }
 
 const float* Plan::moments(int position) const { return impl_->readable_moments(position); }
+
+const float* Plan::device_moments() const { return impl_->moments->floats(); }
 
 absl::StatusOr<bool> Plan::Impl::IsNonFinite(const float* x, int64_t n) {
   auto* non_finite = static_cast<uint32_t*>(flag->data());

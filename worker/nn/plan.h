@@ -14,8 +14,9 @@
 // better than one for each.
 //
 // Operations (prepared dense and convolutions with their packed weights) belong to the address
-// space and are shared by its plans. On CUDA a plan also owns the graph that replays it: everything
-// that changes between steps reaches kernels through StepScalars and fixed input buffers.
+// space and are shared by its plans. On CUDA a plan also owns the graph that replays a training
+// step that it has run before, where no other slot takes part: everything that changes between
+// steps reaches kernels through StepScalars and fixed input buffers.
 //
 // Not thread-safe: one thread drives one plan; plans of several slots run at once.
 #pragma once
@@ -67,6 +68,7 @@ struct ShardInput {
   const float* data = nullptr;      // {rows, data shape}
   const int32_t* labels = nullptr;  // {rows}
   int64_t first_position = 0;       // of its first sample in the global batch
+  friend bool operator==(const ShardInput&, const ShardInput&) = default;
 };
 
 // Where a shard's gradient goes; implemented by the canonical all-reduce. A leaf's tensor is
@@ -105,6 +107,9 @@ class MomentExchange {
                                                absl::Span<const ShardInput> shards,
                                                absl::Span<const float* const> records,
                                                int64_t* rows) = 0;
+  // The shards of every call are all of the batch's, in order, at most device::kMostLeaves: a plan
+  // may merge them itself.
+  virtual bool IsLocal() const { return false; }
 };
 
 // Per shard results of a step or evaluation batch, in host-visible memory of the plan.
@@ -144,8 +149,11 @@ class Plan {
 
   // Of the last call, by position in its `shards`.
   const ShardResult& result(int position) const;
-  // The moments record (Program::moments()) of a shard of the last TrainStep or GatherMoments.
+  // The moments record (Program::moments()) of a shard of the last TrainStep or GatherMoments, for
+  // the host when the stream is synchronized; not of a TrainStep whose exchange is local.
   const float* moments(int position) const;
+  // The same in memory of the device, Program::moments_size() floats a position, of any.
+  const float* device_moments() const;
 
   // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of
   // the first that has an element that is not finite ("conv1.weight", then outputs in execution

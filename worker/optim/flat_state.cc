@@ -1,11 +1,13 @@
 #include "worker/optim/flat_state.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "absl/memory/memory.h"
 #include "common/philox.h"
 #include "common/status_macros.h"
+#include "worker/device/upload.h"
 
 namespace lockstep::optim {
 namespace {
@@ -94,6 +96,37 @@ void FlatState::AccumulateDigests(device::Device& device, device::Stream& stream
     device.AccumulateDigest(stream, end - begin, tensor.data + begin, tensor.digest_key,
                             static_cast<uint64_t>(begin), &digests[i]);
   }
+}
+
+absl::StatusOr<std::unique_ptr<FlatState::DigestTable>> FlatState::DigestTable::Make(
+    device::Device& device, const FlatState& state, int part, int parts) {
+  auto table = absl::WrapUnique(new DigestTable());
+  std::vector<device::DigestPiece> pieces;
+  for (size_t i = 0; i < state.named_.size(); ++i) {
+    const Named& tensor = state.named_[i];
+    const int64_t end = tensor.size * (part + 1) / parts;
+    for (int64_t at = tensor.size * part / parts; at < end; at += device::kDigestPiece) {
+      pieces.push_back({tensor.data + at, std::min(device::kDigestPiece, end - at),
+                        tensor.digest_key, static_cast<uint64_t>(at)});
+      table->tensors_.push_back(static_cast<int>(i));
+    }
+  }
+  ASSIGN_OR_RETURN(table->table_, device::Upload(device, pieces));
+  ASSIGN_OR_RETURN(table->sums_,
+                   device.AllocateHostVisible(sizeof(Digest) * std::max<size_t>(pieces.size(), 1)));
+  return table;
+}
+
+void FlatState::DigestTable::Enqueue(device::Device& device, device::Stream& stream) {
+  device.DigestPieces(stream, static_cast<int64_t>(tensors_.size()),
+                      static_cast<const device::DigestPiece*>(table_->data()),
+                      static_cast<Digest*>(sums_->data()));
+}
+
+void FlatState::DigestTable::Collect(absl::Span<Digest> digests) const {
+  const auto* sums = static_cast<const Digest*>(sums_->data());
+  std::fill(digests.begin(), digests.end(), Digest());
+  for (size_t i = 0; i < tensors_.size(); ++i) digests[tensors_[i]] += sums[i];
 }
 
 void Initialize(const FlatLayout& layout, uint64_t seed, float* values) {

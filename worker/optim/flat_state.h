@@ -81,6 +81,22 @@ class FlatState {
   void AccumulateDigests(device::Device& device, device::Stream& stream, int part, int parts,
                          absl::Span<Digest> digests);
 
+  // The same in one call, from a table of the pieces of a part that is made once: Enqueue, and when
+  // the stream is synchronized, Collect.
+  class DigestTable {
+   public:
+    static absl::StatusOr<std::unique_ptr<DigestTable>> Make(device::Device& device,
+                                                             const FlatState& state, int part,
+                                                             int parts);
+    void Enqueue(device::Device& device, device::Stream& stream);
+    void Collect(absl::Span<Digest> digests) const;
+
+   private:
+    DigestTable() = default;
+    std::vector<int> tensors_;                      // by piece
+    std::unique_ptr<device::Memory> table_, sums_;  // by piece; sums host-visible
+  };
+
  private:
   FlatState() = default;
   FlatLayout parameter_layout_, statistics_layout_;

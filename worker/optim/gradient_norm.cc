@@ -5,6 +5,7 @@
 
 #include "absl/memory/memory.h"
 #include "common/status_macros.h"
+#include "worker/device/upload.h"
 
 namespace lockstep::optim {
 namespace {
@@ -24,10 +25,15 @@ double TreeSum(int64_t begin, int64_t end, const Value& value) {
 absl::StatusOr<std::unique_ptr<GradientNorm>> GradientNorm::Make(device::Device& device,
                                                                  const FlatLayout& layout) {
   auto norm = absl::WrapUnique(new GradientNorm());
+  std::vector<device::NormBlock> blocks;
   for (const TensorView& view : layout.tensors) {
-    norm->tensors_.push_back({view.offset, view.size, norm->blocks_});
-    norm->blocks_ += (view.size + device::kNormBlock - 1) / device::kNormBlock;
+    norm->first_blocks_.push_back(static_cast<int64_t>(blocks.size()));
+    for (int64_t at = 0; at < view.size; at += device::kNormBlock) {
+      blocks.push_back({view.offset + at, std::min(device::kNormBlock, view.size - at)});
+    }
   }
+  norm->blocks_ = static_cast<int64_t>(blocks.size());
+  ASSIGN_OR_RETURN(norm->table_, device::Upload(device, blocks));
   ASSIGN_OR_RETURN(norm->sums_,
                    device.AllocateHostVisible(
                        sizeof(double) * static_cast<size_t>(std::max<int64_t>(norm->blocks_, 1))));
@@ -37,16 +43,9 @@ absl::StatusOr<std::unique_ptr<GradientNorm>> GradientNorm::Make(device::Device&
 void GradientNorm::Sum(device::Device& device, device::Stream& stream, int part, int parts,
                        const float* gradient) {
   const int64_t begin = blocks_ * part / parts, end = blocks_ * (part + 1) / parts;
-  for (const Tensor& tensor : tensors_) {
-    const int64_t blocks = (tensor.size + device::kNormBlock - 1) / device::kNormBlock;
-    const int64_t first = std::max(begin, tensor.first_block) - tensor.first_block;
-    const int64_t last = std::min(end - tensor.first_block, blocks);
-    if (first >= last) continue;
-    const int64_t from = first * device::kNormBlock;
-    const int64_t to = std::min(last * device::kNormBlock, tensor.size);
-    device.SquaredNorms(stream, to - from, gradient + tensor.offset + from,
-                        sums() + tensor.first_block + first);
-  }
+  device.SquaredNormsOf(stream, end - begin,
+                        static_cast<const device::NormBlock*>(table_->data()) + begin, gradient,
+                        sums() + begin);
 }
 
 bool GradientNorm::IsFinite(int part, int parts) const {
@@ -56,10 +55,10 @@ bool GradientNorm::IsFinite(int part, int parts) const {
 
 double GradientNorm::Value() const {
   if (blocks_ == 0) return 0;
-  const auto count = static_cast<int64_t>(tensors_.size());
+  const auto count = static_cast<int64_t>(first_blocks_.size());
   return std::sqrt(TreeSum(0, count, [&](int64_t i) {
-    const int64_t end = i + 1 < count ? tensors_[i + 1].first_block : blocks_;
-    return TreeSum(tensors_[i].first_block, end, [&](int64_t block) { return sums()[block]; });
+    const int64_t end = i + 1 < count ? first_blocks_[i + 1] : blocks_;
+    return TreeSum(first_blocks_[i], end, [&](int64_t block) { return sums()[block]; });
   }));
 }
 

@@ -33,14 +33,11 @@ class GradientNorm {
   double Value() const;
 
  private:
-  struct Tensor {
-    int64_t offset, size;  // in the flat vector
-    int64_t first_block;
-  };
   GradientNorm() = default;
   double* sums() const { return static_cast<double*>(sums_->data()); }
 
-  std::vector<Tensor> tensors_;
+  std::vector<int64_t> first_blocks_;      // by tensor
+  std::unique_ptr<device::Memory> table_;  // a NormBlock for each block
   int64_t blocks_ = 0;
   std::unique_ptr<device::Memory> sums_;  // a double for each block, host-visible
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include "worker/device/upload.h"
 
 namespace lockstep::optim {
 namespace {
@@ -78,6 +79,31 @@ void Optimizer::Update(device::Device& device, device::Stream& stream, int64_t b
     device.OptimizerUpdate(stream, range.coefficients, last - first, scalars, gradient + first,
                            state.parameters() + first, slots);
   }
+}
+
+absl::StatusOr<Optimizer::Pieces> Optimizer::MakePieces(device::Device& device, int64_t begin,
+                                                        int64_t end) const {
+  std::vector<device::UpdatePiece> pieces;
+  for (const Range& range : ranges_) {
+    const device::OptimizerCoefficients& own = range.coefficients;
+    const int64_t last = std::min(end, range.end);
+    for (int64_t at = std::max(begin, range.begin); at < last; at += device::kUpdatePiece) {
+      pieces.push_back({at, std::min(last, at + device::kUpdatePiece), own.l2, own.weight_decay,
+                        own.rate_multiplier});
+    }
+  }
+  ASSIGN_OR_RETURN(auto table, device::Upload(device, pieces));
+  return Pieces(std::move(table), static_cast<int64_t>(pieces.size()));
+}
+
+void Optimizer::Update(device::Device& device, device::Stream& stream, const Pieces& pieces,
+                       const device::StepScalars* scalars, const float* gradient,
+                       FlatState& state) const {
+  device::OptimizerSlots slots;
+  for (int i = 0; i < state.slot_count(); ++i) slots.at[i] = state.slot(i);
+  device.OptimizerUpdatePieces(stream, coefficients_, pieces.count_,
+                               static_cast<const device::UpdatePiece*>(pieces.table_->data()),
+                               scalars, gradient, state.parameters(), slots);
 }
 
 }  // namespace lockstep::optim

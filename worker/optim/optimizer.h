@@ -4,7 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
+
+#include "absl/status/statusor.h"
 
 #include "worker/device/device.h"
 #include "worker/optim/flat_state.h"
@@ -37,6 +41,21 @@ class Optimizer {
   // Updates elements [begin, end) of the flat parameters (and slots) from `gradient` (whole
   // vector).
   void Update(device::Device& device, device::Stream& stream, int64_t begin, int64_t end,
+              const device::StepScalars* scalars, const float* gradient, FlatState& state) const;
+
+  // The same in one call, from a table of the pieces of [begin, end) that is made once.
+  class Pieces {
+   public:
+    Pieces(std::unique_ptr<device::Memory> table, int64_t count)
+        : table_(std::move(table)), count_(count) {}
+
+   private:
+    friend class Optimizer;
+    std::unique_ptr<device::Memory> table_;
+    int64_t count_;
+  };
+  absl::StatusOr<Pieces> MakePieces(device::Device& device, int64_t begin, int64_t end) const;
+  void Update(device::Device& device, device::Stream& stream, const Pieces& pieces,
               const device::StepScalars* scalars, const float* gradient, FlatState& state) const;
 
  private:

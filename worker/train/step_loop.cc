@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "common/status_macros.h"
+#include "worker/device/upload.h"
 
 namespace lockstep::train {
 namespace {
@@ -18,6 +19,13 @@ using collective::CanonicalAllReduce;
 
 // The part of [0, n) that slot `i` of `k` works on, cut at cache lines.
 int64_t PartBegin(int64_t n, int k, int i) { return collective::ChunkBegin(n, k, i); }
+
+void MergeTrailers(Trailer& left, const Trailer& right) {
+  left.rows += right.rows;
+  left.loss_sum += right.loss_sum;
+  left.correct += right.correct;
+  left.stop |= right.stop;
+}
 
 }  // namespace
 
@@ -40,6 +48,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     loop->parts_.all_reduce->DoneFolded(index, *stream, begin, end);
   }
   bool LeavesStay() const override { return loop->parts_.all_reduce->LeavesStay(); }
+  bool IsLocal() const override { return loop->merges_on_device(); }
 
   // ---- nn::MomentExchange
   absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
@@ -91,9 +100,14 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   // What kernels read of host memory, where they cannot read that itself; else null.
   std::unique_ptr<device::Memory> device_scalars_memory, device_record;
   device::StepScalars* device_scalars = nullptr;  // or `scalars`
-  absl::Span<Digest> digests;                     // this slot's part of every tensor's
-  std::vector<uint8_t> present;                   // by leaf of the job
-  std::vector<nn::ShardInput> shards;             // of the current evaluation batch
+  // One call each, of a device that works on its own; else null.
+  std::optional<optim::Optimizer::Pieces> update;
+  std::unique_ptr<optim::FlatState::DigestTable> digest_table;
+  std::unique_ptr<device::Memory> statistics_table;
+  int64_t statistics_count = 0;
+  absl::Span<Digest> digests;                // this slot's part of every tensor's
+  std::vector<uint8_t> present;              // by leaf of the job
+  std::vector<nn::ShardInput> shards;        // of the current evaluation batch
   std::vector<nn::ShardInput> leaves;        // of the current batch, in the order of computation
   std::vector<int> passes;                   // where each forward and backward pass ends in it
   std::vector<const void*> record_pointers;  // by own leaf
@@ -119,6 +133,8 @@ StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
     : options_(std::move(options)),
       parts_(std::move(parts)),
       checkpoints_(checkpoints),
+      alone_(parts_.team->slots() == 1 &&
+             (parts_.communicator == nullptr || parts_.communicator->size() == 1)),
       tensor_digests_(parts_.state->named().size()),
       epoch_(options_.epoch),
       last_epoch_(options_.last_epoch),
@@ -137,7 +153,7 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
   std::unique_ptr<StepLoop> loop(new StepLoop(std::move(options), std::move(parts), checkpoints));
   const Options& o = loop->options_;
   const Parts& p = loop->parts_;
-  int64_t widest_norm = 0;
+  int64_t& widest_norm = loop->widest_norm_;
   for (const nn::MomentsSlice& slice : p.program->moments()) {
     widest_norm = std::max(widest_norm, slice.channels);
   }
@@ -168,6 +184,20 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
                        p.device->Allocate(sizeof(device::StepScalars)));
       slot->device_scalars = static_cast<device::StepScalars*>(slot->device_scalars_memory->data());
       ASSIGN_OR_RETURN(slot->device_record, p.device->Allocate(slot->record_bytes));
+      const int slots = static_cast<int>(o.bounds.size()) - 1;
+      const int64_t size = p.program->parameters().size;
+      ASSIGN_OR_RETURN(slot->update, p.optimizer->MakePieces(*p.device, PartBegin(size, slots, i),
+                                                             PartBegin(size, slots, i + 1)));
+      ASSIGN_OR_RETURN(slot->digest_table,
+                       optim::FlatState::DigestTable::Make(*p.device, *p.state, i, slots));
+      std::vector<device::StatisticsSlice> slices;
+      for (const nn::MomentsSlice& s : p.program->moments()) {
+        if (s.population) continue;
+        slices.push_back(
+            {s.offset, s.channels, s.spatial, s.running_mean, s.running_var, s.momentum});
+      }
+      slot->statistics_count = static_cast<int64_t>(slices.size());
+      ASSIGN_OR_RETURN(slot->statistics_table, device::Upload(*p.device, slices));
     }
     if (p.population != nullptr) slot->population_record.resize(slot->record_bytes);
     slot->exchange_stride = round_up(sizeof(int64_t) + sizeof(float) * 2 * widest_norm);
@@ -315,7 +345,7 @@ void StepLoop::KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves) 
     const nn::ShardResult& result = slot.plan->result(static_cast<int>(i));
     new (record) Trailer{leaves[i].rows, result.loss_sum, result.correct,
                          stop_requested_.load(std::memory_order_relaxed) ? 1 : 0};
-    if (moments_bytes > 0) {
+    if (moments_bytes > 0 && !merges_on_device()) {
       std::memcpy(record + sizeof(Trailer), slot.plan->moments(static_cast<int>(i)), moments_bytes);
     }
     if (leaf % options_.accumulate == 0) ++shard_steps_[leaf / options_.accumulate];
@@ -328,10 +358,15 @@ absl::Status StepLoop::FinishReduce(Slot& slot) {
     const int local = leaf.shard - slot.first_leaf;
     slot.record_pointers[local] = slot.records.data() + local * slot.record_bytes;
   }
-  const auto fold = [&](void* left, const void* right) { MergeRecords(slot, left, right); };
+  const bool trailers_alone = merges_on_device();
+  const auto fold = [&](void* left, const void* right) {
+    if (!trailers_alone) return MergeRecords(slot, left, right);
+    MergeTrailers(*static_cast<Trailer*>(left), *static_cast<const Trailer*>(right));
+  };
   ASSIGN_OR_RETURN(const void* root,
-                   parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
-                                                 slot.record_bytes, fold, Deadline()));
+                   parts_.all_reduce->MergeSmall(
+                       slot.index, slot.record_pointers,
+                       trailers_alone ? sizeof(Trailer) : slot.record_bytes, fold, Deadline()));
   slot.trailer = static_cast<const Trailer*>(root);
   return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
 }
@@ -349,10 +384,7 @@ void StepLoop::MergeRecords(const Slot& slot, void* left, const void* right) con
                                 mean + s.channels, b->rows * s.spatial, other, other + s.channels,
                                 mean, mean + s.channels);
   }
-  a->rows += b->rows;
-  a->loss_sum += b->loss_sum;
-  a->correct += b->correct;
-  a->stop |= b->stop;
+  MergeTrailers(*a, *b);
 }
 
 absl::Status StepLoop::Gate(Slot& slot) {
@@ -374,6 +406,10 @@ void StepLoop::Clip(Slot& slot) {
 }
 
 void StepLoop::Optimize(Slot& slot) {
+  if (slot.update.has_value()) {
+    return parts_.optimizer->Update(*parts_.device, *slot.stream, *slot.update, slot.device_scalars,
+                                    parts_.all_reduce->result(), *parts_.state);
+  }
   const int k = parts_.team->slots();
   const int64_t size = parts_.program->parameters().size;
   parts_.optimizer->Update(*parts_.device, *slot.stream, PartBegin(size, k, slot.index),
@@ -383,6 +419,18 @@ void StepLoop::Optimize(Slot& slot) {
 
 void StepLoop::UpdateStatistics(Slot& slot) {
   const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
+  if (merges_on_device()) {
+    device::Leaves leaves;
+    leaves.count = static_cast<int>(slot.leaves.size());
+    for (int i = 0; i < leaves.count; ++i) {
+      leaves.begin[i + 1] = leaves.begin[i] + slot.leaves[i].rows;
+    }
+    return parts_.device->UpdateStatistics(
+        *slot.stream, slot.statistics_count,
+        static_cast<const device::StatisticsSlice*>(slot.statistics_table->data()), widest_norm_,
+        leaves, slot.plan->device_moments(), parts_.program->moments_size(),
+        parts_.state->statistics());
+  }
   const float* merged = OnDevice(slot, reinterpret_cast<const float*>(slot.trailer + 1));
   float* statistics = parts_.state->statistics();
   for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {
@@ -646,10 +694,16 @@ absl::Status StepLoop::DigestState(Slot& slot) {
   RETURN_IF_ERROR(
       Barrier(slot));  // everybody's updates are done, and everybody has read the last digest
   if (digested_step_ == slot.step) return Barrier(slot);
-  std::fill(slot.digests.begin(), slot.digests.end(), Digest());
-  parts_.state->AccumulateDigests(*parts_.device, *slot.stream, slot.index, parts_.team->slots(),
-                                  slot.digests);
-  RETURN_IF_ERROR(slot.stream->Synchronize());
+  if (slot.digest_table != nullptr) {
+    slot.digest_table->Enqueue(*parts_.device, *slot.stream);
+    RETURN_IF_ERROR(slot.stream->Synchronize());
+    slot.digest_table->Collect(slot.digests);
+  } else {
+    std::fill(slot.digests.begin(), slot.digests.end(), Digest());
+    parts_.state->AccumulateDigests(*parts_.device, *slot.stream, slot.index, parts_.team->slots(),
+                                    slot.digests);
+    RETURN_IF_ERROR(slot.stream->Synchronize());
+  }
   RETURN_IF_ERROR(Barrier(slot));
   if (slot.index == 0) {
     state_digest_ = parameter_digest_ = Digest();
@@ -724,6 +778,11 @@ absl::Status StepLoop::Barrier(const Slot& slot) {
   const bool asynchronous = !parts_.device->host_addressable();
   if (asynchronous && parts_.team->slots() > 1) RETURN_IF_ERROR(slot.stream->Synchronize());
   return parts_.team->Barrier(slot.index, Deadline());
+}
+
+bool StepLoop::merges_on_device() const {
+  return alone_ && !parts_.device->host_addressable() && options_.accumulate == 1 &&
+         options_.shards <= device::kMostLeaves;
 }
 
 // The step's scalars as they are now, to the kernels behind this.

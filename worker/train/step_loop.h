@@ -158,6 +158,11 @@ class StepLoop {
   const Options options_;
   const Parts parts_;
   CheckpointSink* const checkpoints_;
+  // One slot has all leaves of the job: nothing is exchanged with anybody.
+  const bool alone_;
+  int64_t widest_norm_ = 0;  // channels
+  // The moments of all leaves lie on the device, which merges them itself.
+  bool merges_on_device() const;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::atomic<bool> stop_requested_{false};
   std::atomic<uint32_t> non_finite_[2] = {0, 0};  // by parity of the step

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "worker/device/cpu/fused_lstm.h"
@@ -89,6 +90,11 @@ class CpuDevice : public Device {
   }
   void Zero(Stream&, void* to, size_t bytes) override {
     if (bytes > 0) std::memset(to, 0, bytes);
+  }
+
+  absl::StatusOr<std::unique_ptr<Recording>> Record(Stream&,
+                                                    absl::FunctionRef<absl::Status()>) override {
+    return nullptr;
   }
 
   absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
@@ -354,6 +360,55 @@ class CpuDevice : public Device {
   void SquaredNorms(Stream&, int64_t n, const float* x, double* sums) override {
     k_.squared_norms(n, x, sums);
   }
+  void MergeLeafMoments(Stream&, int64_t channels, const Leaves& leaves, const float* mean,
+                        const float* m2, int64_t stride, float* merged_mean,
+                        float* merged_m2) override {
+    MergeTree(channels, leaves, 1, mean, m2, stride, merged_mean, merged_m2);
+  }
+  void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices, int64_t,
+                        const Leaves& leaves, const float* records, int64_t stride,
+                        float* statistics) override {
+    for (int64_t i = 0; i < count; ++i) {
+      const StatisticsSlice& s = slices[i];
+      std::vector<float> merged(2 * s.channels);
+      const float* record = records + s.offset;
+      MergeTree(s.channels, leaves, s.spatial, record, record + s.channels, stride, merged.data(),
+                merged.data() + s.channels);
+      UpdateRunningAverages(stream, s.channels, leaves.total() * s.spatial, merged.data(),
+                            merged.data() + s.channels, s.momentum, statistics + s.running_mean,
+                            statistics + s.running_var);
+    }
+  }
+  void OptimizerUpdatePieces(Stream&, const OptimizerCoefficients& coefficients, int64_t count,
+                             const UpdatePiece* pieces, const StepScalars* scalars,
+                             const float* gradient, float* parameters,
+                             const OptimizerSlots& slots) override {
+    for (int64_t i = 0; i < count; ++i) {
+      const UpdatePiece& piece = pieces[i];
+      OptimizerCoefficients own = coefficients;
+      own.l2 = piece.l2;
+      own.weight_decay = piece.weight_decay;
+      own.rate_multiplier = piece.rate_multiplier;
+      OptimizerSlots at;
+      for (int k = 0; k < kMostSlots; ++k) at.at[k] = Behind(slots.at[k], piece.begin);
+      k_.optimizer_update(own, piece.end - piece.begin, *scalars, gradient + piece.begin,
+                          parameters + piece.begin, at);
+    }
+  }
+  void SquaredNormsOf(Stream&, int64_t count, const NormBlock* blocks, const float* x,
+                      double* sums) override {
+    for (int64_t i = 0; i < count; ++i) {
+      k_.squared_norms(blocks[i].length, x + blocks[i].begin, sums + i);
+    }
+  }
+  void DigestPieces(Stream&, int64_t count, const DigestPiece* pieces, Digest* digests) override {
+    for (int64_t i = 0; i < count; ++i) {
+      const DigestPiece& piece = pieces[i];
+      digests[i] = Digest();
+      k_.accumulate_digest(piece.count, piece.data, piece.tensor_key, piece.first_index,
+                           &digests[i].lo, &digests[i].hi);
+    }
+  }
   void FlagNonFinite(Stream&, int64_t n, const float* x, uint32_t* flag) override {
     // Slots may share the flag.
     if (k_.has_non_finite(n, x)) std::atomic_ref<uint32_t>(*flag).fetch_or(1);
@@ -381,6 +436,33 @@ class CpuDevice : public Device {
   }
 
  private:
+  // Records of n = rows * spatial elements a channel, merged as collective/tree.h has it.
+  void MergeTree(int64_t channels, const Leaves& leaves, int64_t spatial, const float* mean,
+                 const float* m2, int64_t stride, float* merged_mean, float* merged_m2) const {
+    struct Part {
+      std::vector<float> mean, m2;
+      int64_t count = 0;
+    };
+    std::vector<Part> stack;
+    for (int l = 0; l < leaves.count; ++l) {
+      const float *from = mean + l * stride, *from_m2 = m2 + l * stride;
+      stack.push_back({{from, from + channels},
+                       {from_m2, from_m2 + channels},
+                       (leaves.begin[l + 1] - leaves.begin[l]) * spatial});
+      const bool last = l + 1 == leaves.count;
+      for (int whole = l + 1; stack.size() > 1 && (whole % 2 == 0 || last); whole /= 2) {
+        const Part right = std::move(stack.back());
+        stack.pop_back();
+        Part& left = stack.back();
+        k_.merge_moments(channels, left.count, left.mean.data(), left.m2.data(), right.count,
+                         right.mean.data(), right.m2.data(), left.mean.data(), left.m2.data());
+        left.count += right.count;
+      }
+    }
+    std::copy_n(stack[0].mean.data(), channels, merged_mean);
+    std::copy_n(stack[0].m2.data(), channels, merged_m2);
+  }
+
   const Kernels& k_;
   const std::string fingerprint_;
   const OnednnContext context_;

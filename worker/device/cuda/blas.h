@@ -40,6 +40,11 @@ class Product {
   // kProductWorkspaceBytes, 256-byte aligned.
   virtual void Run(const Queue& queue, int64_t m, const void* a, const void* b, const float* bias,
                    float* c, void* workspace) = 0;
+  // `count` products of the whole shape whose factors and results lie so many elements apart, each
+  // with the bits that it has alone.
+  virtual void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride,
+                        const void* b, int64_t b_stride, float* c, int64_t c_stride,
+                        void* workspace) = 0;
   // Names the chosen algorithm, for the fingerprint.
   virtual std::string algorithm() const = 0;
 };

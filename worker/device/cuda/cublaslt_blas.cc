@@ -50,13 +50,19 @@ std::string Describe(const ProductShape& s) {
                       s.transpose_b ? " (transposed)" : "");
 }
 
+// Several products in one call.
+struct Batch {
+  int count = 1;
+  int64_t a = 0, b = 0, c = 0;  // elements from one to the next, of our A, B and C
+};
+
 // A row-major matrix is a column-major one that is transposed: the library is asked for C^T {n, m}
 // = op(B)^T op(A)^T, so that its A is our B.
 struct Problem {
   cublasLtMatmulDescOpaque_t operation;
   cublasLtMatrixLayoutOpaque_t a, b, c;
 
-  absl::Status Init(const ProductShape& s, int64_t m, const void* bias) {
+  absl::Status Init(const ProductShape& s, int64_t m, const void* bias, const Batch& batch = {}) {
     const cublasComputeType_t compute =
         s.factors == Factors::kTf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     RETURN_IF_ERROR(ToStatus(cublasLtMatmulDescInit(&operation, compute, CUDA_R_32F), "a product"));
@@ -73,7 +79,11 @@ struct Problem {
                                   : Layout(&a, type, s.n, s.k, s.b_row));
     RETURN_IF_ERROR(s.transpose_a ? Layout(&b, type, m, s.k, s.a_row)
                                   : Layout(&b, type, s.k, m, s.a_row));
-    return Layout(&c, CUDA_R_32F, s.n, m, s.c_row);
+    RETURN_IF_ERROR(Layout(&c, CUDA_R_32F, s.n, m, s.c_row));
+    if (batch.count == 1) return absl::OkStatus();
+    RETURN_IF_ERROR(Repeat(&a, batch.count, batch.b));
+    RETURN_IF_ERROR(Repeat(&b, batch.count, batch.a));
+    return Repeat(&c, batch.count, batch.c);
   }
 
  private:
@@ -81,6 +91,15 @@ struct Problem {
   absl::Status Set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
     return ToStatus(cublasLtMatmulDescSetAttribute(&operation, attribute, &value, sizeof(value)),
                     "describing a product");
+  }
+  static absl::Status Repeat(cublasLtMatrixLayout_t layout, int32_t count, int64_t stride) {
+    RETURN_IF_ERROR(ToStatus(cublasLtMatrixLayoutSetAttribute(
+                                 layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof(count)),
+                             "describing matrices"));
+    return ToStatus(
+        cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                         &stride, sizeof(stride)),
+        "describing matrices");
   }
   static absl::Status Layout(cublasLtMatrixLayout_t layout, cudaDataType_t type, int64_t rows,
                              int64_t columns, int64_t leading) {
@@ -127,6 +146,19 @@ std::string NameOf(const cublasLtMatmulAlgo_t& a) {
                       ConfigOf<uint16_t>(a, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID));
 }
 
+// Outputs of a block, and how well its threads are used, on a scale of our own.
+struct Tile {
+  uint32_t id;
+  int64_t rows, columns;
+  double efficiency;
+};
+constexpr Tile kTiles[] = {
+    {CUBLASLT_MATMUL_TILE_32x32, 32, 32, 0.35},    {CUBLASLT_MATMUL_TILE_32x64, 32, 64, 0.5},
+    {CUBLASLT_MATMUL_TILE_64x32, 64, 32, 0.5},     {CUBLASLT_MATMUL_TILE_64x64, 64, 64, 0.7},
+    {CUBLASLT_MATMUL_TILE_64x128, 64, 128, 0.85},  {CUBLASLT_MATMUL_TILE_128x64, 128, 64, 0.85},
+    {CUBLASLT_MATMUL_TILE_128x128, 128, 128, 1.0}, {CUBLASLT_MATMUL_TILE_256x128, 256, 128, 1.0},
+    {CUBLASLT_MATMUL_TILE_128x256, 128, 256, 1.0}};
+
 class LtProduct : public Product {
  public:
   LtProduct(std::shared_ptr<const Library> library, const ProductShape& shape)
@@ -147,14 +179,32 @@ class LtProduct : public Product {
     if (status != CUBLAS_STATUS_SUCCESS && status != CUBLAS_STATUS_NOT_SUPPORTED) {
       return ToStatus(status, absl::StrCat("choosing an algorithm for ", Describe(s_)));
     }
+    double least = 0;
+    const auto consider = [&](const cublasLtMatmulAlgo_t& algorithm) {
+      if (!IsFit(algorithm, s_) || !Serves(algorithm, s_.m)) return;
+      if (!s_.transpose_a && (!Serves(algorithm, 1) || !Serves(algorithm, canonical))) return;
+      const double cost = Cost(algorithm, canonical);
+      if (least > 0 && cost >= least) return;
+      algorithm_ = algorithm;
+      least = cost;
+    };
     for (int i = 0; i < count; ++i) {
       const cublasLtMatmulHeuristicResult_t& candidate = candidates[static_cast<size_t>(i)];
-      if (candidate.state != CUBLAS_STATUS_SUCCESS || !IsFit(candidate.algo, s_)) continue;
-      if (!Serves(candidate.algo, s_.m) || (!s_.transpose_a && !Serves(candidate.algo, 1)))
-        continue;
-      algorithm_ = candidate.algo;
-      return absl::OkStatus();
+      if (candidate.state != CUBLAS_STATUS_SUCCESS) continue;
+      consider(candidate.algo);
+      if (least > 0 && s_.factors != Factors::kFp32) return absl::OkStatus();
+      if (s_.factors != Factors::kFp32) continue;
+      // The library has tiles in mind that fill a GPU when they split along k, or are many.
+      for (const Tile& tile : kTiles) {
+        cublasLtMatmulAlgo_t changed = candidate.algo;
+        const uint32_t id = tile.id;
+        if (cublasLtMatmulAlgoConfigSetAttribute(&changed, CUBLASLT_ALGO_CONFIG_TILE_ID, &id,
+                                                 sizeof(id)) == CUBLAS_STATUS_SUCCESS) {
+          consider(changed);
+        }
+      }
     }
+    if (least > 0) return absl::OkStatus();
     return absl::UnimplementedError(absl::StrCat("cuBLASLt ", cublasLtGetVersion(), ": none of ",
                                                  count, " algorithms computes a product of ",
                                                  Describe(s_), " for every number of rows"));
@@ -170,16 +220,57 @@ class LtProduct : public Product {
     if (s_.relu) BiasForward(queue, m * s_.n, s_.n, c, s_.bias ? bias : nullptr, true, c);
   }
 
+  void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride, const void* b,
+                int64_t b_stride, float* c, int64_t c_stride, void* workspace) override {
+    if (count > 1 && ServesBatch(count, a_stride, b_stride, c_stride)) {
+      const absl::Status status =
+          Enqueue(queue, s_.m, a, b, nullptr, c, workspace, {count, a_stride, b_stride, c_stride});
+      if (!status.ok()) Fail(queue, std::string(status.message()));
+      return;
+    }
+    const int64_t bytes = s_.factors == Factors::kBf16 ? 2 : 4;
+    for (int i = 0; i < count; ++i) {
+      Run(queue, s_.m, static_cast<const char*>(a) + i * a_stride * bytes,
+          static_cast<const char*>(b) + i * b_stride * bytes, nullptr, c + i * c_stride, workspace);
+    }
+  }
+
   std::string algorithm() const override { return NameOf(algorithm_); }
 
  private:
+  // What it takes of a GPU of fixed size: blocks run in waves, each as long as a block's work. Of
+  // tiles that are not in the table nothing is known: last.
+  double Cost(const cublasLtMatmulAlgo_t& algorithm, int64_t m) const {
+    constexpr int64_t kMultiprocessors = 132;
+    const auto id = ConfigOf<uint32_t>(algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID);
+    const auto splits = std::max(1, ConfigOf<int32_t>(algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM));
+    for (const Tile& tile : kTiles) {
+      if (tile.id != id) continue;
+      const int64_t tiles = CeilDiv(s_.n, tile.rows) * CeilDiv(m, tile.columns) * splits;
+      return static_cast<double>(CeilDiv(tiles, kMultiprocessors) * tile.rows * tile.columns) *
+             (static_cast<double>(s_.k) / splits + (splits > 1 ? 64 : 0)) / tile.efficiency;
+    }
+    return 1e300;
+  }
+
+  bool ServesBatch(int count, int64_t a, int64_t b, int64_t c) const {
+    Problem problem;
+    cublasLtMatmulHeuristicResult_t result = {};
+    return problem.Init(s_, s_.m, AnyBias(), {count, a, b, c}).ok() &&
+           cublasLtMatmulAlgoCheck(library_->handle(), &problem.operation, &problem.a, &problem.b,
+                                   &problem.c, &problem.c, &algorithm_,
+                                   &result) == CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= kProductWorkspaceBytes;
+  }
+
   // Whether the library adds the bias.
   bool HasEpilogue() const { return s_.bias && !s_.relu; }
 
   absl::Status Enqueue(const Queue& queue, int64_t m, const void* a, const void* b,
-                       const float* bias, float* c, void* workspace) const {
+                       const float* bias, float* c, void* workspace,
+                       const Batch& batch = {}) const {
     Problem problem;
-    RETURN_IF_ERROR(problem.Init(s_, m, HasEpilogue() ? bias : nullptr));
+    RETURN_IF_ERROR(problem.Init(s_, m, HasEpilogue() ? bias : nullptr, batch));
     const float alpha = 1, beta = s_.accumulate ? 1 : 0;
     return ToStatus(cublasLtMatmul(library_->handle(), &problem.operation, &alpha, b, &problem.a, a,
                                    &problem.b, &beta, c, &problem.c, c, &problem.c, &algorithm_,

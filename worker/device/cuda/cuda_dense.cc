@@ -129,6 +129,7 @@ class CudaDense : public Dense {
                                   " rows, for which it was not made"));
     }
     const WeightScratch use(*this, scratch);
+    if (IsIdentity(fold)) return LeavesApart(q, fold.leaves, rows, x, dy, dw, db, use);
     std::array<PartLeaves, kMostFoldBuffers> parts;
     const bool canonical = fold.parts <= kMostFoldBuffers && IsCanonical(fold, parts.data());
     const auto product = [&](int leaf, float* gradient) {
@@ -172,8 +173,8 @@ class CudaDense : public Dense {
       Parts parts(scratch);
       workspace = parts.Take(kProductWorkspaceBytes);
       if (dense.is_bf16()) {
-        x = parts.TakeBf16(dense.most_leaf_rows_ * dense.s_.in);
-        dy = parts.TakeBf16(dense.most_leaf_rows_ * dense.s_.out);
+        x = parts.TakeBf16(dense.most_leaf_rows_ * dense.most_leaves_ * dense.s_.in);
+        dy = parts.TakeBf16(dense.most_leaf_rows_ * dense.most_leaves_ * dense.s_.out);
       }
       const int64_t leaves = dense.most_leaves_;
       // One leaf's is written where it is wanted. Of many, those that wait (tree.h): where the
@@ -237,6 +238,39 @@ class CudaDense : public Dense {
         float* const left = buffer(combine->left);
         Add(q, n, left, buffer(combine->right), left);
       }
+    }
+  }
+
+  static bool IsIdentity(const LeafFold& fold) {
+    if (fold.parts != fold.leaves) return false;
+    for (int i = 0; i < fold.leaves; ++i) {
+      if (fold.combine_count[i] != 0 || fold.part_buffer[i] != fold.buffer[i]) return false;
+    }
+    return true;
+  }
+
+  // Leaves of as many rows each that lie one behind the other, with their gradients evenly spaced,
+  // are one call of the library.
+  void LeavesApart(const Queue& q, int count, const int64_t* rows, const float* const* x,
+                   const float* const* dy, float* const* dw, float* const* db,
+                   const WeightScratch& use) {
+    for (int first = 0, next; first < count; first = next) {
+      const int64_t n = rows[first];
+      const int64_t stride = first + 1 < count ? dw[first + 1] - dw[first] : 0;
+      Leaves leaves(n);
+      next = first + 1;
+      while (next < count && leaves.count < kMostLeaves && rows[next] == n &&
+             x[next] == x[next - 1] + n * s_.in && dy[next] == dy[next - 1] + n * s_.out &&
+             dw[next] == dw[next - 1] + stride && (!s_.bias || db[next] == db[next - 1] + stride)) {
+        leaves.begin[leaves.count + 1] = leaves.begin[leaves.count] + n;
+        ++leaves.count;
+        ++next;
+      }
+      const void* const dy_factor = Factor(q, leaves.total() * s_.out, dy[first], use.dy);
+      const void* const x_factor = Factor(q, leaves.total() * s_.in, x[first], use.x);
+      backward_weight_.at(n)->RunBatch(q, leaves.count, dy_factor, n * s_.out, x_factor, n * s_.in,
+                                       dw[first], stride, use.workspace);
+      if (s_.bias) ColumnSums(q, leaves, s_.out, dy[first], db[first], stride);
     }
   }
 

@@ -57,6 +57,18 @@ class RegisteredMemory : public Memory {
   const size_t size_;
 };
 
+class Graph : public Recording {
+ public:
+  explicit Graph(cudaGraphExec_t graph) : graph_(graph) {}
+  ~Graph() override { cudaGraphExecDestroy(graph_); }
+  void Replay(Stream& stream) override {
+    static_cast<void>(cudaGraphLaunch(graph_, QueueOf(stream).stream));
+  }
+
+ private:
+  cudaGraphExec_t const graph_;
+};
+
 class CudaDevice : public Device {
  public:
   CudaDevice(int ordinal, std::string fingerprint, std::unique_ptr<Blas> blas,
@@ -86,6 +98,8 @@ class CudaDevice : public Device {
     }
     auto memory = std::make_unique<DeviceMemory>(data, bytes);
     error = cudaMemset(data, 0, bytes);
+    // It runs on a stream that ours do not wait for.
+    if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamLegacy);
     if (error != cudaSuccess) return ToStatus(error, "clearing memory");
     return memory;
   }
@@ -111,6 +125,7 @@ class CudaDevice : public Device {
       if (error == cudaSuccess) {
         auto memory = std::make_unique<DeviceMemory>(copy, bytes);
         error = cudaMemcpy(copy, data, bytes, cudaMemcpyDefault);
+        if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamLegacy);
         if (error != cudaSuccess) return ToStatus(error, "copying the data set to the device");
         return memory;
       }
@@ -135,6 +150,25 @@ class CudaDevice : public Device {
   void Zero(Stream& stream, void* to, size_t bytes) override {
     if (bytes == 0) return;
     static_cast<void>(cudaMemsetAsync(to, 0, bytes, QueueOf(stream).stream));
+  }
+
+  absl::StatusOr<std::unique_ptr<Recording>> Record(
+      Stream& stream, absl::FunctionRef<absl::Status()> calls) override {
+    cudaStream_t const on = QueueOf(stream).stream;
+    cudaError_t error = cudaStreamBeginCapture(on, cudaStreamCaptureModeRelaxed);
+    if (error != cudaSuccess) return ToStatus(error, "beginning to record a graph");
+    const absl::Status called = calls();
+    cudaGraph_t graph = nullptr;
+    error = cudaStreamEndCapture(on, &graph);
+    cudaGraphExec_t runnable = nullptr;
+    if (error == cudaSuccess && called.ok()) error = cudaGraphInstantiate(&runnable, graph, 0);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    if (!called.ok()) return called;
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return ToStatus(error, "recording a graph");
+    }
+    return std::make_unique<Graph>(runnable);
   }
 
   absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
@@ -219,6 +253,33 @@ class CudaDevice : public Device {
   void CountCorrect(Stream& stream, const Leaves& leaves, int64_t classes, const float* scores,
                     const int32_t* labels, LeafResult* results) override {
     cuda::CountCorrect(QueueOf(stream), leaves, classes, scores, labels, results);
+  }
+  void MergeLeafMoments(Stream& stream, int64_t channels, const Leaves& leaves, const float* mean,
+                        const float* m2, int64_t stride, float* merged_mean,
+                        float* merged_m2) override {
+    cuda::MergeLeafMoments(QueueOf(stream), channels, leaves, mean, m2, stride, merged_mean,
+                           merged_m2);
+  }
+  void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
+                        int64_t most_channels, const Leaves& leaves, const float* records,
+                        int64_t stride, float* statistics) override {
+    cuda::UpdateStatistics(QueueOf(stream), count, slices, most_channels, leaves, records, stride,
+                           statistics);
+  }
+  void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
+                             int64_t count, const UpdatePiece* pieces, const StepScalars* scalars,
+                             const float* gradient, float* parameters,
+                             const OptimizerSlots& slots) override {
+    cuda::OptimizerUpdatePieces(QueueOf(stream), coefficients, count, pieces, scalars, gradient,
+                                parameters, slots);
+  }
+  void SquaredNormsOf(Stream& stream, int64_t count, const NormBlock* blocks, const float* x,
+                      double* sums) override {
+    cuda::SquaredNormsOf(QueueOf(stream), count, blocks, x, sums);
+  }
+  void DigestPieces(Stream& stream, int64_t count, const DigestPiece* pieces,
+                    Digest* digests) override {
+    cuda::DigestPieces(QueueOf(stream), count, pieces, digests);
   }
   void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count, SampleType type,
                      const void* data, const int64_t* offsets, const float* mean,

@@ -97,6 +97,44 @@ void RunUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_
   }
 }
 
+// A block of threads for each piece.
+template <OptimizerType kType, int kSlots>
+__global__ void __launch_bounds__(kThreads)
+    UpdatePieces(OptimizerCoefficients coefficients, const UpdatePiece* pieces,
+                 const StepScalars* scalars, const float* gradient, float* parameters,
+                 OptimizerSlots slots) {
+  const UpdatePiece piece = pieces[blockIdx.x];
+  const StepScalars s = *scalars;
+  coefficients.l2 = piece.l2;
+  coefficients.weight_decay = piece.weight_decay;
+  coefficients.rate_multiplier = piece.rate_multiplier;
+  const auto update = [&]<int kLanes>(int64_t i) {
+    const Lanes<kLanes> g = LoadLanes<kLanes>(gradient + i);
+    Lanes<kLanes> w = LoadLanes<kLanes>(parameters + i);
+    Lanes<kLanes> slot[kMostSlots] = {};
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) slot[k] = LoadLanes<kLanes>(slots.at[k] + i);
+#pragma unroll
+    for (int v = 0; v < kLanes; ++v) {
+      float of_element[kMostSlots] = {slot[0].at[v], slot[1].at[v], slot[2].at[v]};
+      OptimizerStep<kType>(coefficients, s, g.at[v], w.at[v], of_element);
+#pragma unroll
+      for (int k = 0; k < kSlots; ++k) slot[k].at[v] = of_element[k];
+    }
+    StoreLanes<kLanes>(parameters + i, w);
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) StoreLanes<kLanes>(slots.at[k] + i, slot[k]);
+  };
+  for (int64_t i = piece.begin + 4 * threadIdx.x; i < piece.end; i += 4 * kThreads) {
+    if (i + 4 <= piece.end && i % 4 == 0) {
+      update.template operator()<4>(i);
+    } else {
+#pragma unroll 1
+      for (int64_t j = i; j < i + 4 && j < piece.end; ++j) update.template operator()<1>(j);
+    }
+  }
+}
+
 // ---- norms.
 
 // Sums over a block's kThreads threads by a tree; valid in thread 0. `shared` has an element each.
@@ -112,15 +150,14 @@ __device__ __forceinline__ T SumOfBlock(T value, T* shared) {
   return value;
 }
 
-// A block of elements each. Thread t takes elements t, t + kThreads, ..., whose loads need no
-// alignment.
-__global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x, double* sums) {
+// The sum of squares of at most kNormBlock elements; valid in thread 0. Thread t takes elements t,
+// t + kThreads, ..., whose loads need no alignment.
+__device__ __forceinline__ double BlockSquares(int64_t n, const float* x) {
   constexpr int kEach = kNormBlock / kThreads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kNormBlock + threadIdx.x;
   float value[kEach];
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
-    const int64_t i = first + k * kThreads;
+    const int64_t i = threadIdx.x + k * kThreads;
     value[k] = i < n ? x[i] : 0.0f;
   }
   double sum = 0;
@@ -129,7 +166,19 @@ __global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x
     const double wide = static_cast<double>(value[k]);
     sum = __builtin_fma(wide, wide, sum);
   }
-  sum = SumOfBlock(sum, SharedMemory<double>());
+  return SumOfBlock(sum, SharedMemory<double>());
+}
+
+__global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x, double* sums) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kNormBlock;
+  const double sum = BlockSquares(n - first, x + first);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    SumSquaresOf(const NormBlock* blocks, const float* x, double* sums) {
+  const NormBlock block = blocks[blockIdx.x];
+  const double sum = BlockSquares(block.length, x + block.begin);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
@@ -183,6 +232,25 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += block_sums[i];
   sum = SumOfBlock(sum, SharedMemory<Digest>());
   if (threadIdx.x == 0) *digest += sum;
+}
+
+// A block of threads for each piece.
+__global__ void __launch_bounds__(kThreads) SumPieces(const DigestPiece* pieces, Digest* digests) {
+  const DigestPiece piece = pieces[blockIdx.x];
+  Digest sum;
+  const auto add = [&](int64_t i, float value) {
+    sum +=
+        MixElement(piece.tensor_key, piece.first_index + static_cast<uint64_t>(i), BitsOf(value));
+  };
+  const int64_t fours = LeadOf(piece.data) == 0 ? piece.count / 4 : 0;
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+    const Lanes<4> v = LoadLanes<4>(piece.data + 4 * i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) add(4 * i + k, v.at[k]);
+  }
+  for (int64_t i = 4 * fours + threadIdx.x; i < piece.count; i += kThreads) add(i, piece.data[i]);
+  sum = SumOfBlock(sum, SharedMemory<Digest>());
+  if (threadIdx.x == 0) digests[blockIdx.x] = sum;
 }
 
 // ---- sums of columns.
@@ -331,15 +399,12 @@ void RunTreeSum(const Queue& q, int64_t n, const Parts& parts, int count, float*
 
 }  // namespace
 
-void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
-                     const StepScalars* scalars, const float* gradient, float* parameters,
-                     const OptimizerSlots& slots) {
-  if (n == 0) return;
-  const auto update = [&]<OptimizerType kType>() {
-    RunUpdate<kType>(q, coefficients, n, scalars, gradient, parameters, slots);
-  };
+namespace {
+
+template <class Update>
+void ForType(OptimizerType type, const Update& update) {
   using Type = OptimizerType;
-  switch (coefficients.type) {
+  switch (type) {
     case Type::kSgd:
       return update.template operator()<Type::kSgd>();
     case Type::kMomentum:
@@ -363,10 +428,39 @@ void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, 
   }
 }
 
+}  // namespace
+
+void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
+                     const StepScalars* scalars, const float* gradient, float* parameters,
+                     const OptimizerSlots& slots) {
+  if (n == 0) return;
+  ForType(coefficients.type, [&]<OptimizerType kType>() {
+    RunUpdate<kType>(q, coefficients, n, scalars, gradient, parameters, slots);
+  });
+}
+
+void OptimizerUpdatePieces(const Queue& q, const OptimizerCoefficients& coefficients, int64_t count,
+                           const UpdatePiece* pieces, const StepScalars* scalars,
+                           const float* gradient, float* parameters, const OptimizerSlots& slots) {
+  if (count == 0) return;
+  ForType(coefficients.type, [&]<OptimizerType kType>() {
+    Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
+           UpdatePieces<kType, SlotCount(kType)>, coefficients, pieces, scalars, gradient,
+           parameters, slots);
+  });
+}
+
 void SquaredNorms(const Queue& q, int64_t n, const float* x, double* sums) {
   if (n == 0) return;
   Launch(q, dim3(static_cast<unsigned>(CeilDiv(n, kNormBlock))), dim3(kThreads),
          sizeof(double) * kThreads, SumSquares, n, x, sums);
+}
+
+void SquaredNormsOf(const Queue& q, int64_t count, const NormBlock* blocks, const float* x,
+                    double* sums) {
+  if (count == 0) return;
+  Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), sizeof(double) * kThreads,
+         SumSquaresOf, blocks, x, sums);
 }
 
 void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag) {
@@ -388,6 +482,12 @@ void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor
          block_sums);
   Launch(q, dim3(1), dim3(kThreads), kShared, AddDigests, static_cast<int>(blocks), block_sums,
          digest);
+}
+
+void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests) {
+  if (count == 0) return;
+  Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), sizeof(Digest) * kThreads,
+         SumPieces, pieces, digests);
 }
 
 void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const float* x, float* sums,

@@ -57,6 +57,12 @@ void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves
                        const float* x, const float* y, const float* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
                        const float* sum_dy_xhat, int64_t sums_stride, float* dx);
+// The leaves' records merged by the canonical tree, in memory of the device.
+void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* mean,
+                      const float* m2, int64_t stride, float* merged_mean, float* merged_m2);
+void UpdateStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
+                      int64_t most_channels, const Leaves& leaves, const float* records,
+                      int64_t stride, float* statistics);
 // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
 void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,
                            const float* m2, float momentum, float* running_mean,
@@ -171,15 +177,21 @@ void LstmBackwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates
 void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
                      const StepScalars* scalars, const float* gradient, float* parameters,
                      const OptimizerSlots& slots);
+void OptimizerUpdatePieces(const Queue& q, const OptimizerCoefficients& coefficients, int64_t count,
+                           const UpdatePiece* pieces, const StepScalars* scalars,
+                           const float* gradient, float* parameters, const OptimizerSlots& slots);
 // sums[b] = the sum of squares of block b of kNormBlock elements (the last may be shorter), in an
 // order that depends on the block's length alone. In double, where no finite float overflows: a
 // sum is finite exactly where all elements of its block are.
 void SquaredNorms(const Queue& q, int64_t n, const float* x, double* sums);
+void SquaredNormsOf(const Queue& q, int64_t count, const NormBlock* blocks, const float* x,
+                    double* sums);
 // *flag |= 1 where any element is infinite or NaN.
 void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag);
 // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
 void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
                       uint64_t first_index, Digest* digest);
+void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests);
 
 // ---- samples.
 // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])

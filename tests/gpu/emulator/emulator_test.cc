@@ -1,0 +1,3 @@
+#include "tests/gpu/emulator/emulator.h"
+#include <gtest/gtest.h>
+TEST(Emulator, Starts) {}
