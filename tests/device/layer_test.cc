@@ -308,10 +308,15 @@ class LayerTest : public DeviceTest {
     const auto x = In(d.x), w = In(d.w), b = In(d.b), dy = In(d.dy);
     float* const bias = s.bias ? b.data() : nullptr;
     (*op)->Pack(stream(), w);
+    ASSERT_TRUE(stream().Synchronize().ok());  // the threads' streams do not wait for it
     struct Result {
-      std::vector<float> y, dx, dw, db;
+      Buffer<float> y, dx, dw, db;
     };
-    std::vector<Result> results(kThreads * kRepeats);
+    std::vector<Result> results;
+    for (int i = 0; i < kThreads * kRepeats; ++i) {
+      results.push_back(
+          {Out(d.dy.size()), Out(d.x.size()), Out(d.w.size()), Out(static_cast<size_t>(s.out))});
+    }
     std::vector<absl::Status> statuses(kThreads);
     std::vector<std::thread> threads;
     for (int t = 0; t < kThreads; ++t) {
@@ -321,15 +326,18 @@ class LayerTest : public DeviceTest {
           statuses[t] = mine.status();
           return;
         }
-        std::vector<char> scratch((*op)->scratch_bytes(), static_cast<char>(t * 63));
+        const auto scratch = device().Allocate((*op)->scratch_bytes() + 1);
+        if (!scratch.ok()) {
+          statuses[t] = scratch.status();
+          return;
+        }
+        void* const at = (*scratch)->data();
         for (int k = 0; k < kRepeats; ++k) {
-          Result& r = results[t * kRepeats + k];
-          r = {std::vector<float>(d.dy.size()), std::vector<float>(d.x.size()),
-               std::vector<float>(d.w.size()), std::vector<float>(s.out)};
-          (*op)->Forward(**mine, kRows, x, bias, r.y.data(), scratch.data());
-          (*op)->BackwardInput(**mine, kRows, dy, r.dx.data(), scratch.data());
-          Kind::BackwardWeight(**op, **mine, kRows, x, dy, r.dw.data(),
-                               s.bias ? r.db.data() : nullptr, scratch.data());
+          Result& r = results[static_cast<size_t>(t * kRepeats + k)];
+          (*op)->Forward(**mine, kRows, x, bias, r.y, at);
+          (*op)->BackwardInput(**mine, kRows, dy, r.dx, at);
+          Kind::BackwardWeight(**op, **mine, kRows, x, dy, r.dw, s.bias ? r.db.data() : nullptr,
+                               at);
         }
         statuses[t] = (*mine)->Synchronize();
       });
@@ -337,10 +345,10 @@ class LayerTest : public DeviceTest {
     for (std::thread& thread : threads) thread.join();
     for (const absl::Status& status : statuses) ASSERT_TRUE(status.ok()) << status;
     for (const Result& r : results) {
-      ASSERT_TRUE(SameBits(r.y, results[0].y));
-      ASSERT_TRUE(SameBits(r.dx, results[0].dx));
-      ASSERT_TRUE(SameBits(r.dw, results[0].dw));
-      ASSERT_TRUE(SameBits(r.db, results[0].db));
+      ASSERT_TRUE(SameBits(r.y.Read(), results[0].y.Read()));
+      ASSERT_TRUE(SameBits(r.dx.Read(), results[0].dx.Read()));
+      ASSERT_TRUE(SameBits(r.dw.Read(), results[0].dw.Read()));
+      ASSERT_TRUE(SameBits(r.db.Read(), results[0].db.Read()));
     }
   }
 };

@@ -246,7 +246,7 @@ cudaError_t WaitingInCapture(const Stream& stream) {
 // ---- streams.
 
 cudaError_t FindStream(Emulator& e, cudaStream_t handle, std::shared_ptr<Stream>* stream) {
-  if (handle == nullptr) {
+  if (handle == nullptr || handle == cudaStreamLegacy) {
     if (const cudaError_t error = Usable(e); error != cudaSuccess) return error;
     *stream = e.devices[ThreadState().device].null_stream;
     return cudaSuccess;
@@ -558,6 +558,9 @@ cudaError_t Copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
       }
     });
     if (error != cudaSuccess) return error;
+    // As CUDA documents it: to pageable memory every copy is waited for; a copy that should wait
+    // does not where it is to the device from there or from pageable memory.
+    if (wait) wait = !to_is_device || from_where == Where::kPinned;
     if (!wait && to_where != Where::kPageable) return cudaSuccess;
     records.push_back(Mark(stream));
   }

@@ -297,9 +297,10 @@ using cudaGraphExec_t = struct CUgraphExec_st*;
 using cudaGraphNode_t = struct CUgraphNode_st*;
 using cudaHostFn_t = void (*)(void*);
 
-constexpr int CUDART_VERSION_EMULATED = 13000;
 #define CUDART_VERSION 13000
 #define CUDART_CB
+// The null stream by a name of its own.
+#define cudaStreamLegacy (reinterpret_cast<cudaStream_t>(uintptr_t{1}))
 
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost = 0,
