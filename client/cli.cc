@@ -192,6 +192,17 @@ int RunCli(int argc, char** argv, const std::string& version) {
   AddOutput(command, &evaluate.json);
   command->callback([&] { chosen = [&] { return Evaluate(evaluate, interrupts); }; });
 
+  DoctorOptions doctor;
+  command = AddCommand(app, "doctor",
+                       "Show what this machine can compute on, what is in the way of the rest, and "
+                       "what to do (exit code 1: the device cannot be used)",
+                       "lockstep doctor --device cuda");
+  command->add_option("--device", doctor.device, "What must be usable: cpu (default) or cuda")
+      ->type_name("KIND")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  AddOutput(command, &doctor.json);
+  command->callback([&] { chosen = [&] { return Doctor(doctor, interrupts); }; });
+
   DiffOptions diff;
   command = AddCommand(app, "diff",
                        "Compare two runs bit by bit: names the first differing step and tensors "

@@ -62,6 +62,12 @@ struct EvaluateOptions {
 };
 int Evaluate(const EvaluateOptions& options, Interrupts& interrupts);
 
+struct DoctorOptions {
+  std::string device;  // that must be usable, cpu or cuda; empty: cpu
+  bool json = false;
+};
+int Doctor(const DoctorOptions& options, Interrupts& interrupts);
+
 struct DiffOptions {
   std::string a, b;
   bool json = false;

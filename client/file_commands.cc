@@ -1,4 +1,4 @@
-// The commands that need no coordinator: explain, evaluate, diff.
+// The commands that need no coordinator: explain, evaluate, doctor, diff.
 #include <unistd.h>
 
 #include "absl/strings/str_cat.h"
@@ -9,6 +9,7 @@
 #include "client/explanation.h"
 #include "client/format.h"
 #include "client/json.h"
+#include "client/machine_report.h"
 #include "client/process.h"
 #include "client/table.h"
 #include "common/fs.h"
@@ -121,6 +122,17 @@ int Evaluate(const EvaluateOptions& options, Interrupts& interrupts) {
   table.AddRow({"state digest", text(*json, "state_digest")});
   Print(table.Render(Terminal::Of(STDOUT_FILENO)));
   return kExitOk;
+}
+
+int Doctor(const DoctorOptions& options, Interrupts& interrupts) {
+  const absl::StatusOr<ordered_json> machine =
+      AskWorker({"--probe"}, "", absl::Minutes(2), interrupts);
+  if (!machine.ok()) return FailOrInterrupt(machine.status());
+  if (const absl::Status status = CheckMachine(*machine); !status.ok()) return Fail(status);
+  Print(options.json ? Dump(*machine) + "\n"
+                     : MachineText(*machine, options.device, Terminal::Of(STDOUT_FILENO)));
+  const std::string why = WhyUnusable(*machine, options.device.empty() ? "cpu" : options.device);
+  return why.empty() ? kExitOk : Fail(absl::FailedPreconditionError(why));
 }
 
 int Diff(const DiffOptions& options) {

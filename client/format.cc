@@ -104,6 +104,12 @@ std::string FormatStamp(absl::Time time) {
   return absl::FormatTime("%Y%m%dT%H%M%SZ", time, absl::UTCTimeZone());
 }
 
+std::string FormatDevice(const v1::WorkerInfo& worker) {
+  if (!worker.has_gpu()) return worker.device();
+  return absl::StrCat(worker.device(), ": ", OneLine(worker.gpu().name()), ", ",
+                      worker.gpu().memory_bytes() >> 30, " GiB");
+}
+
 std::string StateName(v1::JobState state) {
   return state == v1::JOB_STATE_UNSPECIFIED ? "" : v1::JobState_Name(state);
 }

@@ -302,7 +302,7 @@ int ListWorkers(const ClusterOptions& cluster, Interrupts& interrupts) {
     const Color color = worker.state() == "LOST"   ? Color::kRed
                         : worker.state() == "IDLE" ? Color::kGreen
                                                    : Color::kCyan;
-    table.AddRow({worker.name(), terminal.Paint(color, worker.state()), worker.device(),
+    table.AddRow({worker.name(), terminal.Paint(color, worker.state()), FormatDevice(worker),
                   absl::StrCat(worker.free_slots(), "/", worker.slots()), worker.host(),
                   worker.address(), absl::StrJoin(worker.jobs(), " "),
                   FormatAge(worker.last_seen_unix_ms(), now), worker.version()});

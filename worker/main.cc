@@ -9,6 +9,7 @@
 #include <iostream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -22,6 +23,7 @@
 #include "spdlog/spdlog.h"
 #include "worker/agent/agent.h"
 #include "worker/device/module/cuda_module.h"
+#include "worker/machine/machine.h"
 #include "worker/train/member_job.h"
 #include "worker/train/offline.h"
 
@@ -43,6 +45,7 @@ struct Flags {
   int gpu = 0;
   bool insecure = false;
   bool explain = false;
+  bool probe = false;
   bool die_with_parent = false;
 };
 
@@ -59,7 +62,7 @@ int ParseSlots(const std::string& text, std::string* device) {
 }
 
 // The GPU that this worker uses: where there are fewer than workers, they share.
-absl::StatusOr<int> ChooseGpu(int wanted) {
+absl::StatusOr<lockstep::device::GpuInfo> ChooseGpu(int wanted) {
   ASSIGN_OR_RETURN(const lockstep::device::CudaModule* module, lockstep::device::LoadCudaModule());
   const lockstep::device::CudaReport report = module->report();
   if (report.gpus.empty()) return absl::FailedPreconditionError(report.problem);
@@ -71,7 +74,7 @@ absl::StatusOr<int> ChooseGpu(int wanted) {
   }
   spdlog::info("GPU {}: {}, {} of {} MiB free", chosen, gpu.name, gpu.free_bytes >> 20,
                gpu.memory_bytes >> 20);
-  return chosen;
+  return gpu;
 }
 
 // One generation of a job as the agent sees it, on MemberJob.
@@ -87,7 +90,8 @@ class TrainJob : public lockstep::agent::Job {
   lockstep::train::MemberJob job_;
 };
 
-int Serve(const Flags& flags, int slots, const std::string& device) {
+int Serve(const Flags& flags, int slots, const std::string& device,
+          const std::optional<lockstep::device::GpuInfo>& gpu) {
   lockstep::agent::AgentOptions options;
   options.coordinator = flags.coordinator;
   options.insecure = flags.insecure;
@@ -97,6 +101,12 @@ int Serve(const Flags& flags, int slots, const std::string& device) {
   options.advertise = flags.advertise;
   options.slots = slots;
   options.device = device;
+  if (gpu.has_value()) {
+    options.gpu.emplace();
+    options.gpu->set_name(gpu->name);
+    options.gpu->set_memory_bytes(gpu->memory_bytes);
+    options.gpu->set_ordinal(gpu->ordinal);
+  }
   options.version = LOCKSTEP_VERSION;
 
   // Signals are taken by a thread of their own, so that handlers may lock.
@@ -116,7 +126,7 @@ int Serve(const Flags& flags, int slots, const std::string& device) {
     member.work_dir = std::filesystem::absolute(flags.work_dir);
     member.version = LOCKSTEP_VERSION;
     member.data_path = flags.data;
-    member.gpu = flags.gpu;
+    member.gpu = gpu.has_value() ? gpu->ordinal : 0;
     member.flip_bit_at_step = flags.flip_bit_at_step;
     member.send = [&outbox](lockstep::v1::WorkerMessage message) {
       outbox.Send(std::move(message));
@@ -180,6 +190,8 @@ int main(int argc, char** argv) {
                  "score the newest checkpoint in this folder, print JSON, exit");
   app.add_flag("--explain", flags.explain,
                "read a spec on standard input, print its plan as JSON, exit");
+  app.add_flag("--probe", flags.probe,
+               "print what this machine can compute on as JSON, exit (lockstep doctor shows it)");
   app.add_flag("--die-with-parent", flags.die_with_parent,
                "end when the process that started this one ends");
   app.add_option("--flip-bit-at-step", flags.flip_bit_at_step,
@@ -199,6 +211,13 @@ int main(int argc, char** argv) {
   spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e %L %v");
   spdlog::set_level(spdlog::level::from_str(flags.log_level));
 
+  if (flags.probe) {
+    // Names of files and devices may hold bytes that are no UTF-8.
+    std::cout << lockstep::machine::MachineJson(lockstep::machine::LookAtMachine())
+                     .dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace)
+              << std::endl;
+    return 0;
+  }
   if (flags.explain || !flags.evaluate.empty()) {
     absl::StatusOr<std::string> json;
     if (flags.explain) {
@@ -230,14 +249,15 @@ int main(int argc, char** argv) {
               << ": accepted: an IP address such as 10.0.0.2 (no name, no port)" << std::endl;
     return 2;
   }
+  std::optional<lockstep::device::GpuInfo> gpu;
   if (device == "cuda") {
-    const absl::StatusOr<int> gpu = ChooseGpu(flags.gpu);
-    if (!gpu.ok()) {
-      std::cerr << "lockstep-worker: --slots " << flags.slots << ": " << gpu.status().message()
+    absl::StatusOr<lockstep::device::GpuInfo> chosen = ChooseGpu(flags.gpu);
+    if (!chosen.ok()) {
+      std::cerr << "lockstep-worker: --slots " << flags.slots << ": " << chosen.status().message()
                 << std::endl;
       return 1;
     }
-    flags.gpu = *gpu;
+    gpu = *std::move(chosen);
   }
-  return Serve(flags, slots, device);
+  return Serve(flags, slots, device, gpu);
 }

@@ -52,6 +52,9 @@ std::vector<MemberPlacement> Core::PlaceJob(const JobEntry& job, std::string* wa
   if (free_count >= wanted) return Place(std::move(free), wanted, shards);
   if (!connected) {
     *waits_for = "waits for a worker: none is connected";
+  } else if (exist == 0) {
+    *waits_for = absl::StrCat("waits for a worker of device ", device,
+                              ": none is connected; start one with --slots ", device, ":1");
   } else {
     *waits_for = absl::StrCat("waits for ", given ? absl::StrCat(wanted) : "at least 1",
                               wanted == 1 ? " slot" : " slots", " of device ", device, "; ",

@@ -41,7 +41,7 @@ absl::Status CheckRegister(const v1::Register& message) {
   }
   if (!IsName(message.device())) {
     return absl::InvalidArgumentError(
-        absl::StrCat("worker ", message.name(), " names no device; accepted: cpu"));
+        absl::StrCat("worker ", message.name(), " names no device; accepted: cpu, cuda"));
   }
   return absl::OkStatus();
 }
@@ -348,6 +348,7 @@ std::vector<v1::WorkerInfo> Core::DescribeWorkers() const {
     info.set_incarnation(worker.info.incarnation());
     info.set_state(Name(worker.state));
     info.set_device(worker.info.device());
+    if (worker.info.has_gpu()) *info.mutable_gpu() = worker.info.gpu();
     info.set_slots(worker.info.slots());
     info.set_version(worker.info.version());
     info.set_last_seen_unix_ms(absl::ToUnixMillis(worker.last_seen));

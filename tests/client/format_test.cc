@@ -96,6 +96,16 @@ TEST(Format, States) {
   }
 }
 
+TEST(Format, Devices) {
+  v1::WorkerInfo worker;
+  worker.set_device("cpu");
+  EXPECT_EQ(FormatDevice(worker), "cpu");
+  worker.set_device("cuda");
+  worker.mutable_gpu()->set_name("NVIDIA H200");
+  worker.mutable_gpu()->set_memory_bytes(150754820096);
+  EXPECT_EQ(FormatDevice(worker), "cuda: NVIDIA H200, 140 GiB");
+}
+
 TEST(Format, NumberList) {
   EXPECT_EQ(*ParseNumberList("1,2,8"), (std::vector<int>{1, 2, 8}));
   EXPECT_EQ(*ParseNumberList("3"), std::vector<int>{3});

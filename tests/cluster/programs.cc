@@ -24,7 +24,8 @@ constexpr char kBin[] = LOCKSTEP_BIN_DIR;
 constexpr absl::Duration kCommandTimeout = absl::Seconds(120);
 
 bool TakesCoordinator(const std::string& command) {
-  for (const char* other : {"run", "explain", "evaluate", "diff", "--version", "--help"}) {
+  for (const char* other :
+       {"run", "explain", "evaluate", "doctor", "diff", "--version", "--help"}) {
     if (command == other) return false;
   }
   return true;

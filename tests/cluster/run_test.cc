@@ -197,6 +197,7 @@ TEST_F(RunTest, BadUsageAndSpecsExitWith2AndOneLine) {
       {{"explain", spec, "--slots", "1,x"}, "--slots"},
       {{"explain", broken}, "broken.yaml:2"},
       {{"evaluate", programs_.JoinedPath("none")}, "none"},
+      {{"doctor", "--device", "tpu"}, "{cpu,cuda}"},
       {{"diff", programs_.folder(), programs_.folder()}, "digests.jsonl"},
       {{"submit", spec, "--coordinator", "10.1.2.3:7070"}, "--insecure"},
       {{"jobs", "--coordinator", "nonsense"}, "HOST:PORT"},
@@ -212,7 +213,7 @@ TEST_F(RunTest, BadUsageAndSpecsExitWith2AndOneLine) {
 
 TEST_F(RunTest, EveryCommandsHelpEndsWithAnExample) {
   for (const char* command : {"run", "submit", "jobs", "describe", "watch", "logs", "metrics",
-                              "cancel", "workers", "explain", "evaluate", "diff"}) {
+                              "cancel", "workers", "explain", "evaluate", "doctor", "diff"}) {
     const Programs::Result result = programs_.Lockstep({command, "--help"});
     EXPECT_EQ(result.code, 0);
     const size_t at = result.out.rfind("Example:\n  lockstep " + std::string(command));

@@ -45,22 +45,25 @@ class GuardedDeviceMemory : public GuardedMemory {
       std::abort();
     }
     memory_ = *std::move(memory);
-    const std::vector<unsigned char> pattern(memory_->size(), kPattern);
-    Allocator().Copy(CopyStream(), pattern.data(), memory_->data(), pattern.size());
+    const std::vector<unsigned char> pattern(begin_ + kGuard, kPattern);
+    Allocator().Copy(CopyStream(), pattern.data(), before(), begin_);
+    Allocator().Copy(CopyStream(), pattern.data(), behind(), kGuard);
     EXPECT_TRUE(CopyStream().Synchronize().ok());
   }
-  void* data() override { return static_cast<unsigned char*>(memory_->data()) + begin_; }
+  void* data() override { return before() + begin_; }
   bool guards_intact() const override {
-    std::vector<unsigned char> all(memory_->size());
-    Allocator().Copy(CopyStream(), memory_->data(), all.data(), all.size());
+    std::vector<unsigned char> guards(begin_ + kGuard);
+    Allocator().Copy(CopyStream(), before(), guards.data(), begin_);
+    Allocator().Copy(CopyStream(), behind(), guards.data() + begin_, kGuard);
     if (!CopyStream().Synchronize().ok()) return false;
-    const auto intact = [](unsigned char byte) { return byte == kPattern; };
-    const auto begin = all.begin() + static_cast<ptrdiff_t>(begin_);
-    return std::all_of(all.begin(), begin, intact) &&
-           std::all_of(begin + static_cast<ptrdiff_t>(bytes_), all.end(), intact);
+    return std::all_of(guards.begin(), guards.end(),
+                       [](unsigned char byte) { return byte == kPattern; });
   }
 
  private:
+  unsigned char* before() const { return static_cast<unsigned char*>(memory_->data()); }
+  unsigned char* behind() const { return before() + begin_ + bytes_; }
+
   const size_t bytes_, begin_;
   std::unique_ptr<Memory> memory_;
 };

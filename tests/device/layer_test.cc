@@ -393,11 +393,13 @@ TEST_P(LayerTest, DenseFoldsTheGradientsOfLeaves) {
       {{2, 5}, {0, 1}, {0, 0}, {}, {0, 1}},
       {{100}, {0}, {0}, {}, {0}},
   };
-  constexpr Precision kBf16 = Precision::kBf16;
-  for (const DenseShape& s :
-       {DenseShape{784, 50, true}, DenseShape{70, 500, false}, DenseShape{17, 10, true},
-        DenseShape{50, 1, true}, DenseShape{784, 50, true, Activation::kNone, kBf16, 4},
-        DenseShape{33, 17, false, Activation::kNone, kBf16, 4}}) {
+  constexpr Precision kFp32 = Precision::kFp32, kBf16 = Precision::kBf16;
+  for (const DenseShape& s : {DenseShape{784, 50, true, Activation::kNone, kFp32, 4},
+                              DenseShape{70, 500, false, Activation::kNone, kFp32, 4},
+                              DenseShape{17, 10, true, Activation::kNone, kFp32, 4},
+                              DenseShape{50, 1, true, Activation::kNone, kFp32, 4},
+                              DenseShape{784, 50, true, Activation::kNone, kBf16, 4},
+                              DenseShape{33, 17, false, Activation::kNone, kBf16, 4}}) {
     for (const Case& c : cases) {
       SCOPED_TRACE(DenseKind::Describe(s) + ", " + std::to_string(c.rows.size()) + " leaves");
       const LeafFold fold = {static_cast<int>(c.rows.size()),
@@ -505,17 +507,25 @@ TEST_P(LayerTest, FusedReluKeepsNan) {
 }
 
 TEST_P(LayerTest, UnknownRowCountIsReportedByTheStream) {
-  const Conv2dShape s{.height = 2, .width = 2, .in = 1, .out = 3, .kernel = 1};
-  auto op = device().MakeConv2d(s, {2});
-  ASSERT_TRUE(op.ok()) << op.status();
-  const auto x = In(std::vector<float>(12, 1)), w = In(std::vector<float>(3, 1)), y = Out(36);
-  const auto scratch = Scratch((*op)->scratch_bytes());
-  (*op)->Pack(stream(), w);
-  (*op)->Forward(stream(), 3, x, nullptr, y, scratch);
-  const absl::Status status = stream().Synchronize();
-  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
-  EXPECT_NE(status.message().find("3 rows"), absl::string_view::npos) << status;
-  EXPECT_TRUE(stream().Synchronize().ok()) << "reported once";
+  for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
+    const Conv2dShape s{
+        .height = 2, .width = 2, .in = 8, .out = 8, .kernel = 1, .precision = precision};
+    auto op = device().MakeConv2d(s, {2});
+    ASSERT_TRUE(op.ok()) << op.status();
+    const auto x = In(std::vector<float>(96, 1)), w = In(std::vector<float>(64, 1)), y = Out(96);
+    const auto scratch = Scratch((*op)->scratch_bytes());
+    (*op)->Pack(stream(), w);
+    (*op)->Forward(stream(), 3, x, nullptr, y, scratch);
+    const absl::Status status = stream().Synchronize();
+    if ((*op)->serves_any_rows()) {
+      EXPECT_TRUE(status.ok()) << status;
+      EXPECT_EQ(y.Read(), std::vector<float>(96, 8));
+    } else {
+      EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+      EXPECT_NE(status.message().find("3 rows"), absl::string_view::npos) << status;
+    }
+    EXPECT_TRUE(stream().Synchronize().ok()) << "reported once";
+  }
 }
 
 TEST_P(LayerTest, RefusesShapesThatAreNone) {

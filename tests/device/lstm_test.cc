@@ -276,6 +276,90 @@ TEST_P(LstmTest, RowsDoNotDependOnTheirNumber) {
   }
 }
 
+// Leaves that are taken together have the bits of each alone: outputs, and gradients wherever they
+// lie.
+TEST_P(LstmTest, LeavesTogetherAreLeavesApart) {
+  const std::vector<std::vector<int64_t>> groups = {{4, 4, 4}, {5, 5, 3, 5}, {3}};
+  for (LstmShape s : std::vector<LstmShape>{{6, 28, 64, false, true, false},
+                                            {3, 7, 35, true, true, true},
+                                            {1, 4, 16, true, false, false},
+                                            {3, 7, 35, true, true, true, Precision::kBf16},
+                                            {4, 12, 32, false, true, false, Precision::kBf16}}) {
+    SCOPED_TRACE(Describe(s));
+    s.most_rows = 18;
+    auto lstm = device().MakeLstm(s, {3, 4, 5});
+    ASSERT_TRUE(lstm.ok()) << lstm.status();
+    const int64_t inputs = s.steps * s.in;
+    const LstmData d(s, s.most_rows);
+    for (const std::vector<int64_t>& group : groups) {
+      Leaves leaves;
+      leaves.count = static_cast<int>(group.size());
+      std::partial_sum(group.begin(), group.end(), leaves.begin + 1);
+      const int64_t rows = leaves.total();
+      std::vector<Result> apart;
+      for (int leaf = 0; leaf < leaves.count; ++leaf) {
+        const int64_t first = leaves.begin[leaf];
+        LstmData own = d;
+        own.x.erase(own.x.begin(), own.x.begin() + first * inputs);
+        own.dy.erase(own.dy.begin(), own.dy.begin() + first * s.outputs());
+        apart.push_back(Run(**lstm, s, own, group[leaf]));
+      }
+      const auto x = In(std::vector<float>(d.x.begin(), d.x.begin() + rows * inputs));
+      const auto dy = In(std::vector<float>(d.dy.begin(), d.dy.begin() + rows * s.outputs()));
+      const auto scratch = Scratch((*lstm)->scratch_bytes());
+      for (const int64_t odd : {0, 1}) {
+        SCOPED_TRACE(std::to_string(group.size()) + " leaves" + (odd ? ", unaligned" : ""));
+        // A leaf's gradients: the tensors one behind the other, each at a multiple of 4.
+        std::vector<int64_t> offsets;
+        int64_t stride = 4;
+        for (const auto& tensor : d.tensors) {
+          offsets.push_back(stride + odd);
+          stride += (static_cast<int64_t>(tensor.size()) + 3) / 4 * 4;
+        }
+        stride += odd;
+        const auto flat = Out(leaves.count * stride + odd, Guard::kBefore);
+        std::vector<LstmTensors<float>> first(s.directions());
+        for (int64_t k = 0; k < s.directions(); ++k) {
+          const auto at = [&](int64_t tensor) { return flat + offsets[k * kTensors + tensor]; };
+          first[k] = {at(0), at(1), s.bias ? at(2) : nullptr, s.bias ? at(3) : nullptr};
+        }
+        const auto y = Out(rows * s.outputs()), dx = Out(rows * inputs),
+                   reserve = Out(rows * s.reserve());
+        for (const bool want_dx : {false, true}) {
+          if ((*lstm)->serves_any_rows()) {
+            (*lstm)->Forward(stream(), rows, x, y, reserve, scratch);
+          } else {
+            for (int leaf = 0; leaf < leaves.count; ++leaf) {
+              const int64_t row = leaves.begin[leaf];
+              (*lstm)->Forward(stream(), group[leaf], x + row * inputs, y + row * s.outputs(),
+                               reserve + row * s.reserve(), scratch);
+            }
+          }
+          (*lstm)->BackwardLeaves(stream(), leaves, x, dy, reserve, first, stride,
+                                  want_dx ? dx.data() : nullptr, scratch);
+          const std::vector<float> outputs = y.Read(), gradients = flat.Read();
+          for (int leaf = 0; leaf < leaves.count; ++leaf) {
+            const auto part = [](const std::vector<float>& values, int64_t begin, size_t size) {
+              return std::vector<float>(values.begin() + begin, values.begin() + begin + size);
+            };
+            const Result& own = apart[leaf];
+            const int64_t row = leaves.begin[leaf];
+            EXPECT_TRUE(SameBits(part(outputs, row * s.outputs(), own.y.size()), own.y)) << leaf;
+            for (size_t i = 0; i < own.gradients.size(); ++i) {
+              EXPECT_TRUE(
+                  SameBits(part(gradients, leaf * stride + offsets[i], own.gradients[i].size()),
+                           own.gradients[i]))
+                  << "leaf " << leaf << ", tensor " << i;
+            }
+            if (!want_dx) continue;
+            EXPECT_TRUE(SameBits(part(dx.Read(), row * inputs, own.dx.size()), own.dx)) << leaf;
+          }
+        }
+      }
+    }
+  }
+}
+
 // Several threads, each with its own stream, reserve and scratch, get the bits of one.
 TEST_P(LstmTest, ThreadsAndRepetitionsAgree) {
   const LstmShape s{5, 28, 128, true, true, false};

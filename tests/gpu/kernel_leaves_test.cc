@@ -219,6 +219,52 @@ TEST_F(KernelLeavesTest, SumsOfLeavesHaveTheBitsThatTheyHaveAlone) {
                     });
 }
 
+// By quads of channels and one by one, with steps and holes, windows of one place, groups.
+std::vector<Conv2dShape> Convolutions() {
+  return {{.height = 6, .width = 7, .in = 16, .out = 16, .kernel = 3, .padding = 1},
+          {.height = 8, .width = 8, .in = 32, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
+          {.height = 6, .width = 6, .in = 3, .out = 32, .kernel = 3, .padding = 1},
+          {.height = 9,
+           .width = 8,
+           .in = 12,
+           .out = 20,
+           .kernel = 3,
+           .stride = 2,
+           .padding = 2,
+           .dilation = 2},
+          {.height = 5, .width = 5, .in = 64, .out = 36, .kernel = 1, .stride = 2},
+          {.height = 5, .width = 5, .in = 5, .out = 7, .kernel = 3, .padding = 1},
+          {.height = 6, .width = 6, .in = 12, .out = 18, .kernel = 3, .padding = 1, .groups = 3}};
+}
+struct ConvolutionSizes {
+  int64_t x, y, w;  // x and y of a row
+};
+ConvolutionSizes SizesOf(const Conv2dShape& s) {
+  return {s.height * s.width * s.in, s.out_height() * s.out_width() * s.out,
+          s.out * s.kernel * s.kernel * (s.in / s.groups)};
+}
+
+TEST_F(KernelLeavesTest, ConvolutionsOfLeavesHaveTheBitsThatTheyHaveAlone) {
+  const std::vector<int64_t> rows = {1, 9, 2, 5, 16};
+  for (const Conv2dShape& s : Convolutions()) {
+    SCOPED_TRACE(testing::Message() << s.in << " to " << s.out << " channels");
+    const int64_t n = LeavesOf(rows).total();
+    const ConvolutionSizes size = SizesOf(s);
+    const Buffer<float> x(RandomFloats(n * size.x, 16)), dy(RandomFloats(n * size.y, 17)),
+        w(RandomFloats(size.w, 18)), bias(RandomFloats(s.out, 19));
+    ExpectLeavesAlone(rows, {{size.y, 0}, {size.x, 0}, {0, size.w + 2}},
+                      [&](const Call& call, const std::vector<float*>& out) {
+                        const float* const own_x = x + call.row * size.x;
+                        const float* const own_dy = dy + call.row * size.y;
+                        const int64_t count = call.leaves.total();
+                        ConvolutionForward(q(), s, count, own_x, w, bias, true, out[0]);
+                        ConvolutionBackwardInput(q(), s, count, own_dy, w, out[1]);
+                        ConvolutionBackwardWeight(q(), s, call.leaves, own_x, own_dy, out[2],
+                                                  size.w + 2);
+                      });
+  }
+}
+
 TEST_F(KernelLeavesTest, LossesOfLeavesHaveTheBitsThatTheyHaveAlone) {
   // By warps in one launch; by warps in two; by blocks.
   for (int64_t features : {1, 3, 10, 16, 33, 1000, 1100}) {
@@ -349,6 +395,25 @@ TEST_F(KernelLeavesTest, BatchNormIsTheSameAtAnyAddress) {
       ColumnSums(q(), kRows, c, x, sums, 0);
       return std::vector<std::vector<float>>{mean.Read(),       m2.Read(), sum.Read(), sum_x.Read(),
                                              normalized.Read(), g.Read(),  dx.Read(),  sums.Read()};
+    });
+  }
+}
+
+TEST_F(KernelLeavesTest, ConvolutionsAreTheSameAtAnyAddress) {
+  constexpr int64_t kRows = 5;
+  for (const Conv2dShape& s : Convolutions()) {
+    SCOPED_TRACE(testing::Message() << s.in << " to " << s.out << " channels");
+    const ConvolutionSizes size = SizesOf(s);
+    ExpectSameAnywhere([&](const std::function<int(int)>& lead) {
+      const Buffer<float> x(RandomFloats(kRows * size.x, 20), lead(0)),
+          dy(RandomFloats(kRows * size.y, 21), lead(1)), w(RandomFloats(size.w, 22), lead(2)),
+          bias(RandomFloats(s.out, 23), lead(3));
+      const Buffer<float> y(kRows * size.y, 0.0f, lead(4)), dx(kRows * size.x, 0.0f, lead(5)),
+          dw(size.w, 0.0f, lead(6));
+      ConvolutionForward(q(), s, kRows, x, w, bias, false, y);
+      ConvolutionBackwardInput(q(), s, kRows, dy, w, dx);
+      ConvolutionBackwardWeight(q(), s, kRows, x, dy, dw, 0);
+      return std::vector<std::vector<float>>{y.Read(), dx.Read(), dw.Read()};
     });
   }
 }

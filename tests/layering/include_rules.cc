@@ -42,9 +42,11 @@ const std::map<std::string, std::vector<std::string>>& Layers() {
        {"worker/nn", "worker/optim", "worker/data", "worker/collective", "worker/device",
         "worker/device/cpu/cpu_device.h", "worker/device/cuda/cuda_device.h", "common",
         "common/spec", kProto}},
+      {"worker/machine", {"worker/device", "worker/device/cpu/cpu_device.h", "common"}},
       {"worker/agent", {"common", "common/spec", "common/rpc", kProto, kGrpc}},
       {"worker/main.cc",
-       {"worker/agent", "worker/train", "common", "common/spec", "common/rpc", kProto, kGrpc}},
+       {"worker/agent", "worker/train", "worker/machine", "worker/device/module/cuda_module.h",
+        "common", "common/spec", "common/rpc", kProto, kGrpc}},
 
       {"client", {"common", "common/spec", "common/rpc", kProto, kGrpc}},
   };

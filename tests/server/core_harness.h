@@ -59,7 +59,8 @@ class CoreHarness {
   }
 
   // A connected worker; its stream.
-  StreamId AddWorker(const std::string& name, int slots, uint64_t incarnation = 1) {
+  StreamId AddWorker(const std::string& name, int slots, uint64_t incarnation = 1,
+                     const v1::Gpu* gpu = nullptr) {
     const StreamId stream = ++last_stream_;
     Give(StreamOpened{stream});
     v1::WorkerMessage message;
@@ -67,7 +68,8 @@ class CoreHarness {
     reg.set_name(name);
     reg.set_incarnation(incarnation);
     reg.set_host(absl::StrCat("host-of-", name));
-    reg.set_device("cpu");
+    reg.set_device(gpu == nullptr ? "cpu" : "cuda");
+    if (gpu != nullptr) *reg.mutable_gpu() = *gpu;
     reg.set_slots(slots);
     Give(WorkerSaid{stream, message});
     return stream;

@@ -64,6 +64,47 @@ TEST_F(CoreTest, AQueuedJobSaysWhatItWaitsFor) {
   EXPECT_EQ(job(next).reason(), "waits for 1 slot of device cpu; 0 are free, 4 exist");
 }
 
+TEST_F(CoreTest, AJobForAGpuWaitsForAWorkerThatHasOne) {
+  AddWorker("w0", 4);
+  v1::SubmitJobRequest request;
+  request.mutable_spec()->mutable_train()->set_shards(8);
+  request.mutable_spec()->mutable_resources()->set_device("cuda");
+  Ask(Submit{0, request});
+  Persist();
+  EXPECT_EQ(job("job-1").state(), v1::QUEUED);
+  EXPECT_EQ(job("job-1").reason(),
+            "waits for a worker of device cuda: none is connected; start one with --slots cuda:1");
+  v1::Gpu gpu;
+  gpu.set_name("NVIDIA H200");
+  gpu.set_memory_bytes(uint64_t{139} << 30);
+  gpu.set_ordinal(1);
+  AddWorker("w1", 1, 2, &gpu);
+  Persist();
+  EXPECT_EQ(job("job-1").state(), v1::STARTING);
+  ASSERT_EQ(job("job-1").placement_size(), 1);
+  EXPECT_EQ(job("job-1").placement(0).worker(), "w1");
+  request.mutable_spec()->mutable_resources()->set_slots(2);
+  Ask(Submit{0, request});
+  EXPECT_EQ(job("job-2").reason(), "waits for 2 slots of device cuda; 0 are free, 1 exists");
+}
+
+TEST_F(CoreTest, AWorkersGpuIsShown) {
+  v1::Gpu gpu;
+  gpu.set_name("NVIDIA H200");
+  gpu.set_memory_bytes(uint64_t{139} << 30);
+  gpu.set_ordinal(1);
+  AddWorker("w0", 4);
+  AddWorker("w1", 1, 2, &gpu);
+  const std::vector<v1::WorkerInfo> workers = core->DescribeWorkers();
+  ASSERT_EQ(workers.size(), 2u);
+  EXPECT_EQ(workers[0].device(), "cpu");
+  EXPECT_FALSE(workers[0].has_gpu());
+  EXPECT_EQ(workers[1].device(), "cuda");
+  EXPECT_EQ(workers[1].gpu().name(), "NVIDIA H200");
+  EXPECT_EQ(workers[1].gpu().memory_bytes(), uint64_t{139} << 30);
+  EXPECT_EQ(workers[1].gpu().ordinal(), 1);
+}
+
 TEST_F(CoreTest, WithoutANumberOfSlotsAJobTakesWhatIsFreeAndAtMostItsShards) {
   AddWorker("w0", 3);
   const std::string first = SubmitJob(0);

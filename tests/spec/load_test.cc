@@ -621,6 +621,15 @@ TEST(Normalize, FillsEveryDefault) {
   EXPECT_EQ(spec.DebugString(), expected.DebugString());
 }
 
+TEST(Load, TakesEachDevice) {
+  const std::string head = "name: tiny\ndata: {path: /d}\nmodel: {preset: mlp}\nresources: ";
+  for (const char* device : {"cpu", "cuda"}) {
+    const auto spec = LoadText(head + "{device: " + device + "}\n", "job.yaml", {});
+    ASSERT_TRUE(spec.ok()) << spec.status();
+    EXPECT_EQ(spec->resources().device(), device);
+  }
+}
+
 // torch.optim's of version 2.15.
 TEST(Normalize, FillsTheDefaultsOfEveryOptimizer) {
   const std::pair<const char*, const char*> cases[] = {

@@ -238,7 +238,7 @@ std::vector<Refusal> Refusals() {
       {"checkpoint.every_steps", "-1", Integer("-1", "0", kMany)},
       {"checkpoint.every_epochs", "-1", Integer("-1", "0", "1000000")},
       {"checkpoint.keep", "0", Integer("0", "1", kInt32)},
-      {"resources.device", "gpu", "found \"gpu\" (did you mean \"cpu\"?); accepted: cpu"},
+      {"resources.device", "gpu", "found \"gpu\" (did you mean \"cpu\"?); accepted: cpu, cuda"},
       {"resources.slots", "0", Integer("0", "1", "4096")},
   };
 }

@@ -205,6 +205,7 @@ class Agent::Impl {
     registration->set_address(options_.advertise.empty() ? LocalAddressTowards(options_.coordinator)
                                                          : options_.advertise);
     registration->set_device(options_.device);
+    if (options_.gpu.has_value()) *registration->mutable_gpu() = *options_.gpu;
     registration->set_slots(options_.slots);
     registration->set_version(options_.version);
     v1::CoordinatorMessage message;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -49,6 +50,7 @@ struct AgentOptions {
   std::string host_id;
   std::string advertise;  // IP address for peers; empty: the local address of the connection
   std::string device = "cpu";
+  std::optional<v1::Gpu> gpu;  // that the slots are of
   int slots = 1;
   std::string version;
 };

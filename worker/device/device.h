@@ -25,6 +25,7 @@
 // documentation forbids is our own bug.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -57,12 +58,6 @@ class Memory {
   float* floats() { return static_cast<float*>(data()); }
 };
 
-enum class Activation { kNone, kRelu };
-
-// Of the factors of a product. Its sum, its result and everything else are fp32 always: bf16 rounds
-// what is multiplied (to nearest even), in forward and both backward products.
-enum class Precision { kFp32, kBf16 };
-
 struct DenseShape {
   int64_t in = 0, out = 0;
   bool bias = false;
@@ -92,19 +87,6 @@ class Dense {
                               float* const* db, void* scratch) = 0;
 };
 
-struct Conv2dShape {
-  int64_t height = 0, width = 0, in = 0, out = 0;  // of the input
-  int64_t kernel = 0, stride = 1, padding = 0;
-  bool bias = false;
-  Activation activation = Activation::kNone;
-  int64_t dilation = 1;  // steps between the places of a window
-  int64_t groups = 1;    // divides in and out
-  Precision precision = Precision::kFp32;
-  int64_t extent() const { return dilation * (kernel - 1) + 1; }  // of a window
-  int64_t out_height() const { return (height + 2 * padding - extent()) / stride + 1; }
-  int64_t out_width() const { return (width + 2 * padding - extent()) / stride + 1; }
-};
-
 // Cross-correlation: x {rows, h, w, in}, W {out, kh, kw, in / groups}, y {rows, oh, ow, out}.
 class Conv2d {
  public:
@@ -117,6 +99,25 @@ class Conv2d {
                              void* scratch) = 0;
   virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy,
                               float* dw, float* db, void* scratch) = 0;
+
+  virtual const Conv2dShape& shape() const = 0;
+  // Forward and BackwardInput take any number of rows, with the bits that each row has alone. Where
+  // not, rows are as listed.
+  virtual bool serves_any_rows() const { return false; }
+  // BackwardWeight of leaves of rows; leaf l's gradients are `stride` floats behind leaf l - 1's.
+  virtual void BackwardWeights(Stream& stream, const Leaves& leaves, const float* x,
+                               const float* dy, float* dw, float* db, int64_t stride,
+                               void* scratch) {
+    const Conv2dShape& s = shape();
+    const int64_t inputs = s.height * s.width * s.in;
+    const int64_t outputs = s.out_height() * s.out_width() * s.out;
+    for (int leaf = 0; leaf < leaves.count; ++leaf) {
+      const int64_t first = leaves.begin[leaf];
+      BackwardWeight(stream, leaves.begin[leaf + 1] - first, x + first * inputs,
+                     dy + first * outputs, dw + leaf * stride,
+                     db == nullptr ? nullptr : db + leaf * stride, scratch);
+    }
+  }
 };
 
 // One layer of long short-term memory (Hochreiter & Schmidhuber 1997; the forget gate of Gers,
@@ -131,6 +132,7 @@ struct LstmShape {
   bool bias = false;
   bool sequence = false;  // y is h of every step, else of each direction's last step
   Precision precision = Precision::kFp32;
+  int64_t most_rows = 0;  // of one call; 0: the largest number that is listed
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t out() const { return directions() * hidden; }  // features of a step of y
   int64_t outputs() const { return sequence ? steps * out() : out(); }
@@ -152,7 +154,11 @@ struct LstmTensors {
 class Lstm {
  public:
   virtual ~Lstm() = default;
+  virtual const LstmShape& shape() const = 0;
   virtual size_t scratch_bytes() const = 0;  // that each of the calls below may use
+  // Forward takes any number of rows up to shape().most_rows, with the bits that each row has
+  // alone, and leaves are worth taking together. Where not, rows are as listed.
+  virtual bool serves_any_rows() const { return false; }
   // Refreshes the packed weights and the summed biases.
   virtual void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors) = 0;
   // `reserve` has rows * shape.reserve() floats.
@@ -163,7 +169,34 @@ class Lstm {
   virtual void Backward(Stream& stream, int64_t rows, const float* x, const float* dy,
                         float* reserve, absl::Span<const LstmTensors<float>> gradients, float* dx,
                         void* scratch) = 0;
+  // Backward of leaves of rows, each with the bits that it has alone. `gradients` are the first
+  // leaf's, leaf l's `stride` floats behind leaf l - 1's. The reserve is that of one Forward of all
+  // rows where serves_any_rows, else of one for each leaf, one behind the other.
+  virtual void BackwardLeaves(Stream& stream, const Leaves& leaves, const float* x, const float* dy,
+                              float* reserve, absl::Span<const LstmTensors<float>> gradients,
+                              int64_t stride, float* dx, void* scratch);
 };
+
+inline void Lstm::BackwardLeaves(Stream& stream, const Leaves& leaves, const float* x,
+                                 const float* dy, float* reserve,
+                                 absl::Span<const LstmTensors<float>> gradients, int64_t stride,
+                                 float* dx, void* scratch) {
+  const LstmShape& s = shape();
+  for (int leaf = 0; leaf < leaves.count; ++leaf) {
+    const int64_t first = leaves.begin[leaf], inputs = first * s.steps * s.in;
+    std::array<LstmTensors<float>, 2> own;
+    for (size_t d = 0; d < gradients.size(); ++d) {
+      const auto of_leaf = [&](float* tensor) {
+        return tensor == nullptr ? nullptr : tensor + leaf * stride;
+      };
+      const LstmTensors<float>& t = gradients[d];
+      own[d] = {of_leaf(t.weight_ih), of_leaf(t.weight_hh), of_leaf(t.bias_ih), of_leaf(t.bias_hh)};
+    }
+    Backward(stream, leaves.begin[leaf + 1] - first, x + inputs, dy + first * s.outputs(),
+             reserve + first * s.reserve(), absl::MakeConstSpan(own.data(), gradients.size()),
+             dx == nullptr ? nullptr : dx + inputs, scratch);
+  }
+}
 
 // Calls of the device that can be made again, with the arguments they had: a CUDA graph. It must
 // not outlive what the calls use.

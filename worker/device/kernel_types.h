@@ -102,6 +102,25 @@ struct PoolShape {
   int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
 };
 
+enum class Activation { kNone, kRelu };
+
+// Of the factors of a product. Its sum, its result and everything else are fp32 always: bf16 rounds
+// what is multiplied (to nearest even), in forward and both backward products.
+enum class Precision { kFp32, kBf16 };
+
+struct Conv2dShape {
+  int64_t height = 0, width = 0, in = 0, out = 0;  // of the input
+  int64_t kernel = 0, stride = 1, padding = 0;
+  bool bias = false;
+  Activation activation = Activation::kNone;
+  int64_t dilation = 1;  // steps between the places of a window
+  int64_t groups = 1;    // divides in and out
+  Precision precision = Precision::kFp32;
+  int64_t extent() const { return dilation * (kernel - 1) + 1; }  // of a window
+  int64_t out_height() const { return (height + 2 * padding - extent()) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * padding - extent()) / stride + 1; }
+};
+
 // ---- samples of a data set.
 
 enum class SampleType { kUint8, kFloat32 };

@@ -115,7 +115,7 @@ void Executor::RunGroup(const Call& call, const StepContext& context, const Merg
     case CallType::kLinearForward:
     case CallType::kLinearBackwardInput:
     case CallType::kLinearBackwardWeight:
-      return RunLinear(call, context, frames);
+      return RunLinear(call, context, frames, leaf_stride);
     case CallType::kMaxPoolForward:
       return device_.MaxPoolForward(stream, c.pool, rows, a, out, Bytes(call.out2, frame));
     case CallType::kMaxPoolBackward:
@@ -184,7 +184,7 @@ void Executor::RunGroup(const Call& call, const StepContext& context, const Merg
                              static_cast<uint64_t>(frame.input->first_position * c.out), out);
     case CallType::kLstmForward:
     case CallType::kLstmBackward:
-      return RunLstm(call, context, frame);
+      return RunLstm(call, context, frames, leaf_stride);
     case CallType::kLstmDropout: {
       const int64_t outputs = c.part_outputs[call.part];
       return device_.Dropout(stream, rows * outputs, a, c.rate, c.part_keys[call.part],
@@ -206,11 +206,15 @@ bool Executor::CanRunTogether(const Call& call, const StepContext& context,
   switch (call.type) {
     case CallType::kLinearForward:
     case CallType::kLinearBackwardInput:
-      return operations_.dense(call.node) != nullptr;
+      return operations_.dense(call.node) != nullptr ||
+             operations_.conv2d(call.node)->serves_any_rows();
     case CallType::kLinearBackwardWeight:
+      return operations_.dense(call.node) == nullptr && joint.leaves;
     case CallType::kLstmForward:
     case CallType::kLstmBackward:
-      return false;
+      // Both or neither: what one leaves for the other is of all rows.
+      return operations_.lstm(call.node, call.part)->serves_any_rows() &&
+             (context.sink == nullptr || joint.leaves);
     case CallType::kBatchNormBackwardSums:
     case CallType::kBatchNormGradient:
     case CallType::kBatchNormBackward:
@@ -265,7 +269,7 @@ void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
 }
 
 void Executor::RunLinear(const Call& call, const StepContext& context,
-                         absl::Span<const Frame> frames) const {
+                         absl::Span<const Frame> frames, int64_t leaf_stride) const {
   const Program::Node& node = program_->nodes()[call.node];
   const Frame& frame = frames[0];
   const int64_t rows = RowsOf(frames);
@@ -284,7 +288,8 @@ void Executor::RunLinear(const Call& call, const StepContext& context,
       if constexpr (std::is_same_v<decltype(operation), device::Dense*>) {
         operation->BackwardWeight(stream, device::kOneLeaf, &rows, &a, &dy, &dw, &db, scratch_);
       } else {
-        operation->BackwardWeight(stream, rows, a, dy, dw, db, scratch_);
+        operation->BackwardWeights(stream, LeavesOf(frames, 1), a, dy, dw, db, leaf_stride,
+                                   scratch_);
       }
       FinishLeaves(call.node, context, frames);
     }
@@ -296,21 +301,21 @@ void Executor::RunLinear(const Call& call, const StepContext& context,
   }
 }
 
-void Executor::RunLstm(const Call& call, const StepContext& context, const Frame& frame) const {
+void Executor::RunLstm(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
+                       int64_t leaf_stride) const {
   device::Lstm* const lstm = operations_.lstm(call.node, call.part);
   device::Stream& stream = *context.stream;
-  const int64_t rows = frame.input->rows;
+  const Frame& frame = frames[0];
   const float* x = Input(call.a, frame);
   float* out = Floats(call.out, frame);
   if (call.type == CallType::kLstmForward) {
-    return lstm->Forward(stream, rows, x, out, Floats(call.out2, frame), scratch_);
+    return lstm->Forward(stream, RowsOf(frames), x, out, Floats(call.out2, frame), scratch_);
   }
   const LstmTensors<float> leaf(*program_, call.node, call.part, frame.leaf);
-  lstm->Backward(stream, rows, x, Floats(call.b, frame), Floats(call.c, frame), leaf.directions(),
-                 out, scratch_);
-  if (call.part == 0) {  // backward ends with the first layer
-    FinishLeaves(call.node, context, absl::MakeConstSpan(&frame, 1));
-  }
+  lstm->BackwardLeaves(stream, LeavesOf(frames, 1), x, Floats(call.b, frame), Floats(call.c, frame),
+                       leaf.directions(), leaf_stride, out, scratch_);
+  // Backward ends with the first layer.
+  if (call.part == 0) FinishLeaves(call.node, context, frames);
 }
 
 void Executor::RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,

@@ -95,11 +95,12 @@ class Executor {
   void RunGroup(const Call& call, const StepContext& context, const Merged& merged,
                 absl::Span<const Frame> frames, int64_t leaf_stride) const;
   bool CanRunTogether(const Call& call, const StepContext& context, const Joint& joint) const;
-  void RunLinear(const Call& call, const StepContext& context,
-                 absl::Span<const Frame> frames) const;
+  void RunLinear(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
+                 int64_t leaf_stride) const;
   void RunFoldedGradient(const Call& call, const StepContext& context,
                          absl::Span<const Frame> frames);
-  void RunLstm(const Call& call, const StepContext& context, const Frame& frame) const;
+  void RunLstm(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
+               int64_t leaf_stride) const;
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
                     absl::Span<const Frame> frames, int64_t leaf_stride) const;
   void RunLayerNorm(const Call& call, const StepContext& context, absl::Span<const Frame> frames,

@@ -54,8 +54,9 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
           std::max(operations->scratch_bytes_, operations->conv2d_[i]->scratch_bytes());
     } else if (layer.type == spec::LayerType::kLstm) {
       for (int part = 0; part < layer.layers; ++part) {
-        ASSIGN_OR_RETURN(std::unique_ptr<device::Lstm> lstm,
-                         device.MakeLstm(LstmShapeOf(*program, i, part), rows));
+        device::LstmShape shape = LstmShapeOf(*program, i, part);
+        shape.most_rows = most_shards * *std::max_element(rows.begin(), rows.end());
+        ASSIGN_OR_RETURN(std::unique_ptr<device::Lstm> lstm, device.MakeLstm(shape, rows));
         operations->scratch_bytes_ = std::max(operations->scratch_bytes_, lstm->scratch_bytes());
         operations->lstm_[i].push_back(std::move(lstm));
       }

@@ -19,7 +19,7 @@ namespace lockstep::emulator {
 namespace {
 
 constexpr size_t kAlignment = 256;
-constexpr size_t kGuard = 4096;        // at least so many bytes between allocations
+constexpr size_t kGuard = 4096;            // at least so many bytes between allocations
 constexpr size_t kStep = size_t{2} << 20;  // huge pages: what is opened and closed is few of them
 // Of freed memory, so much is filled with garbage and the rest is given back to the system.
 constexpr size_t kMostRefilled = size_t{64} << 20;

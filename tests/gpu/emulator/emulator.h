@@ -43,8 +43,8 @@ struct Options {
   int multiprocessors = 132;
   std::string name = "Emulated GPU";
   Order order;
-  bool protect = true;        // device memory from the host
-  int64_t lost_after = -1;    // each device is lost at its launch of this number, from 0; -1: never
+  bool protect = true;      // device memory from the host
+  int64_t lost_after = -1;  // each device is lost at its launch of this number, from 0; -1: never
 };
 
 // What the environment says: LOCKSTEP_EMULATOR_DEVICES, _MEMORY (bytes), _DRIVER_VERSION,
@@ -70,19 +70,19 @@ void LoseDevice(int device, int64_t launches, cudaError_t error = cudaErrorIlleg
 
 // ---- for code that stands in for a vendor's library.
 // Runs `work`, which may touch device memory, on the stream: captured and replayed like a kernel.
-// `name` is a literal.
-cudaError_t Enqueue(cudaStream_t stream, const char* name, std::function<void()> work);
+cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work);
 
 // ---- for tests.
 // Whether the guard bytes around a device allocation are what they were (always, under ASan).
 bool GuardsIntact(const void* allocation);
 struct Counters {
-  int64_t launches = 0;        // enqueued or captured, Enqueue included
+  int64_t launches = 0;  // enqueued or captured, Enqueue included
   int64_t graph_launches = 0;
-  int64_t allocations = 0;     // of any memory, that succeeded
-  int64_t waits = 0;           // calls that wait for work
+  int64_t allocations = 0;  // of any memory, that succeeded
+  int64_t waits = 0;        // calls that wait for work
   int64_t live_allocations = 0;
-  size_t live_bytes = 0;       // of devices
+  size_t live_bytes = 0;  // of devices
+  uint64_t read = 0;      // a hash of what each copy brought to pageable memory, in any order
 };
 Counters Count();
 

@@ -21,8 +21,7 @@ Text TextOf(cudaError_t error) {
     LOCKSTEP_TEXT(cudaErrorInvalidMemcpyDirection, "invalid copy direction for memcpy")
     LOCKSTEP_TEXT(cudaErrorInsufficientDriver,
                   "CUDA driver version is insufficient for CUDA runtime version")
-    LOCKSTEP_TEXT(cudaErrorDevicesUnavailable,
-                  "CUDA-capable device(s) is/are busy or unavailable")
+    LOCKSTEP_TEXT(cudaErrorDevicesUnavailable, "CUDA-capable device(s) is/are busy or unavailable")
     LOCKSTEP_TEXT(cudaErrorInvalidDeviceFunction, "invalid device function")
     LOCKSTEP_TEXT(cudaErrorNoDevice, "no CUDA-capable device is detected")
     LOCKSTEP_TEXT(cudaErrorInvalidDevice, "invalid device ordinal")
@@ -32,8 +31,7 @@ Text TextOf(cudaError_t error) {
     LOCKSTEP_TEXT(cudaErrorPeerAccessUnsupported,
                   "peer access is not supported between these two devices")
     LOCKSTEP_TEXT(cudaErrorInvalidResourceHandle, "invalid resource handle")
-    LOCKSTEP_TEXT(cudaErrorIllegalState,
-                  "the operation cannot be performed in the present state")
+    LOCKSTEP_TEXT(cudaErrorIllegalState, "the operation cannot be performed in the present state")
     LOCKSTEP_TEXT(cudaErrorNotReady, "device not ready")
     LOCKSTEP_TEXT(cudaErrorIllegalAddress, "an illegal memory access was encountered")
     LOCKSTEP_TEXT(cudaErrorLaunchOutOfResources, "too many resources requested for launch")
@@ -62,8 +60,7 @@ Text TextOf(cudaError_t error) {
                   "operation would result in a merge of separate capture sequences")
     LOCKSTEP_TEXT(cudaErrorStreamCaptureUnmatched,
                   "capture was not ended in the same stream as it began")
-    LOCKSTEP_TEXT(cudaErrorStreamCaptureUnjoined,
-                  "capturing stream has unjoined work")
+    LOCKSTEP_TEXT(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work")
     LOCKSTEP_TEXT(cudaErrorStreamCaptureIsolation,
                   "dependency created on uncaptured work in another stream")
     LOCKSTEP_TEXT(cudaErrorStreamCaptureImplicit,

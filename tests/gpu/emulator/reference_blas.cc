@@ -34,8 +34,8 @@ class ReferenceProduct : public Product {
     emulator::CheckAlignment("op(B) of a product", b, std::gcd(s_.alignment, s_.b_row * element));
     emulator::CheckAlignment("the result of a product", c, std::gcd(s_.alignment, s_.c_row * 4));
     emulator::CheckAlignment("the workspace of a product", workspace, 256);
-    const cudaError_t error = emulator::Enqueue(
-        queue.stream, "product", [s = s_, m, a, b, bias, c, workspace] {
+    const cudaError_t error =
+        emulator::Enqueue(queue.stream, [s = s_, m, a, b, bias, c, workspace] {
           emulator::UseWorkspace(workspace, kProductWorkspaceBytes);
           Compute(s, m, a, b, s.bias ? bias : nullptr, c);
         });

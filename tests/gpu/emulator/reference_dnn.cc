@@ -1,6 +1,6 @@
-// Convolutions in plain loops, in place of cuDNN. An element of a result is summed in a fixed order,
-// in floats: forward over the window and its channels, the input's gradient over the window and the
-// output's channels, the weight's gradient over rows and places.
+// Convolutions in plain loops, in place of cuDNN. An element of a result is summed in a fixed
+// order, in floats: forward over the window and its channels, the input's gradient over the window
+// and the output's channels, the weight's gradient over rows and places.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -33,8 +33,8 @@ class ReferenceConvolution : public Convolution {
   void Run(const Queue& queue, const void* first, const void* second, float* result,
            void* workspace) override {
     emulator::CheckAlignment("the workspace of a convolution", workspace, 256);
-    const cudaError_t error = emulator::Enqueue(
-        queue.stream, "convolution", [copy = *this, first, second, result, workspace] {
+    const cudaError_t error =
+        emulator::Enqueue(queue.stream, [copy = *this, first, second, result, workspace] {
           emulator::UseWorkspace(workspace, kWorkspaceOfConvolution);
           copy.Compute(first, second, result);
         });
@@ -91,72 +91,83 @@ class ReferenceConvolution : public Convolution {
             w[static_cast<size_t>(o * window * In() + k)];
       }
     }
-    for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t oh = 0; oh < s_.out_height(); ++oh) {
-        for (int64_t ow = 0; ow < s_.out_width(); ++ow, y += s_.out) {
-          std::fill(y, y + s_.out, 0.0f);
-          for (int64_t k = 0; k < window; ++k) {
-            int64_t ih, iw;
-            if (!Meets(oh, k / s_.kernel, s_.height, &ih)) continue;
-            if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
-            const float* const pixel = x.data() + ((row * s_.height + ih) * s_.width + iw) * s_.in;
-            for (int64_t c = 0; c < s_.in; ++c) {
-              const int64_t group = c / In();
-              const float* const factors =
-                  turned.data() + ((group * window + k) * In() + c % In()) * Out();
-              emulator::AddProduct(Out(), pixel[c], factors, y + group * Out());
-            }
-          }
+    ForEachPlace([&](int64_t row, int64_t oh, int64_t ow) {
+      std::fill(y, y + s_.out, 0.0f);
+      for (int64_t k = 0; k < window; ++k) {
+        int64_t ih, iw;
+        if (!Meets(oh, k / s_.kernel, s_.height, &ih)) continue;
+        if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
+        const float* const pixel = x.data() + Pixel(row, ih, iw);
+        for (int64_t c = 0; c < s_.in; ++c) {
+          const int64_t group = c / In();
+          const float* const factors =
+              turned.data() + ((group * window + k) * In() + c % In()) * Out();
+          emulator::AddProduct(Out(), pixel[c], factors, y + group * Out());
         }
       }
-    }
+      y += s_.out;
+    });
   }
 
   void BackwardInput(const std::vector<float>& dy, const std::vector<float>& w, float* dx) const {
     const int64_t window = s_.kernel * s_.kernel;
     std::fill(dx, dx + rows_ * s_.height * s_.width * s_.in, 0.0f);
-    // Each element of dx meets a place of the window once, so that the window's order is its own.
-    for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t k = 0; k < window; ++k) {
-        for (int64_t oh = 0; oh < s_.out_height(); ++oh) {
+    std::vector<float> patch(static_cast<size_t>(window * In()));  // of a group
+    const float* gradient = dy.data();
+    ForEachPlace([&](int64_t row, int64_t oh, int64_t ow) {
+      for (int64_t group = 0; group < s_.groups; ++group) {
+        std::fill(patch.begin(), patch.end(), 0.0f);
+        for (int64_t o = group * Out(); o < (group + 1) * Out(); ++o) {
+          emulator::AddProduct(window * In(), gradient[o], w.data() + o * window * In(),
+                               patch.data());
+        }
+        for (int64_t k = 0; k < window; ++k) {
           int64_t ih, iw;
           if (!Meets(oh, k / s_.kernel, s_.height, &ih)) continue;
-          for (int64_t ow = 0; ow < s_.out_width(); ++ow) {
-            if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
-            const float* const gradient =
-                dy.data() + ((row * s_.out_height() + oh) * s_.out_width() + ow) * s_.out;
-            float* const pixel = dx + ((row * s_.height + ih) * s_.width + iw) * s_.in;
-            for (int64_t o = 0; o < s_.out; ++o) {
-              emulator::AddProduct(In(), gradient[o], w.data() + (o * window + k) * In(),
-                                   pixel + o / Out() * In());
-            }
-          }
+          if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
+          emulator::AddProduct(In(), 1.0f, patch.data() + k * In(),
+                               dx + Pixel(row, ih, iw) + group * In());
         }
       }
-    }
+      gradient += s_.out;
+    });
   }
 
   void BackwardWeight(const std::vector<float>& dy, const std::vector<float>& x, float* dw) const {
     const int64_t window = s_.kernel * s_.kernel;
     std::fill(dw, dw + s_.out * window * In(), 0.0f);
-    for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t oh = 0; oh < s_.out_height(); ++oh) {
-        for (int64_t ow = 0; ow < s_.out_width(); ++ow) {
-          const float* const gradient =
-              dy.data() + ((row * s_.out_height() + oh) * s_.out_width() + ow) * s_.out;
-          for (int64_t k = 0; k < window; ++k) {
-            int64_t ih, iw;
-            if (!Meets(oh, k / s_.kernel, s_.height, &ih)) continue;
-            if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
-            const float* const pixel = x.data() + ((row * s_.height + ih) * s_.width + iw) * s_.in;
-            for (int64_t o = 0; o < s_.out; ++o) {
-              emulator::AddProduct(In(), gradient[o], pixel + o / Out() * In(),
-                                   dw + (o * window + k) * In());
-            }
-          }
+    std::vector<float> patch(static_cast<size_t>(window * In()));  // of a group; 0 beyond the input
+    const float* gradient = dy.data();
+    ForEachPlace([&](int64_t row, int64_t oh, int64_t ow) {
+      for (int64_t group = 0; group < s_.groups; ++group) {
+        std::fill(patch.begin(), patch.end(), 0.0f);
+        for (int64_t k = 0; k < window; ++k) {
+          int64_t ih, iw;
+          if (!Meets(oh, k / s_.kernel, s_.height, &ih)) continue;
+          if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
+          const float* const pixel = x.data() + Pixel(row, ih, iw) + group * In();
+          std::copy(pixel, pixel + In(), patch.data() + k * In());
+        }
+        for (int64_t o = group * Out(); o < (group + 1) * Out(); ++o) {
+          emulator::AddProduct(window * In(), gradient[o], patch.data(), dw + o * window * In());
         }
       }
+      gradient += s_.out;
+    });
+  }
+
+  // Calls body(row, y, x) for the places of the output, in order.
+  template <class Body>
+  void ForEachPlace(const Body& body) const {
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t oh = 0; oh < s_.out_height(); ++oh) {
+        for (int64_t ow = 0; ow < s_.out_width(); ++ow) body(row, oh, ow);
+      }
     }
+  }
+  // The first element of a pixel of the input.
+  int64_t Pixel(int64_t row, int64_t h, int64_t w) const {
+    return ((row * s_.height + h) * s_.width + w) * s_.in;
   }
 
   const ConvolutionPass pass_;

@@ -505,10 +505,22 @@ void Replay(Emulator& e, const std::vector<Node>& nodes) {
   for (const int node : order) nodes[node].work();
 }
 
+uint64_t Hash(const char* bytes, size_t count) {
+  uint64_t hash = count;
+  for (size_t i = 0; i < count; i += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + i, std::min<size_t>(8, count - i));
+    hash = (hash ^ word) * 0x9E3779B97F4A7C15ull;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
 cudaError_t Copy(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                  size_t height, cudaMemcpyKind kind, cudaStream_t handle, bool wait) {
   Emulator& e = E();
   std::vector<std::shared_ptr<Record>> records;
+  Where to_where, from_where;
   {
     const std::lock_guard<std::mutex> lock(e.mutex);
     std::shared_ptr<Stream> stream;
@@ -517,7 +529,6 @@ cudaError_t Copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
     }
     if (width == 0 || height == 0) return cudaSuccess;
     if (to_pitch < width || from_pitch < width) return cudaErrorInvalidValue;
-    Where to_where, from_where;
     int to_device, from_device;
     if (to == nullptr || from == nullptr ||
         !Locate(e, to, to_pitch * (height - 1) + width, &to_where, &to_device) ||
@@ -536,14 +547,14 @@ cudaError_t Copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
     }
     const bool pageable = to_where == Where::kPageable || from_where == Where::kPageable;
     if (stream->capture != nullptr && (wait || pageable)) return WaitingInCapture(*stream);
-    std::shared_ptr<std::vector<char>> staged;
+    std::shared_ptr<char[]> staged;
     if (from_where == Where::kPageable) {  // is read when the call is made
-      staged = std::make_shared<std::vector<char>>(width * height);
+      staged.reset(new char[width * height]);
       for (size_t row = 0; row < height; ++row) {
-        std::memcpy(staged->data() + row * width,
-                    static_cast<const char*>(from) + row * from_pitch, width);
+        std::memcpy(staged.get() + row * width, static_cast<const char*>(from) + row * from_pitch,
+                    width);
       }
-      from = staged->data();
+      from = staged.get();
       from_pitch = width;
     }
     const cudaError_t error = Push(e, stream, [=] {
@@ -566,6 +577,11 @@ cudaError_t Copy(void* to, size_t to_pitch, const void* from, size_t from_pitch,
   }
   WaitFor(e, records);
   const std::lock_guard<std::mutex> lock(e.mutex);
+  if (to_where == Where::kPageable) {
+    for (size_t row = 0; row < height; ++row) {
+      e.counters.read += Hash(static_cast<const char*>(to) + row * to_pitch, width);
+    }
+  }
   return Usable(e);
 }
 
@@ -620,8 +636,8 @@ int64_t Number(const char* name, int64_t otherwise) {
 Options OptionsOfEnvironment() {
   Options options;
   options.devices = static_cast<int>(Number("LOCKSTEP_EMULATOR_DEVICES", options.devices));
-  options.memory = static_cast<size_t>(
-      Number("LOCKSTEP_EMULATOR_MEMORY", static_cast<int64_t>(options.memory)));
+  options.memory =
+      static_cast<size_t>(Number("LOCKSTEP_EMULATOR_MEMORY", static_cast<int64_t>(options.memory)));
   options.driver_version =
       static_cast<int>(Number("LOCKSTEP_EMULATOR_DRIVER_VERSION", options.driver_version));
   options.protect = Number("LOCKSTEP_EMULATOR_PROTECT", options.protect) != 0;
@@ -688,8 +704,7 @@ void LoseDevice(int device, int64_t launches, cudaError_t error) {
   }
 }
 
-cudaError_t Enqueue(cudaStream_t handle, const char* name, std::function<void()> work) {
-  static_cast<void>(name);
+cudaError_t Enqueue(cudaStream_t handle, std::function<void()> work) {
   Emulator& e = E();
   const std::lock_guard<std::mutex> lock(e.mutex);
   std::shared_ptr<Stream> stream;
@@ -1081,8 +1096,7 @@ cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned) {
   auto next = e.pinned.lower_bound(begin);
   const bool overlaps =
       (next != e.pinned.end() && next->first < begin + bytes) ||
-      (next != e.pinned.begin() &&
-       std::prev(next)->first + std::prev(next)->second.bytes > begin);
+      (next != e.pinned.begin() && std::prev(next)->first + std::prev(next)->second.bytes > begin);
   if (overlaps) return Return(cudaErrorHostMemoryAlreadyRegistered);
   e.pinned[begin] = {bytes, false};
   return cudaSuccess;
@@ -1155,8 +1169,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 
 cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes,
                                 cudaStream_t stream) {
-  return Return(
-      Copy(to, bytes, from, bytes, bytes, 1, cudaMemcpyDeviceToDevice, stream, false));
+  return Return(Copy(to, bytes, from, bytes, bytes, 1, cudaMemcpyDeviceToDevice, stream, false));
 }
 
 // Waits for nothing, as CUDA's does not for device memory.
@@ -1399,9 +1412,9 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEve
     return Return(cudaErrorInvalidResourceHandle);
   }
   if (!a->second->record->done || !b->second->record->done) return cudaErrorNotReady;
-  *milliseconds = std::chrono::duration<float, std::milli>(b->second->record->time -
-                                                           a->second->record->time)
-                      .count();
+  *milliseconds =
+      std::chrono::duration<float, std::milli>(b->second->record->time - a->second->record->time)
+          .count();
   return cudaSuccess;
 }
 

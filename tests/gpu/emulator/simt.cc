@@ -20,8 +20,7 @@ namespace lockstep::device::cuda {
 
 // What SharedMemory() of launch.h declares; bytes beyond a block's own are guarded.
 extern unsigned char shared_memory[];
-alignas(1024) unsigned char
-    shared_memory[lockstep::emulator::kMostSharedBytes + 1024];
+alignas(1024) unsigned char shared_memory[lockstep::emulator::kMostSharedBytes + 1024];
 
 }  // namespace lockstep::device::cuda
 
@@ -40,7 +39,7 @@ enum class State : uint8_t { kUnstarted, kRunnable, kAtBarrier, kInExchange, kEx
 struct Thread {
   Fiber* fiber = nullptr;  // where it runs, once started
   State state = State::kUnstarted;
-  Site site = {};  // where it waits
+  Site site = {};      // where it waits
   uint64_t value = 0;  // that it brings to an exchange, then what it gets
   int source = 0, width = 0;
 };
@@ -165,7 +164,6 @@ class Engine {
   unsigned at_barrier_ = 0, exited_ = 0;
   bool running_ = false;
   int current_ = -1;
-  size_t poisoned_from_ = 0;
   Fiber* main_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;
@@ -192,23 +190,23 @@ std::string Engine::Threads() {
     switch (threads_[t].state) {
       case State::kUnstarted:
       case State::kRunnable:
-        place = "can run";
+        place = "able to run";
         break;
       case State::kAtBarrier:
-        place = "wait in __syncthreads at " + ToString(threads_[t].site);
+        place = "waiting in __syncthreads at " + ToString(threads_[t].site);
         break;
       case State::kInExchange: {
-        place = "wait in an exchange of a warp at " + ToString(threads_[t].site);
+        place = "waiting in an exchange of a warp at " + ToString(threads_[t].site);
         const Warp& warp = warps_[t / kWarp];
         for (int g = 0; g < warp.groups; ++g) {
           if ((warp.group[g].arrived >> (t % kWarp) & 1) == 0) continue;
-          place = std::string("wait in ") + NameOf(warp.group[g].exchange) + " of mask " +
+          place = std::string("waiting in ") + NameOf(warp.group[g].exchange) + " of mask " +
                   Hex(warp.group[g].mask) + " at " + ToString(threads_[t].site);
         }
         break;
       }
       case State::kExited:
-        place = "have returned";
+        place = "returned";
         break;
     }
     auto [it, added] = places.try_emplace(place, 0, t);
@@ -216,7 +214,8 @@ std::string Engine::Threads() {
   }
   std::string text;
   for (const auto& [place, threads] : places) {
-    text += "\n  " + std::to_string(threads.first) + " threads " + place + ", the first is " +
+    text += "\n  " + std::to_string(threads.first) +
+            (threads.first == 1 ? " thread " : " threads ") + place + ", the first is " +
             ToString(index_[threads.second]);
   }
   return text;
@@ -225,11 +224,11 @@ std::string Engine::Threads() {
 void Engine::PrepareShared() {
   const size_t bytes = launch_->shared_bytes;
 #if defined(LOCKSTEP_EMULATOR_ASAN)
-  if (bytes != poisoned_from_ || poisoned_from_ == 0) {
-    __asan_unpoison_memory_region(shared_memory, bytes);
-    __asan_poison_memory_region(shared_memory + bytes, kMostSharedBytes + 1024 - bytes);
-    poisoned_from_ = bytes;
-  }
+  static size_t before = kMostSharedBytes + 1024;
+  if (bytes == before) return;
+  before = bytes;
+  __asan_unpoison_memory_region(shared_memory, bytes);
+  __asan_poison_memory_region(shared_memory + bytes, kMostSharedBytes + 1024 - bytes);
 #else
   FillWithGarbage(shared_memory + bytes, 1024);
 #endif

@@ -12,7 +12,7 @@
 namespace lockstep::emulator {
 
 constexpr unsigned kMostThreads = 1024;
-constexpr size_t kSharedBytes = size_t{48} << 10;        // without asking for more
+constexpr size_t kSharedBytes = size_t{48} << 10;       // without asking for more
 constexpr size_t kMostSharedBytes = size_t{227} << 10;  // of a block
 
 struct KernelLaunch {

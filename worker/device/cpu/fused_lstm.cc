@@ -70,6 +70,8 @@ class FusedLstm : public Lstm {
     staging_ = at;
   }
 
+  const LstmShape& shape() const override { return s_; }
+
   // x by steps, or dx by steps; the gradient of c; and in bf16 a product's factors in pairs.
   size_t scratch_bytes() const override {
     const int64_t samples = most_rows_ * s_.steps;

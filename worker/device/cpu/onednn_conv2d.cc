@@ -63,6 +63,8 @@ class OnednnConv2d : public Conv2d {
         weight_(weight_dims_, kFloat, shape.groups > 1 ? Tag::abdec : Tag::ohwi),
         rounded_weight_(std::move(rounded_weight)) {}
 
+  const Conv2dShape& shape() const override { return s_; }
+
   static size_t WeightBytes(const Conv2dShape& s) {
     return static_cast<size_t>(s.out * s.kernel * s.kernel * (s.in / s.groups)) * sizeof(float);
   }

@@ -19,17 +19,18 @@ class CudaConv2d : public Conv2d {
                                                       const Conv2dShape& shape,
                                                       absl::Span<const int64_t> rows) {
     auto conv = std::make_unique<CudaConv2d>(shape);
-    if (conv->is_bf16()) {
-      ASSIGN_OR_RETURN(conv->memory_, device.Allocate(conv->PlaceWeights(nullptr)));
-      conv->PlaceWeights(conv->memory_->data());
-    }
+    if (!conv->is_bf16()) return conv;
+    ASSIGN_OR_RETURN(conv->memory_, device.Allocate(conv->PlaceWeights(nullptr)));
+    conv->PlaceWeights(conv->memory_->data());
     for (const int64_t count : rows) RETURN_IF_ERROR(conv->Add(dnn, count));
     return conv;
   }
 
   explicit CudaConv2d(const Conv2dShape& shape) : s_(shape) {}
 
+  const Conv2dShape& shape() const override { return s_; }
   size_t scratch_bytes() const override { return scratch_bytes_; }
+  bool serves_any_rows() const override { return !is_bf16(); }
 
   void Pack(Stream& stream, const float* weight) override {
     weight_ = weight;
@@ -42,13 +43,16 @@ class CudaConv2d : public Conv2d {
   void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
                void* scratch) override {
     const Queue& q = QueueOf(stream);
+    const bool relu = s_.activation == Activation::kRelu;
+    if (!is_bf16()) {
+      return ConvolutionForward(q, s_, rows, x, weight_, s_.bias ? bias : nullptr, relu, y);
+    }
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
     Parts parts(scratch);
     Convolution& convolution = *plans->forward;
     const void* const factor = Factor(q, convolution, rows * Inputs(), x, parts);
     convolution.Run(q, factor, Weight(convolution), y, parts.Take(0));
-    const bool relu = s_.activation == Activation::kRelu;
     if (s_.bias || relu) {
       BiasForward(q, rows * Outputs(), s_.out, y, s_.bias ? bias : nullptr, relu, y);
     }
@@ -57,6 +61,7 @@ class CudaConv2d : public Conv2d {
   void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
                      void* scratch) override {
     const Queue& q = QueueOf(stream);
+    if (!is_bf16()) return ConvolutionBackwardInput(q, s_, rows, dy, weight_, dx);
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
     Parts parts(scratch);
@@ -67,6 +72,7 @@ class CudaConv2d : public Conv2d {
 
   void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
                       float* db, void* scratch) override {
+    if (!is_bf16()) return BackwardWeights(stream, rows, x, dy, dw, db, 0, scratch);
     const Queue& q = QueueOf(stream);
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
@@ -78,8 +84,19 @@ class CudaConv2d : public Conv2d {
     if (s_.bias) ColumnSums(q, Leaves(rows * Outputs() / s_.out), s_.out, dy, db, 0);
   }
 
+  void BackwardWeights(Stream& stream, const Leaves& leaves, const float* x, const float* dy,
+                       float* dw, float* db, int64_t stride, void* scratch) override {
+    if (is_bf16()) return Conv2d::BackwardWeights(stream, leaves, x, dy, dw, db, stride, scratch);
+    const Queue& q = QueueOf(stream);
+    ConvolutionBackwardWeight(q, s_, leaves, x, dy, dw, stride);
+    if (!s_.bias) return;
+    Leaves places = leaves;
+    for (int64_t& begin : places.begin) begin *= Outputs() / s_.out;
+    ColumnSums(q, places, s_.out, dy, db, stride);
+  }
+
  private:
-  // Of one number of rows.
+  // Of one number of rows, where bf16.
   struct Plans {
     std::unique_ptr<Convolution> forward, backward_input, backward_weight;
   };
@@ -87,18 +104,15 @@ class CudaConv2d : public Conv2d {
   absl::Status Add(Dnn& dnn, int64_t rows) {
     Plans& plans = plans_[rows];
     if (plans.forward != nullptr) return absl::OkStatus();
-    const Factors factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
     const auto make = [&](ConvolutionPass pass, std::unique_ptr<Convolution>* convolution) {
-      ASSIGN_OR_RETURN(*convolution, dnn.MakeConvolution(pass, s_, rows, factors));
+      ASSIGN_OR_RETURN(*convolution, dnn.MakeConvolution(pass, s_, rows, Factors::kBf16));
       Parts parts;
-      if (is_bf16()) {
-        // One factor is the weight, but for the weight's gradient.
-        const bool both = pass == ConvolutionPass::kBackwardWeight;
-        const bool floats = (*convolution)->takes_floats();
-        if (both || pass == ConvolutionPass::kForward) TakeRounded(floats, rows * Inputs(), parts);
-        if (both || pass == ConvolutionPass::kBackwardInput) {
-          TakeRounded(floats, rows * Outputs(), parts);
-        }
+      // One factor is the weight, but for the weight's gradient.
+      const bool both = pass == ConvolutionPass::kBackwardWeight;
+      const bool floats = (*convolution)->takes_floats();
+      if (both || pass == ConvolutionPass::kForward) TakeRounded(floats, rows * Inputs(), parts);
+      if (both || pass == ConvolutionPass::kBackwardInput) {
+        TakeRounded(floats, rows * Outputs(), parts);
       }
       parts.Take(static_cast<int64_t>((*convolution)->workspace_bytes()));
       scratch_bytes_ = std::max(scratch_bytes_, parts.taken());
@@ -130,7 +144,6 @@ class CudaConv2d : public Conv2d {
     return parts.taken();
   }
   const void* Weight(const Convolution& convolution) const {
-    if (!is_bf16()) return weight_;
     return convolution.takes_floats() ? static_cast<const void*>(rounded_in_floats_) : rounded_;
   }
 
@@ -140,7 +153,6 @@ class CudaConv2d : public Conv2d {
   // n floats as the convolution takes them.
   const void* Factor(const Queue& q, const Convolution& convolution, int64_t n, const float* x,
                      Parts& parts) const {
-    if (!is_bf16()) return x;
     void* const rounded = TakeRounded(convolution.takes_floats(), n, parts);
     if (convolution.takes_floats()) {
       RoundInFloats(q, n, x, static_cast<float*>(rounded));
@@ -174,6 +186,13 @@ absl::StatusOr<std::unique_ptr<Conv2d>> MakeCudaConv2d(Device& device, Dnn& dnn,
         ", groups ", s.groups,
         "; sizes must be positive, the window must fit into the padded input, and groups divide "
         "the channels"));
+  }
+  constexpr int64_t kMostElements = int64_t{1} << 30;  // of a row or of the weights
+  for (const int64_t elements : {s.height * s.width * s.in, s.out_height() * s.out_width() * s.out,
+                                 s.out * s.kernel * s.kernel * (s.in / s.groups)}) {
+    if (elements <= kMostElements) continue;
+    return absl::InvalidArgumentError(absl::StrCat("conv2d of ", elements, " elements; at most ",
+                                                   kMostElements, " are accepted"));
   }
   for (const int64_t count : rows) {
     if (count >= 1) continue;

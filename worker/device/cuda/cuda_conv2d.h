@@ -1,6 +1,6 @@
-// Conv2d on the vendor's convolutions, one plan per number of rows; bias and activation in one
-// pass of ours behind it. Thread-safe as worker/device/device.h says: Pack excludes the other
-// calls.
+// Conv2d on convolutions of ours in fp32, and on the vendor's in bf16: there one plan per number of
+// rows, bias and activation in one pass of ours behind it. Thread-safe as worker/device/device.h
+// says: Pack excludes the other calls.
 #pragma once
 
 #include <cstdint>

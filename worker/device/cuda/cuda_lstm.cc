@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <utility>
@@ -22,6 +24,9 @@ namespace {
 // what its recurrent product multiplies, h of the step before it or zero: so the gradients of both
 // weights are products over all samples and steps. In bf16 factors are rounded where a kernel or
 // another pass over them writes them; everything else is the same.
+//
+// A step is a product and the cells behind it, of the rows of all leaves: only weights have
+// gradients for each leaf, and a leaf's samples lie together.
 class CudaLstm : public Lstm {
  public:
   static absl::StatusOr<std::unique_ptr<Lstm>> Make(Device& device, Blas& blas,
@@ -34,11 +39,14 @@ class CudaLstm : public Lstm {
     return lstm;
   }
 
-  CudaLstm(const LstmShape& shape, int64_t most_rows) : s_(shape), most_rows_(most_rows) {}
+  CudaLstm(const LstmShape& shape, int64_t most_listed) : s_(WithMostRows(shape, most_listed)) {}
+
+  const LstmShape& shape() const override { return s_; }
+  bool serves_any_rows() const override { return true; }
 
   size_t scratch_bytes() const override {
-    return std::max(ForwardScratch(*this, most_rows_, nullptr).bytes,
-                    BackwardScratch(*this, most_rows_, nullptr).bytes);
+    return std::max(ForwardScratch(*this, s_.most_rows, nullptr).bytes,
+                    BackwardScratch(*this, s_.most_rows, nullptr).bytes);
   }
 
   void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors) override {
@@ -55,12 +63,13 @@ class CudaLstm : public Lstm {
   void Forward(Stream& stream, int64_t rows, const float* x, float* y, float* reserve,
                void* scratch) override {
     const Queue& q = QueueOf(stream);
+    if (!Accepts(q, rows)) return;
     const ForwardScratch use(*this, rows, scratch);
     const void* const inputs = Factor(q, rows * s_.steps * s_.in, x, use.x16);
     for (int64_t d = 0; d < s_.directions(); ++d) {
       const Packed& p = packed_[static_cast<size_t>(d)];
       const Reserve r(s_, rows, d, reserve);
-      input_->Run(q, rows * s_.steps, inputs, p.weight_ih, p.bias, r.gates, use.workspace);
+      Run(q, input_, rows * s_.steps, inputs, p.weight_ih, p.bias, r.gates, use.workspace);
       const StridedCopy first = {.size = {1, 1, s_.hidden},
                                  .from = {0, 0, 1},
                                  .to_begin = Time(d, 0) * s_.hidden,
@@ -72,8 +81,8 @@ class CudaLstm : public Lstm {
         float* const gate = r.gates + t * gates();
         if (k > 0) {
           const float* const h = r.h_before + t * s_.hidden;
-          recurrent_->Run(q, rows, is_bf16() ? static_cast<const void*>(use.h16) : h, p.weight_hh,
-                          nullptr, gate, use.workspace);
+          Run(q, recurrent_, rows, is_bf16() ? static_cast<const void*>(use.h16) : h, p.weight_hh,
+              nullptr, gate, use.workspace);
         }
         const bool last = k + 1 == s_.steps;
         LstmForwardStep(q, rows, s_.hidden, gate, gates_row(),
@@ -98,7 +107,15 @@ class CudaLstm : public Lstm {
 
   void Backward(Stream& stream, int64_t rows, const float* x, const float* dy, float* reserve,
                 absl::Span<const LstmTensors<float>> gradients, float* dx, void* scratch) override {
+    BackwardLeaves(stream, Leaves(rows), x, dy, reserve, gradients, 0, dx, scratch);
+  }
+
+  void BackwardLeaves(Stream& stream, const Leaves& leaves, const float* x, const float* dy,
+                      float* reserve, absl::Span<const LstmTensors<float>> gradients,
+                      int64_t stride, float* dx, void* scratch) override {
     const Queue& q = QueueOf(stream);
+    const int64_t rows = leaves.total();
+    if (!Accepts(q, rows) || !AcceptsLeaves(q, leaves)) return;
     const BackwardScratch use(*this, rows, scratch);
     const int64_t samples = rows * s_.steps;
     const void* const inputs = Factor(q, samples * s_.in, x, use.x16);
@@ -110,8 +127,8 @@ class CudaLstm : public Lstm {
         const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
         const bool last = k + 1 == s_.steps;
         if (!last) {
-          recurrent_gradient_->Run(q, rows, FactorAt(dgates, after * gates()), p.weight_hh, nullptr,
-                                   use.dh_after, use.workspace);
+          Run(q, recurrent_gradient_, rows, FactorAt(dgates, after * gates()), p.weight_hh, nullptr,
+              use.dh_after, use.workspace);
         }
         LstmBackwardStep(q, rows, s_.hidden, r.gates + t * gates(), gates_row(),
                          k == 0 ? nullptr : r.c + before * s_.hidden, r.tanh_c + t * s_.hidden,
@@ -120,17 +137,23 @@ class CudaLstm : public Lstm {
                          is_bf16() ? use.gates16 + t * gates() : nullptr);
       }
       const LstmTensors<float>& gradient = gradients[static_cast<size_t>(d)];
-      const WeightProducts& weights = weight_gradients_.at(rows);
-      WeightGradient(q, *weights.input, dgates, inputs, s_.in, use, gradient.weight_ih);
+      WeightGradients(q, leaves, &WeightProducts::input, dgates, inputs, s_.in, use,
+                      gradient.weight_ih, stride);
       const void* const states = Factor(q, samples * s_.hidden, r.h_before, use.h16);
-      WeightGradient(q, *weights.recurrent, dgates, states, s_.hidden, use, gradient.weight_hh);
+      WeightGradients(q, leaves, &WeightProducts::recurrent, dgates, states, s_.hidden, use,
+                      gradient.weight_hh, stride);
       if (s_.bias) {
-        ColumnSums(q, Leaves(samples), gates(), r.gates, gradient.bias_ih, 0);
-        CopyFloats(q, gates(), gradient.bias_ih, gradient.bias_hh);
+        ColumnSums(q, SamplesOf(leaves), gates(), r.gates, gradient.bias_ih, stride);
+        const StridedCopy same = {.size = {1, 1, gates()},
+                                  .from = {0, 0, 1},
+                                  .from_row = stride,
+                                  .to = {0, 0, 1},
+                                  .to_row = stride};
+        CopyStrided(q, same, leaves.count, gradient.bias_ih, gradient.bias_hh);
       }
       if (dx == nullptr) continue;
-      Product& product = d == 0 ? *input_gradient_ : *input_gradient_more_;
-      product.Run(q, samples, dgates, p.weight_ih, nullptr, dx, use.workspace);
+      Run(q, d == 0 ? input_gradient_ : input_gradient_more_, samples, dgates, p.weight_ih, nullptr,
+          dx, use.workspace);
     }
   }
 
@@ -186,9 +209,20 @@ class CudaLstm : public Lstm {
     uint16_t *x16 = nullptr, *h16 = nullptr, *gates16 = nullptr;
     size_t bytes;
   };
+  // A product whose rows are rows of the call.
+  struct RowProduct {
+    std::unique_ptr<Product> product;
+    int64_t most = 0;              // rows of a call of the library
+    int64_t a_row = 0, c_row = 0;  // elements from a row to the next
+  };
   struct WeightProducts {
     std::unique_ptr<Product> input, recurrent;
   };
+
+  static LstmShape WithMostRows(LstmShape shape, int64_t most_listed) {
+    shape.most_rows = std::max(shape.most_rows, most_listed);
+    return shape;
+  }
 
   bool is_bf16() const { return s_.precision == Precision::kBf16; }
   int64_t gates() const { return 4 * s_.hidden; }
@@ -217,7 +251,7 @@ class CudaLstm : public Lstm {
   }
 
   absl::Status MakeProducts(Blas& blas, absl::Span<const int64_t> rows) {
-    const int64_t most = most_rows_, most_samples = most * s_.steps;
+    const int64_t most = s_.most_rows, most_samples = most * s_.steps;
     ProductShape base;
     base.factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
     // A step of the reserve, or of what is like it, begins at a multiple of a state.
@@ -229,7 +263,7 @@ class CudaLstm : public Lstm {
     shape.n = gates();
     shape.k = s_.in;
     shape.bias = s_.bias;
-    ASSIGN_OR_RETURN(input_, blas.MakeProduct(shape));
+    RETURN_IF_ERROR(MakeRowProduct(blas, shape, input_));
 
     shape = base;  // gates += h W_hh^T
     shape.transpose_b = true;
@@ -239,23 +273,23 @@ class CudaLstm : public Lstm {
     shape.a_row = is_bf16() ? 0 : state_row();
     shape.c_row = gates_row();
     shape.accumulate = true;
-    ASSIGN_OR_RETURN(recurrent_, blas.MakeProduct(shape));
+    RETURN_IF_ERROR(MakeRowProduct(blas, shape, recurrent_));
 
     shape = base;  // dh = dgates W_hh
     shape.m = most;
     shape.n = s_.hidden;
     shape.k = gates();
     shape.a_row = gates_row();
-    ASSIGN_OR_RETURN(recurrent_gradient_, blas.MakeProduct(shape));
+    RETURN_IF_ERROR(MakeRowProduct(blas, shape, recurrent_gradient_));
 
     shape = base;  // dx = dgates W_ih
     shape.m = most_samples;
     shape.n = s_.in;
     shape.k = gates();
-    ASSIGN_OR_RETURN(input_gradient_, blas.MakeProduct(shape));
+    RETURN_IF_ERROR(MakeRowProduct(blas, shape, input_gradient_));
     if (s_.bidirectional) {
       shape.accumulate = true;
-      ASSIGN_OR_RETURN(input_gradient_more_, blas.MakeProduct(shape));
+      RETURN_IF_ERROR(MakeRowProduct(blas, shape, input_gradient_more_));
     }
 
     for (const int64_t count : rows) {
@@ -271,6 +305,49 @@ class CudaLstm : public Lstm {
       ASSIGN_OR_RETURN(weights.recurrent, blas.MakeProduct(shape));
     }
     return absl::OkStatus();
+  }
+
+  // In calls of the library whose matrices have fewer than 2^31 elements.
+  static absl::Status MakeRowProduct(Blas& blas, ProductShape shape, RowProduct& made) {
+    if (shape.a_row == 0) shape.a_row = shape.k;
+    if (shape.c_row == 0) shape.c_row = shape.n;
+    const int64_t limit = std::numeric_limits<int32_t>::max() / std::max(shape.a_row, shape.c_row);
+    shape.m = std::min(shape.m, std::max<int64_t>(1, limit));
+    made.most = shape.m;
+    made.a_row = shape.a_row;
+    made.c_row = shape.c_row;
+    ASSIGN_OR_RETURN(made.product, blas.MakeProduct(shape));
+    return absl::OkStatus();
+  }
+  void Run(const Queue& q, const RowProduct& p, int64_t rows, const void* a, const void* b,
+           const float* bias, float* c, void* workspace) const {
+    for (int64_t row = 0; row < rows; row += p.most) {
+      p.product->Run(q, std::min(p.most, rows - row), FactorAt(a, row * p.a_row), b, bias,
+                     c + row * p.c_row, workspace);
+    }
+  }
+
+  bool Accepts(const Queue& q, int64_t rows) const {
+    if (rows <= s_.most_rows) return true;
+    Fail(q,
+         absl::StrCat("an lstm was called with ", rows, " rows; it was made for ", s_.most_rows));
+    return false;
+  }
+  bool AcceptsLeaves(const Queue& q, const Leaves& leaves) const {
+    for (int leaf = 0; leaf < leaves.count; ++leaf) {
+      if (weight_gradients_.contains(RowsOf(leaves, leaf))) continue;
+      Fail(q, absl::StrCat("an lstm was called with a leaf of ", RowsOf(leaves, leaf),
+                           " rows, for which it was not made"));
+      return false;
+    }
+    return true;
+  }
+  static int64_t RowsOf(const Leaves& leaves, int leaf) {
+    return leaves.begin[leaf + 1] - leaves.begin[leaf];
+  }
+  Leaves SamplesOf(Leaves leaves) const {
+    for (int i = 0; i <= leaves.count; ++i) leaves.begin[i] *= s_.steps;
+    return leaves;
   }
 
   void PackWeight(const Queue& q, int64_t n, const float* weight, void* packed) const {
@@ -291,21 +368,37 @@ class CudaLstm : public Lstm {
   const void* FactorAt(const void* factors, int64_t i) const {
     return static_cast<const std::byte*>(factors) + i * (is_bf16() ? 2 : 4);
   }
-  // A gradient that does not lie as products want it goes there by way of the scratch.
-  void WeightGradient(const Queue& q, Product& product, const void* dgates, const void* factor,
-                      int64_t columns, const BackwardScratch& use, float* gradient) const {
-    float* const to = IsAligned16(gradient) ? gradient : use.weight;
-    product.Run(q, gates(), dgates, factor, nullptr, to, use.workspace);
-    if (to != gradient) CopyFloats(q, gates() * columns, to, gradient);
+  // dW = dgates^T factor of each leaf: leaves of as many rows are one call of the library.
+  // Gradients that do not lie as products want them go there by way of the scratch.
+  void WeightGradients(const Queue& q, const Leaves& leaves,
+                       std::unique_ptr<Product> WeightProducts::*which, const void* dgates,
+                       const void* factor, int64_t columns, const BackwardScratch& use,
+                       float* gradient, int64_t stride) const {
+    const bool aligned = IsAligned16(gradient) && stride % 4 == 0;
+    for (int first = 0, next; first < leaves.count; first = next) {
+      const int64_t begin = leaves.begin[first] * s_.steps, rows = RowsOf(leaves, first);
+      const int64_t samples = rows * s_.steps;
+      next = first + 1;
+      while (aligned && next < leaves.count && RowsOf(leaves, next) == rows) ++next;
+      Product& product = *(weight_gradients_.at(rows).*which);
+      const void* const a = FactorAt(dgates, begin * gates());
+      const void* const b = FactorAt(factor, begin * columns);
+      float* const to = gradient + first * stride;
+      if (aligned) {
+        product.RunBatch(q, next - first, a, samples * gates(), b, samples * columns, to, stride,
+                         use.workspace);
+      } else {
+        product.Run(q, gates(), a, b, nullptr, use.weight, use.workspace);
+        CopyFloats(q, gates() * columns, use.weight, to);
+      }
+    }
   }
 
-  const LstmShape s_;
-  const int64_t most_rows_;
+  const LstmShape s_;  // with most_rows
   std::unique_ptr<Memory> memory_;
   std::vector<Packed> packed_;    // by direction
   const float* zeros_ = nullptr;  // a state
-  std::unique_ptr<Product> input_, recurrent_, recurrent_gradient_, input_gradient_,
-      input_gradient_more_;
+  RowProduct input_, recurrent_, recurrent_gradient_, input_gradient_, input_gradient_more_;
   std::map<int64_t, WeightProducts> weight_gradients_;  // by rows
 };
 

@@ -1,7 +1,7 @@
 // Lstm on the vendor's matrix products and hand-written cells: one product for all gates of all
-// steps' inputs, then for each step the recurrent product and the cells behind it (lstm.cu); the
-// gradients of each weight are one product over all steps. Thread-safe as worker/device/device.h
-// says: Pack excludes the other calls.
+// steps' inputs, then for each step the recurrent product and the cells behind it (lstm.cu), of the
+// rows of all leaves together; a leaf's gradient of each weight is one product over all steps.
+// Thread-safe as worker/device/device.h says: Pack excludes the other calls.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@
 namespace lockstep::device::cuda {
 
 // InvalidArgument for sizes that are not positive; otherwise errors of the device and the library,
-// which are used here only. Backward serves the numbers of rows that are listed, Forward every
-// number up to the largest.
+// which are used here only. Leaves have the numbers of rows that are listed; Forward, and Backward
+// of leaves together, take up to shape.most_rows.
 absl::StatusOr<std::unique_ptr<Lstm>> MakeCudaLstm(Device& device, Blas& blas,
                                                    const LstmShape& shape,
                                                    absl::Span<const int64_t> rows);

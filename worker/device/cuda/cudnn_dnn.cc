@@ -1,3 +1,4 @@
+#include <cuda_runtime.h>
 #include <cudnn.h>
 
 #include <algorithm>
@@ -14,18 +15,23 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "common/status_macros.h"
+#include "worker/device/cuda/cuda_status.h"
 #include "worker/device/cuda/dnn.h"
 
 namespace lockstep::device::cuda {
 namespace {
 
 // What an engine may ask for at the number of rows for which it is chosen.
-constexpr int64_t kMostWorkspaceBytes = int64_t{256} << 20;
+constexpr int64_t kMostWorkspaceBytes = int64_t{1} << 30;
 // An engine for forward and the input's gradient is chosen for this many rows, or half of it, and
 // so on, where tensors of so many have 2^31 elements or more.
 constexpr int64_t kCanonicalRows = 128;
 constexpr int64_t kMostKnobs = CUDNN_KNOB_TYPE_COUNTS;
+// A trial of whether rows depend on their number takes this many, or fewer where tensors would have
+// more elements than that.
+constexpr int64_t kTrialRows = 64, kTrialElements = int64_t{1} << 26;
 
+using cuda::ToStatus;
 absl::Status ToStatus(cudnnStatus_t status, absl::string_view what) {
   if (status == CUDNN_STATUS_SUCCESS) return absl::OkStatus();
   std::array<char, 512> detail = {};
@@ -116,6 +122,9 @@ struct Problem {
 
   int64_t Inputs() const { return shape.height * shape.width * shape.in; }  // of a row
   int64_t Outputs() const { return shape.out_height() * shape.out_width() * shape.out; }
+  int64_t Weights() const {
+    return shape.out * shape.kernel * shape.kernel * (shape.in / shape.groups);
+  }
   std::string Describe(int64_t rows) const {
     static constexpr std::array<absl::string_view, 3> kPasses = {"forward", "backward input",
                                                                  "backward weight"};
@@ -278,8 +287,9 @@ absl::StatusOr<Descriptor> MakeGraph(cudnnHandle_t handle, const Problem& p, int
 
 // The engine of a configuration, if its results are a function of its arguments and round nothing
 // more than the factors say. Fast transforms and Winograd's round the factors once more, and spread
-// what is infinite or NaN over a tile.
-absl::StatusOr<Engine> FitEngine(const Descriptor& configuration, Factors factors) {
+// what is infinite or NaN over a tile; products of another library are chosen by that one for each
+// number of rows.
+absl::StatusOr<Engine> FitEngine(const Descriptor& configuration, const Problem& problem) {
   Descriptor engine;
   RETURN_IF_ERROR(engine.Create(CUDNN_BACKEND_ENGINE_DESCRIPTOR));
   cudnnBackendDescriptor_t raw = engine.raw();
@@ -292,7 +302,7 @@ absl::StatusOr<Engine> FitEngine(const Descriptor& configuration, Factors factor
   for (int64_t i = 0; i < count; ++i) {
     switch (notes[static_cast<size_t>(i)]) {
       case CUDNN_NUMERICAL_NOTE_TENSOR_CORE:
-        if (factors != Factors::kFp32) break;
+        if (problem.factors != Factors::kFp32) break;
         [[fallthrough]];
       case CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC:
       case CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS:
@@ -306,6 +316,14 @@ absl::StatusOr<Engine> FitEngine(const Descriptor& configuration, Factors factor
       default:
         break;
     }
+  }
+  std::array<cudnnBackendBehaviorNote_t, CUDNN_BEHAVIOR_NOTE_TYPE_COUNT> behavior;
+  RETURN_IF_ERROR(engine.Get(CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, CUDNN_TYPE_BEHAVIOR_NOTE,
+                             static_cast<int64_t>(behavior.size()), &count, behavior.data()));
+  if (problem.pass != ConvolutionPass::kBackwardWeight &&
+      std::find(behavior.begin(), behavior.begin() + count,
+                CUDNN_BEHAVIOR_NOTE_CUBLASLT_DEPENDENCY) != behavior.begin() + count) {
+    return absl::NotFoundError("unfit");
   }
   Engine result;
   RETURN_IF_ERROR(
@@ -326,7 +344,7 @@ absl::StatusOr<Engine> FitEngine(const Descriptor& configuration, Factors factor
 
 // The fit ones that a heuristic proposes for the graph, best first.
 absl::StatusOr<std::vector<Engine>> Propose(const Descriptor& graph, cudnnBackendHeurMode_t mode,
-                                            Factors factors) {
+                                            const Problem& problem) {
   Descriptor heuristic;
   RETURN_IF_ERROR(heuristic.Create(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR));
   RETURN_IF_ERROR(heuristic.Set(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph));
@@ -340,7 +358,7 @@ absl::StatusOr<std::vector<Engine>> Propose(const Descriptor& graph, cudnnBacken
       heuristic.GetAll(CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, count));
   std::vector<Engine> engines;
   for (const Descriptor& configuration : configurations) {
-    absl::StatusOr<Engine> engine = FitEngine(configuration, factors);
+    absl::StatusOr<Engine> engine = FitEngine(configuration, problem);
     if (engine.ok()) engines.push_back(*std::move(engine));
   }
   return engines;
@@ -391,6 +409,20 @@ absl::StatusOr<ExecutionPlan> MakeExecutionPlan(cudnnHandle_t handle, const Desc
   RETURN_IF_ERROR(result.plan.Get(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1,
                                   &count, &result.workspace_bytes));
   return result;
+}
+
+absl::Status Execute(cudnnHandle_t handle, const ExecutionPlan& execution, const void* first,
+                     const void* second, float* result, void* workspace) {
+  Descriptor pack;
+  RETURN_IF_ERROR(pack.Create(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR));
+  const std::array<const void*, 3> pointers = {first, second, result};
+  RETURN_IF_ERROR(pack.Set(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, {kFirst, kSecond, kResult}));
+  RETURN_IF_ERROR(
+      pack.Set(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, 3, pointers.data()));
+  RETURN_IF_ERROR(pack.Set(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace));
+  RETURN_IF_ERROR(pack.Finalize("a call's arguments"));
+  return ToStatus(cudnnBackendExecute(handle, execution.plan.raw(), pack.raw()),
+                  "cudnnBackendExecute");
 }
 
 // ---- the library.
@@ -459,29 +491,66 @@ class CudnnConvolution : public Convolution {
   absl::Status Execute(const Queue& queue, const void* first, const void* second, float* result,
                        void* workspace) const {
     ASSIGN_OR_RETURN(const cudnnHandle_t handle, handles_->Of(queue.stream));
-    Descriptor pack;
-    RETURN_IF_ERROR(pack.Create(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR));
-    const std::array<const void*, 3> pointers = {first, second, result};
-    RETURN_IF_ERROR(pack.Set(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, {kFirst, kSecond, kResult}));
-    RETURN_IF_ERROR(
-        pack.Set(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, 3, pointers.data()));
-    RETURN_IF_ERROR(
-        pack.Set(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace));
-    RETURN_IF_ERROR(pack.Finalize("a call's arguments"));
-    return ToStatus(cudnnBackendExecute(handle, plan_->execution.plan.raw(), pack.raw()),
-                    "cudnnBackendExecute");
+    return cuda::Execute(handle, plan_->execution, first, second, result, workspace);
   }
 
   const std::shared_ptr<Handles> handles_;
   const std::shared_ptr<const Plan> plan_;
 };
 
+// Device memory of a trial.
+class TrialMemory {
+ public:
+  ~TrialMemory() { cudaFree(data_); }
+  absl::Status Allocate(int64_t bytes) {
+    return ToStatus(cudaMalloc(&data_, static_cast<size_t>(bytes)),
+                    absl::StrCat("allocating ", bytes, " bytes for a trial of a convolution"));
+  }
+  char* data() const { return static_cast<char*>(data_); }
+  float* floats() const { return static_cast<float*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Fills memory with values of [-1, 1) that are bf16, as such or as floats.
+absl::Status FillForTrial(cudnnDataType_t type, const TrialMemory& memory, int64_t bytes,
+                          cudaStream_t stream) {
+  // Of a length that rows are no multiple of.
+  constexpr size_t kPattern = 1000003;
+  std::vector<uint32_t> floats(kPattern);
+  uint64_t state = 1;
+  for (uint32_t& bits : floats) {
+    state = state * 6364136223846793005 + 1442695040888963407;
+    const float value =
+        static_cast<float>(static_cast<int64_t>(state >> 40) - (1 << 23)) * 0x1p-23f;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits &= 0xffff0000u;
+  }
+  std::vector<uint16_t> halves;
+  for (const uint32_t bits : floats) halves.push_back(static_cast<uint16_t>(bits >> 16));
+  const bool bf16 = type == CUDNN_DATA_BFLOAT16;
+  const void* const pattern = bf16 ? static_cast<const void*>(halves.data()) : floats.data();
+  const auto size = static_cast<size_t>(bytes);
+  size_t filled = std::min(size, kPattern * (bf16 ? sizeof(uint16_t) : sizeof(float)));
+  cudaError_t error = cudaMemcpyAsync(memory.data(), pattern, filled, cudaMemcpyDefault, stream);
+  while (error == cudaSuccess && filled < size) {
+    const size_t more = std::min(filled, size - filled);
+    error = cudaMemcpyAsync(memory.data() + filled, memory.data(), more, cudaMemcpyDefault, stream);
+    filled += more;
+  }
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  return ToStatus(error, "filling a trial's memory");
+}
+
 class CudnnDnn : public Dnn {
  public:
-  explicit CudnnDnn(cudnnHandle_t handle) : handle_(handle) {}
+  // Of the handle's stream.
+  CudnnDnn(cudnnHandle_t handle, cudaStream_t stream) : handle_(handle), stream_(stream) {}
   ~CudnnDnn() override {
     plans_.clear();
     cudnnDestroy(handle_);
+    cudaStreamDestroy(stream_);
   }
 
   std::string version() const override {
@@ -554,7 +623,7 @@ class CudnnDnn : public Dnn {
       std::vector<Engine> tried;
       for (const cudnnBackendHeurMode_t mode :
            {CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_B, CUDNN_HEUR_MODE_FALLBACK}) {
-        absl::StatusOr<std::vector<Engine>> engines = Propose(graph, mode, plan->problem.factors);
+        absl::StatusOr<std::vector<Engine>> engines = Propose(graph, mode, plan->problem);
         if (!engines.ok()) {
           absl::StrAppend(&reasons, "; ", engines.status().message());
           continue;
@@ -566,15 +635,84 @@ class CudnnDnn : public Dnn {
               MakeExecutionPlan(handle_, graph, engine, kernels);
           if (!execution.ok() || execution->workspace_bytes > kMostWorkspaceBytes) continue;
           plan->engine = engine;
+          ASSIGN_OR_RETURN(const bool independent, RowsAreIndependent(*plan));
+          if (!independent) continue;
           plan->execution = *std::move(execution);
           return absl::OkStatus();
         }
       }
       absl::StrAppend(&reasons, "; none of ", tried.size(), " fit engines takes ",
-                      plan->type() == CUDNN_DATA_BFLOAT16 ? "bf16" : "floats");
+                      plan->type() == CUDNN_DATA_BFLOAT16 ? "bf16" : "floats",
+                      " and gives a row the same bits in every call");
     }
     return absl::UnimplementedError(
         absl::StrCat(version(), ": a ", plan->problem.Describe(plan->rows), reasons));
+  }
+
+  // Whether the plan's engine gives rows the same bits in calls of other numbers of rows. Some, of
+  // tensor cores, add up in an order that depends on which block has a row, and do not say so: they
+  // are tried.
+  absl::StatusOr<bool> RowsAreIndependent(const Plan& plan) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const Problem& problem = plan.problem;
+    if (problem.pass == ConvolutionPass::kBackwardWeight) return true;
+    const bool forward = problem.pass == ConvolutionPass::kForward;
+    const int64_t factor_row = forward ? problem.Inputs() : problem.Outputs();
+    const int64_t result_row = forward ? problem.Outputs() : problem.Inputs();
+    const int64_t all =
+        std::clamp(kTrialElements / std::max(factor_row, result_row), int64_t{2}, kTrialRows);
+    std::vector<int64_t> counts = {all, all / 2, 3, 1};
+    counts.erase(std::remove_if(counts.begin() + 1, counts.end(),
+                                [all](int64_t rows) { return rows >= all; }),
+                 counts.end());
+    std::vector<ExecutionPlan> executions;
+    int64_t workspace_bytes = 0;
+    for (const int64_t rows : counts) {
+      Plan part;
+      part.problem = problem;
+      part.rows = rows;
+      part.takes_floats = plan.takes_floats;
+      part.engine = plan.engine;
+      absl::StatusOr<ExecutionPlan> execution = Build(part);
+      if (!execution.ok()) return false;
+      workspace_bytes = std::max(workspace_bytes, execution->workspace_bytes);
+      executions.push_back(*std::move(execution));
+    }
+    const int64_t bytes = plan.type() == CUDNN_DATA_BFLOAT16 ? 2 : 4;
+    const int64_t row_bytes = result_row * static_cast<int64_t>(sizeof(float));
+    TrialMemory factor, weights, whole, part, workspace;
+    RETURN_IF_ERROR(factor.Allocate(all * factor_row * bytes));
+    RETURN_IF_ERROR(weights.Allocate(problem.Weights() * bytes));
+    RETURN_IF_ERROR(whole.Allocate(all * row_bytes));
+    RETURN_IF_ERROR(part.Allocate(all * row_bytes));
+    RETURN_IF_ERROR(workspace.Allocate(std::max<int64_t>(workspace_bytes, 1)));
+    RETURN_IF_ERROR(FillForTrial(plan.type(), factor, all * factor_row * bytes, stream_));
+    RETURN_IF_ERROR(FillForTrial(plan.type(), weights, problem.Weights() * bytes, stream_));
+    const auto run = [&](const ExecutionPlan& execution, int64_t row, float* result) {
+      return Execute(handle_, execution, factor.data() + row * factor_row * bytes, weights.data(),
+                     result, workspace.data());
+    };
+    const auto read = [&](const TrialMemory& memory, int64_t row, std::vector<uint32_t>* values) {
+      values->resize(static_cast<size_t>(result_row));
+      cudaError_t error =
+          cudaMemcpyAsync(values->data(), memory.data() + row * row_bytes,
+                          static_cast<size_t>(row_bytes), cudaMemcpyDefault, stream_);
+      if (error == cudaSuccess) error = cudaStreamSynchronize(stream_);
+      return ToStatus(error, "trying a convolution");
+    };
+    RETURN_IF_ERROR(run(executions[0], 0, whole.floats()));
+    std::vector<uint32_t> expected, actual;
+    for (size_t i = 1; i < counts.size(); ++i) {
+      const int64_t rows = counts[i];
+      for (const int64_t first : {all - rows, all - rows - 1, int64_t{0}}) {
+        RETURN_IF_ERROR(run(executions[i], first, part.floats()));
+        for (const int64_t row : {int64_t{0}, rows / 2, rows - 1}) {
+          RETURN_IF_ERROR(read(part, row, &actual));
+          RETURN_IF_ERROR(read(whole, first + row, &expected));
+          if (actual != expected) return false;
+        }
+      }
+    }
+    return true;
   }
 
   absl::StatusOr<Descriptor> Graph(const Plan& plan) const {
@@ -599,7 +737,9 @@ class CudnnDnn : public Dnn {
     return &kernels_;
   }
 
-  const cudnnHandle_t handle_;  // for making plans
+  // For making plans and trials.
+  const cudnnHandle_t handle_;
+  const cudaStream_t stream_;
   const std::shared_ptr<Handles> handles_ = std::make_shared<Handles>();
   absl::Mutex mutex_;
   Descriptor kernels_ ABSL_GUARDED_BY(mutex_);
@@ -610,13 +750,19 @@ class CudnnDnn : public Dnn {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn() {
+  cudaStream_t stream = nullptr;
+  RETURN_IF_ERROR(
+      ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream"));
   cudnnHandle_t handle = nullptr;
-  const cudnnStatus_t status = cudnnCreate(&handle);
+  cudnnStatus_t status = cudnnCreate(&handle);
+  if (status == CUDNN_STATUS_SUCCESS) status = cudnnSetStream(handle, stream);
   if (status != CUDNN_STATUS_SUCCESS) {
+    if (handle != nullptr) cudnnDestroy(handle);
+    cudaStreamDestroy(stream);
     return absl::UnavailableError(
         absl::StrCat("cuDNN cannot be used: ", cudnnGetErrorString(status)));
   }
-  return std::make_unique<CudnnDnn>(handle);
+  return std::make_unique<CudnnDnn>(handle, stream);
 }
 
 }  // namespace lockstep::device::cuda

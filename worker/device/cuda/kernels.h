@@ -143,6 +143,18 @@ void CountCorrect(const Queue& q, const Leaves& leaves, int64_t classes, const f
 // out {rows, classes}: 1 at the label, else 0.
 void OneHot(const Queue& q, int64_t rows, int64_t classes, const int32_t* labels, float* out);
 
+// ---- convolutions in fp32 (Conv2dShape without its bias, activation and precision): x {rows, h,
+// w, in}, w {out, kh, kw, in / groups}, y {rows, oh, ow, out}. A row of y or dx has the same bits
+// in any number of rows.
+// y = x * w + bias (null: none), then relu where it says so.
+void ConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
+                        const float* w, const float* bias, bool relu, float* y);
+void ConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows, const float* dy,
+                              const float* w, float* dx);
+// Each leaf's dw over its own rows; leaf l's at l * stride behind.
+void ConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
+                               const float* x, const float* dy, float* dw, int64_t stride);
+
 // ---- parts of dense layers, convolutions and LSTMs.
 // sums[c] = sum over a leaf's rows of x {leaves.begin[count], columns}; leaf l's at l * stride
 // behind.

@@ -30,17 +30,17 @@ struct dim3 {
   constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
-#define LOCKSTEP_EMULATED_VECTOR2(type, scalar, alignment)                      \
-  struct alignas(alignment) type {                                              \
-    scalar x, y;                                                                \
-  };                                                                            \
+#define LOCKSTEP_EMULATED_VECTOR2(type, scalar, alignment) \
+  struct alignas(alignment) type {                         \
+    scalar x, y;                                           \
+  };                                                       \
   [[maybe_unused]] constexpr type make_##type(scalar x, scalar y) { return {x, y}; }
-#define LOCKSTEP_EMULATED_VECTOR4(type, scalar, alignment)                                  \
-  struct alignas(alignment) type {                                                          \
-    scalar x, y, z, w;                                                                      \
-  };                                                                                        \
-  [[maybe_unused]] constexpr type make_##type(scalar x, scalar y, scalar z, scalar w) {     \
-    return {x, y, z, w};                                                                    \
+#define LOCKSTEP_EMULATED_VECTOR4(type, scalar, alignment)                              \
+  struct alignas(alignment) type {                                                      \
+    scalar x, y, z, w;                                                                  \
+  };                                                                                    \
+  [[maybe_unused]] constexpr type make_##type(scalar x, scalar y, scalar z, scalar w) { \
+    return {x, y, z, w};                                                                \
   }
 LOCKSTEP_EMULATED_VECTOR2(float2, float, 8)
 LOCKSTEP_EMULATED_VECTOR2(int2, int, 8)
@@ -82,8 +82,16 @@ struct Site {
   int line;
   const char* function;
 };
-enum class Exchange { kSyncWarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kAny,
-                      kAll };
+enum class Exchange {
+  kSyncWarp,
+  kShuffle,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffleXor,
+  kBallot,
+  kAny,
+  kAll
+};
 void BlockBarrier(Site site);
 // What the calling lane gets when all lanes of the mask have come.
 uint64_t WarpExchange(Exchange exchange, unsigned mask, uint64_t value, int source, int width,
@@ -101,8 +109,8 @@ inline T Shuffle(Exchange exchange, unsigned mask, T value, int source, int widt
 
 }  // namespace lockstep::emulator
 
-#define LOCKSTEP_EMULATED_SITE                                                          \
-  const char *file = __builtin_FILE(), int line = __builtin_LINE(),                     \
+#define LOCKSTEP_EMULATED_SITE                                      \
+  const char *file = __builtin_FILE(), int line = __builtin_LINE(), \
              const char *function = __builtin_FUNCTION()
 #define LOCKSTEP_EMULATED_HERE \
   ::lockstep::emulator::Site { file, line, function }
@@ -144,51 +152,51 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, LOCKSTEP_EMULATED_SI
                                        0, warpSize, LOCKSTEP_EMULATED_HERE));
 }
 inline int __any_sync(unsigned mask, int predicate, LOCKSTEP_EMULATED_SITE) {
-  return static_cast<int>(
-      lockstep::emulator::WarpExchange(lockstep::emulator::Exchange::kAny, mask, predicate != 0, 0,
-                                       warpSize, LOCKSTEP_EMULATED_HERE));
+  return static_cast<int>(lockstep::emulator::WarpExchange(lockstep::emulator::Exchange::kAny, mask,
+                                                           predicate != 0, 0, warpSize,
+                                                           LOCKSTEP_EMULATED_HERE));
 }
 inline int __all_sync(unsigned mask, int predicate, LOCKSTEP_EMULATED_SITE) {
-  return static_cast<int>(
-      lockstep::emulator::WarpExchange(lockstep::emulator::Exchange::kAll, mask, predicate != 0, 0,
-                                       warpSize, LOCKSTEP_EMULATED_HERE));
+  return static_cast<int>(lockstep::emulator::WarpExchange(lockstep::emulator::Exchange::kAll, mask,
+                                                           predicate != 0, 0, warpSize,
+                                                           LOCKSTEP_EMULATED_HERE));
 }
 #undef LOCKSTEP_EMULATED_SITE
 #undef LOCKSTEP_EMULATED_HERE
 
 // Threads take turns only where they wait, so what is plain here is atomic among them; atomic
 // instructions all the same, because the host may look at pinned memory.
-#define LOCKSTEP_EMULATED_ATOMICS(T)                                                         \
-  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }       \
-  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }         \
-  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }       \
-  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }     \
-  inline T atomicCAS(T* p, T expected, T v) {                                                \
-    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED); \
-    return expected;                                                                         \
-  }                                                                                          \
-  inline T atomicMax(T* p, T v) {                                                            \
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                            \
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,      \
-                                                   __ATOMIC_RELAXED)) {                      \
-    }                                                                                        \
-    return old;                                                                              \
-  }                                                                                          \
-  inline T atomicMin(T* p, T v) {                                                            \
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                            \
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED,      \
-                                                   __ATOMIC_RELAXED)) {                      \
-    }                                                                                        \
-    return old;                                                                              \
+#define LOCKSTEP_EMULATED_ATOMICS(T)                                                              \
+  inline T atomicAdd(T* p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }            \
+  inline T atomicOr(T* p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }              \
+  inline T atomicAnd(T* p, T v) { return __atomic_fetch_and(p, v, __ATOMIC_RELAXED); }            \
+  inline T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }          \
+  inline T atomicCAS(T* p, T expected, T v) {                                                     \
+    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);      \
+    return expected;                                                                              \
+  }                                                                                               \
+  inline T atomicMax(T* p, T v) {                                                                 \
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                 \
+    while (old < v &&                                                                             \
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                             \
+    return old;                                                                                   \
+  }                                                                                               \
+  inline T atomicMin(T* p, T v) {                                                                 \
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);                                                 \
+    while (v < old &&                                                                             \
+           !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { \
+    }                                                                                             \
+    return old;                                                                                   \
   }
 LOCKSTEP_EMULATED_ATOMICS(int)
 LOCKSTEP_EMULATED_ATOMICS(unsigned)
 LOCKSTEP_EMULATED_ATOMICS(unsigned long long)
 #undef LOCKSTEP_EMULATED_ATOMICS
 
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { asm volatile("" ::: "memory"); }
+inline void __threadfence_block() { asm volatile("" ::: "memory"); }
+inline void __threadfence_system() { asm volatile("" ::: "memory"); }
 template <class T>
 inline T __ldg(const T* p) {
   return *p;
@@ -507,7 +515,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
                                       void (*kernel)(Parameters...), Arguments&&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...));
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "what every architecture takes");
-  const void* pointers[sizeof...(Parameters) + 1];
+  const void* pointers[sizeof...(Parameters) + 1] = {};
   int count = 0;
   const auto prepare = [&](Parameters... values) {
     (lockstep::emulator::CollectPointer(values, pointers, &count), ...);
