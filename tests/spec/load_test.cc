@@ -622,7 +622,9 @@ TEST(Normalize, FillsEveryDefault) {
 }
 
 TEST(Load, TakesEachDevice) {
-  const std::string head = "name: tiny\ndata: {path: /d}\nmodel: {preset: mlp}\nresources: ";
+  const std::string head =
+      "name: tiny\ndata: {path: /d}\nmodel: {preset: mlp}\noptimizer: {learning_rate: "
+      "0.1}\nresources: ";
   for (const char* device : {"cpu", "cuda"}) {
     const auto spec = LoadText(head + "{device: " + device + "}\n", "job.yaml", {});
     ASSERT_TRUE(spec.ok()) << spec.status();
