@@ -623,8 +623,8 @@ TEST(Normalize, FillsEveryDefault) {
 
 TEST(Load, TakesEachDevice) {
   const std::string head =
-      "name: tiny\ndata: {path: /d}\nmodel: {preset: mlp}\noptimizer: {learning_rate: "
-      "0.1}\nresources: ";
+      "name: tiny\ndata: {path: /d}\nmodel: {preset: mlp}\n"
+      "optimizer: {learning_rate: 0.1}\ntrain: {batch: 64, epochs: 1}\nresources: ";
   for (const char* device : {"cpu", "cuda"}) {
     const auto spec = LoadText(head + "{device: " + device + "}\n", "job.yaml", {});
     ASSERT_TRUE(spec.ok()) << spec.status();
