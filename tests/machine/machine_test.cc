@@ -66,7 +66,7 @@ TEST(MachineJson, OfAMachineWithoutDriver) {
   facts.module.report.gpus.clear();
   facts.driver = {"", "", 0};
   EXPECT_THAT(Problem(facts)["problem"], StartsWith("there is no NVIDIA driver, and the PCI bus"));
-  EXPECT_THAT(Problem(facts)["advice"], HasSubstr("for the CPU nothing is needed"));
+  EXPECT_THAT(Problem(facts)["advice"], StartsWith("use a machine that has one"));
   facts.driver.pci_gpus = 2;
   EXPECT_THAT(Problem(facts)["problem"], HasSubstr("the PCI bus has 2 GPUs of NVIDIA"));
   EXPECT_THAT(Problem(facts)["advice"], HasSubstr("install driver 580 or later"));
@@ -110,7 +110,8 @@ TEST(MachineJson, OfWhatIsNotInstalled) {
   EXPECT_EQ(other["problem"], "/m.so is of another build (1; 2)");
   EXPECT_THAT(other["advice"], HasSubstr("of one build"));
 
-  MachineFacts missing = NoModuleOr(absl::NotFoundError("/m.so cannot be loaded: ..."));
+  MachineFacts missing =
+      NoModuleOr(absl::NotFoundError("/m.so cannot be loaded: no; searched: /a"));
   missing.module.search.libraries = {{"libcublasLt.so.13", ""}};
   EXPECT_EQ(Problem(missing)["problem"], "libcublasLt.so.13 is not found");
   EXPECT_THAT(Problem(missing)["advice"], HasSubstr("install the CUDA toolkit 13"));
@@ -118,7 +119,7 @@ TEST(MachineJson, OfWhatIsNotInstalled) {
   missing.module.search.libraries = {{"libcudnn.so.9", ""}};
   EXPECT_THAT(Problem(missing)["advice"], HasSubstr("install cuDNN 9"));
   missing.module.search.libraries = {{"libcudnn.so.9", "/l/libcudnn.so.9"}};
-  EXPECT_EQ(Problem(missing)["problem"], "/m.so cannot be loaded: ...");
+  EXPECT_EQ(Problem(missing)["problem"], "/m.so cannot be loaded: no");
 }
 
 // Without a driver all else that is missing is said too, so that one visit is enough.

@@ -26,12 +26,6 @@ int Major(absl::string_view version) {
   return absl::SimpleAtoi(version.substr(0, version.find('.')), &major) ? major : 0;
 }
 
-// Of a message that ends with what to do, what is wrong.
-std::string WithoutAdvice(const absl::Status& status) {
-  const std::string message(status.message());
-  return message.substr(0, message.rfind("; "));
-}
-
 Problem NoDriver(const DriverFacts& driver) {
   if (!driver.kernel_module.empty()) {
     return {absl::StrCat("the kernel has NVIDIA's driver ", driver.kernel_module,
@@ -48,8 +42,7 @@ Problem NoDriver(const DriverFacts& driver) {
                          kContainer)};
   }
   return {"there is no NVIDIA driver, and the PCI bus shows no GPU of NVIDIA",
-          absl::StrCat("for the CPU nothing is needed; for a GPU use a machine that has one, with ",
-                       kDriver, "; ", kContainer)};
+          absl::StrCat("use a machine that has one, with ", kDriver, "; ", kContainer)};
 }
 
 // Why the driver shows no GPU.
@@ -79,7 +72,9 @@ Problem MissingLibrary(const std::string& name) {
                        "folder in LOCKSTEP_CUDA_LIBS")};
 }
 
+// Without what its messages say of what to do; that is here.
 Problem NoModule(const ModuleFacts& module) {
+  const std::string message(module.status.message());
   switch (module.status.code()) {
     case absl::StatusCode::kUnimplemented:
       return {"this build of Lockstep has no CUDA backend",
@@ -90,10 +85,11 @@ Problem NoModule(const ModuleFacts& module) {
         return {"liblockstep_cuda.so is neither beside lockstep-worker nor in ../lib of it",
                 "build with cmake -DLOCKSTEP_CUDA=ON, or name the file in LOCKSTEP_CUDA_MODULE"};
       }
-      return {std::string(module.status.message()),
-              "build it again against the libraries of this machine"};
+      return {message.substr(0, message.find("; searched: ")),
+              "name a module that is there in LOCKSTEP_CUDA_MODULE, or build it again against the "
+              "libraries of this machine"};
     default:
-      return {WithoutAdvice(module.status),
+      return {message.substr(0, message.rfind("; ")),
               "install lockstep-worker and liblockstep_cuda.so of one build"};
   }
 }
@@ -102,7 +98,7 @@ std::vector<Problem> CudaProblems(const MachineFacts& facts) {
   std::vector<Problem> problems;
   const ModuleFacts& module = facts.module;
   // Without the module only the driver can be judged.
-  if (facts.driver.cuda.empty() || (module.status.ok() && module.report.gpus.empty())) {
+  if (module.report.gpus.empty() && (facts.driver.cuda.empty() || module.status.ok())) {
     problems.push_back(NoGpu(facts.driver, module.report));
   }
   bool missing = false;
