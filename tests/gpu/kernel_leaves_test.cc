@@ -47,6 +47,8 @@ class Buffer {
   operator T*() const { return data_ + lead_; }
   void Write(const std::vector<T>& values) {
     EXPECT_EQ(cudaMemcpy(*this, values.data(), size_ * sizeof(T), cudaMemcpyDefault), cudaSuccess);
+    // From pageable memory the call need not wait for the copy, and other streams do not.
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
   }
   std::vector<T> Read() const {
     std::vector<T> values(size_);
