@@ -377,9 +377,12 @@ int Run(const RunOptions& options, Interrupts& interrupts) {
     code = Fail(end.failure);  // the coordinator found what we could not
   } else if (end.job.state() != v1::SUCCEEDED) {
     code = kExitFailed;
+    // A process that ended has its log named already.
+    const bool named = absl::StrContains(end.job.reason(), "; log: ");
     Fail(absl::UnknownError(absl::StrCat(
         end.job.id().empty() ? spec->name() : end.job.id(), " ", StateName(end.job.state()), ": ",
-        end.job.reason(), "; logs are in ", ShortPath(JoinPath(folder->path(), "logs")))));
+        end.job.reason(), named ? "" : "; logs are in ",
+        named ? "" : ShortPath(JoinPath(folder->path(), "logs")))));
   } else if (!written.ok()) {
     code = kExitFailed;
   }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the distribution's packages that Lockstep needs (Debian 12). usage: deploy/packages.sh build|test
+# Installs the distribution's packages that Lockstep needs (Debian 12). usage: deploy/packages.sh build|test|bundle
 # Touches no package manager when everything is there; asks nothing; works as root or with sudo.
 set -euo pipefail
 
@@ -9,7 +9,9 @@ packages=(g++ cmake ninja-build ccache lld pkg-config
   libdnnl-dev libgloo-dev zlib1g-dev liblzma-dev libssl-dev
   dataset-fashion-mnist)
 if [ "${1:-build}" = test ]; then
-  packages+=(clang clang-format libclang-rt-14-dev libgtest-dev libgmock-dev libbenchmark-dev iproute2 procps python3)
+  packages+=(clang clang-format libclang-rt-14-dev libgtest-dev libgmock-dev libbenchmark-dev iproute2 procps python3 zstd)
+elif [ "${1:-build}" = bundle ]; then
+  packages+=(libgtest-dev libgmock-dev binutils python3 zstd xz-utils)
 fi
 
 missing=()

@@ -41,6 +41,7 @@ struct Flags {
   std::string data;
   std::string evaluate;
   std::string log_level = "info";
+  std::string collective = "auto";
   int64_t flip_bit_at_step = 0;
   int gpu = 0;
   bool insecure = false;
@@ -48,6 +49,12 @@ struct Flags {
   bool probe = false;
   bool die_with_parent = false;
 };
+
+lockstep::train::GradientPath PathOf(const std::string& collective) {
+  using lockstep::train::GradientPath;
+  if (collective == "auto") return GradientPath::kAutomatic;
+  return collective == "nccl" ? GradientPath::kNccl : GradientPath::kHost;
+}
 
 // "cpu:4" -> 4 slots of device cpu. 0: malformed.
 int ParseSlots(const std::string& text, std::string* device) {
@@ -68,7 +75,10 @@ absl::StatusOr<lockstep::device::GpuInfo> ChooseGpu(int wanted) {
   if (report.gpus.empty()) return absl::FailedPreconditionError(report.problem);
   const int chosen = wanted % static_cast<int>(report.gpus.size());
   const lockstep::device::GpuInfo& gpu = report.gpus[chosen];
-  if (!gpu.cannot_use.empty()) return absl::FailedPreconditionError(gpu.cannot_use);
+  if (!gpu.cannot_use.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(gpu.cannot_use, "; use another GPU, or the CPU (--device cpu)"));
+  }
   if (chosen != wanted) {
     spdlog::warn("there is no GPU {}; this worker shares GPU {} with another", wanted, chosen);
   }
@@ -85,12 +95,25 @@ class TrainJob : public lockstep::agent::Job {
   lockstep::v1::Ended Run(const lockstep::v1::Start& start) override { return job_.Run(start); }
   void Stop() override { job_.Stop(); }
   void Abort(const std::string& reason) override { job_.Abort(reason); }
+  absl::Status broken() const override { return job_.broken(); }
 
  private:
   lockstep::train::MemberJob job_;
 };
 
-int Serve(const Flags& flags, int slots, const std::string& device,
+// A process whose GPU is lost to it gets it back, if at all, by beginning anew: as itself, so that
+// whoever started it still has it. Where the GPU stays lost, the new beginning says so and ends.
+[[noreturn]] void BeginAnew(char** arguments, const absl::Status& why) {
+  spdlog::error("{}; this worker begins anew", std::string(why.message()));
+  std::cout.flush();
+  // Of what it held open nothing is of use any more.
+  close_range(STDERR_FILENO + 1, ~0U, CLOSE_RANGE_CLOEXEC);
+  execv("/proc/self/exe", arguments);
+  std::cerr << "lockstep-worker: " << why.message() << std::endl;
+  _exit(1);
+}
+
+int Serve(const Flags& flags, char** arguments, int slots, const std::string& device,
           const std::optional<lockstep::device::GpuInfo>& gpu) {
   lockstep::agent::AgentOptions options;
   options.coordinator = flags.coordinator;
@@ -106,6 +129,7 @@ int Serve(const Flags& flags, int slots, const std::string& device,
     options.gpu->set_name(gpu->name);
     options.gpu->set_memory_bytes(gpu->memory_bytes);
     options.gpu->set_ordinal(gpu->ordinal);
+    options.gpu->set_uuid(gpu->uuid);
   }
   options.version = LOCKSTEP_VERSION;
 
@@ -127,6 +151,7 @@ int Serve(const Flags& flags, int slots, const std::string& device,
     member.version = LOCKSTEP_VERSION;
     member.data_path = flags.data;
     member.gpu = gpu.has_value() ? gpu->ordinal : 0;
+    member.gradients = PathOf(flags.collective);
     member.flip_bit_at_step = flags.flip_bit_at_step;
     member.send = [&outbox](lockstep::v1::WorkerMessage message) {
       outbox.Send(std::move(message));
@@ -145,6 +170,7 @@ int Serve(const Flags& flags, int slots, const std::string& device,
     _exit(1);
   }).detach();
   const absl::Status status = agent.Run();
+  if (absl::IsAborted(status)) BeginAnew(arguments, status);
   if (!status.ok()) {
     std::cerr << "lockstep-worker: " << status.message() << std::endl;
     _exit(1);
@@ -181,6 +207,13 @@ int main(int argc, char** argv) {
   app.add_option("--work-dir", flags.work_dir, "where jobs without an output folder write")
       ->capture_default_str();
   app.add_option("--data", flags.data, "folder of the data, in place of the spec's data.path");
+  app.add_option(
+         "--collective", flags.collective,
+         "how GPUs exchange gradients: nccl; host, through the machines' memory; auto, over "
+         "NCCL where no two workers share a GPU")
+      ->check(CLI::IsMember({"auto", "nccl", "host"}))
+      ->envname("LOCKSTEP_COLLECTIVE")
+      ->capture_default_str();
   app.add_flag("--insecure", flags.insecure,
                "allow a coordinator that is not on loopback, without encryption");
   app.add_option("--log-level", flags.log_level, "debug, info, warning or error")
@@ -259,5 +292,5 @@ int main(int argc, char** argv) {
     }
     gpu = *std::move(chosen);
   }
-  return Serve(flags, slots, device, gpu);
+  return Serve(flags, argv, slots, device, gpu);
 }

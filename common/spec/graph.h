@@ -99,6 +99,7 @@ struct Layer {
 
 enum class LossType { kSoftmaxCrossEntropy, kMeanSquaredError, kSigmoidCrossEntropy };
 enum class Target { kLabel, kInput };
+enum class Precision { kFp32, kTf32, kBf16 };  // train.precision
 
 struct Graph {
   std::vector<int64_t> data_shape;  // {h, w, c}
@@ -107,7 +108,7 @@ struct Graph {
   LossType loss = LossType::kSoftmaxCrossEntropy;
   Target target = Target::kLabel;
   double label_smoothing = 0;  // softmax_cross_entropy
-  bool bf16 = false;           // train.precision
+  Precision precision = Precision::kFp32;
 };
 
 // Product of the dimensions; 1 for {}. The shapes of a Graph cannot overflow it.

@@ -75,7 +75,10 @@ class GraphBuilder {
                   : loss == "sigmoid_cross_entropy" ? LossType::kSigmoidCrossEntropy
                                                     : LossType::kSoftmaxCrossEntropy;
     graph_.label_smoothing = spec_.loss().label_smoothing();
-    graph_.bf16 = spec_.train().precision() == "bf16";
+    const std::string& precision = spec_.train().precision();
+    graph_.precision = precision == "bf16"   ? Precision::kBf16
+                       : precision == "tf32" ? Precision::kTf32
+                                             : Precision::kFp32;
     graph_.target = spec_.loss().target() == "input" ? Target::kInput : Target::kLabel;
     LOCKSTEP_RETURN_IF_PROBLEM(Sort());
     LOCKSTEP_RETURN_IF_PROBLEM(CheckOneOutput());

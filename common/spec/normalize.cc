@@ -325,6 +325,17 @@ MaybeProblem CheckOneBatch(const SourceMap& sources, const v1::JobSpec& spec) {
                              samples, samples)};
 }
 
+MaybeProblem CheckPrecision(const v1::JobSpec& spec) {
+  if (spec.train().precision() != "tf32" || spec.resources().device() == "cuda") {
+    return std::nullopt;
+  }
+  return Problem{
+      "train.precision",
+      fmt::format("tf32 is computed by GPUs, and resources.device is {}; accepted there: "
+                  "fp32, bf16",
+                  spec.resources().device())};
+}
+
 void CompleteCheckpoint(v1::CheckpointSpec* checkpoint) {
   CompleteInterval(checkpoint);
   if (!checkpoint->has_keep()) checkpoint->set_keep(3);
@@ -362,6 +373,7 @@ MaybeProblem Complete(const SourceMap& sources, v1::JobSpec* spec, Graph* graph)
   LOCKSTEP_RETURN_IF_PROBLEM(CheckOneBatch(sources, *spec));
   CompleteCheckpoint(spec->mutable_checkpoint());
   LOCKSTEP_RETURN_IF_PROBLEM(CompleteResources(spec->train().shards(), spec->mutable_resources()));
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckPrecision(*spec));
   return MakeGraph(*spec, CompleteLayerList(*spec), LayerSource(!spec->model().preset().empty()),
                    graph);
 }

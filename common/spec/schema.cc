@@ -148,7 +148,7 @@ const std::map<std::string, Rule>& Rules() {
       {"TrainSpec.seed", Integer(0, std::numeric_limits<uint64_t>::max())},
       {"TrainSpec.digest_every", Integer(0, kManySteps)},
       {"TrainSpec.accumulate", Integer(1, 4096)},
-      {"TrainSpec.precision", Choice({"fp32", "bf16"})},
+      {"TrainSpec.precision", Choice({"fp32", "tf32", "bf16"})},
       {"EvaluateSpec.every_steps", Integer(0, kManySteps)},
       {"EvaluateSpec.every_epochs", Integer(0, kManyEpochs)},
       {"EvaluateSpec.batch", Integer(1, kLargestBatch)},

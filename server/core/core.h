@@ -135,6 +135,7 @@ class Core {
   void OnProgress(Worker& worker, const v1::Progress& message);
   void OnDigest(Worker& worker, const v1::ReplicaDigest& message);
   void OnEnded(Worker& worker, const v1::Ended& message);
+  void OnEnded(JobEntry& job, Member& member, const v1::Ended& message);
   void OnLog(Worker& worker, const v1::LogLines& message);
   WorkerOfJob FindMember(const Worker& worker, const std::string& job, int64_t generation);
   void RefuseStale(const Worker& worker, const std::string& job, int64_t generation);

@@ -114,6 +114,7 @@ void Core::SendPrepare(JobEntry& job) {
     m.set_incarnation(member.incarnation);
     m.set_host_id(info.host_id());
     m.set_address(info.address());
+    m.set_gpu(info.gpu().uuid());
     m.mutable_bounds()->Add(member.place.bounds.begin(), member.place.bounds.end());
     m.mutable_slots()->Add(member.place.slots.begin(), member.place.slots.end());
   }

@@ -261,11 +261,17 @@ void Core::OnDigest(Worker& worker, const v1::ReplicaDigest& message) {
 
 void Core::OnEnded(Worker& worker, const v1::Ended& message) {
   const auto [job, rank] = FindMember(worker, message.job(), message.generation());
-  if (job == nullptr) return;
-  Member& member = job->generation->members[rank];
+  if (job != nullptr) OnEnded(*job, job->generation->members[rank], message);
+  if (!message.leaves() || worker.state == WorkerState::kLost) return;
+  actions_.emplace_back(
+      CloseStream{worker.stream, absl::AbortedError("the worker's process ends")});
+  LoseWorker(worker, absl::StrCat("its process ends: ", message.error()));
+}
+
+void Core::OnEnded(JobEntry& job, Member& member, const v1::Ended& message) {
   member.ended = message;
-  const v1::Job& record = job->record.job;
-  Leave(*job, member);
+  const v1::Job& record = job.record.job;
+  Leave(job, member);
 
   std::string error;
   switch (message.outcome()) {
@@ -283,10 +289,10 @@ void Core::OnEnded(Worker& worker, const v1::Ended& message) {
       break;
   }
   if (!error.empty()) {
-    Fail(*job, WorkerFailed(member.place, record.state() != v1::STARTING, record.step(), error),
+    Fail(job, WorkerFailed(member.place, record.state() != v1::STARTING, record.step(), error),
          message.secondary() ? Cause::kSecondary : Cause::kPrimary);
   }
-  if (job->generation.has_value()) FinishIfAllLeft(*job);
+  if (job.generation.has_value()) FinishIfAllLeft(job);
 }
 
 void Core::OnLog(Worker& worker, const v1::LogLines& message) {

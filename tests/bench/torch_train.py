@@ -59,6 +59,36 @@ def models(torch):
                 inputs = filters
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)), (3, 32, 32)
 
+    class Bottleneck(nn.Module):
+        """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2015, the stride in the 3x3 one)."""
+
+        def __init__(self, inputs, filters, stride):
+            super().__init__()
+            outputs = 4 * filters
+            self.reduce, self.reduce_norm = nn.Conv2d(inputs, filters, 1, bias=False), nn.BatchNorm2d(filters)
+            self.middle = nn.Conv2d(filters, filters, 3, stride, 1, bias=False)
+            self.middle_norm = nn.BatchNorm2d(filters)
+            self.grow, self.grow_norm = nn.Conv2d(filters, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+            self.shortcut = None
+            if stride > 1 or inputs != outputs:
+                self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                                              nn.BatchNorm2d(outputs))
+
+        def forward(self, x):
+            y = functional.relu(self.reduce_norm(self.reduce(x)))
+            y = functional.relu(self.middle_norm(self.middle(y)))
+            y = self.grow_norm(self.grow(y))
+            return functional.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+    def resnet50():
+        layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        inputs = 64
+        for filters, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+            for block in range(blocks):
+                layers.append(Bottleneck(inputs, filters, 2 if block == 0 and filters > 64 else 1))
+                inputs = 4 * filters
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000)), (3, 224, 224)
+
     class Rows(nn.Module):
         """An LSTM that reads an image row by row and classifies by its last output."""
 
@@ -70,7 +100,8 @@ def models(torch):
         def forward(self, x):
             return self.out(self.lstm(x.squeeze(1))[0][:, -1])
 
-    return {"mlp": mlp, "lenet": lenet, "resnet20": resnet20, "lstm": lambda: (Rows(), (1, 28, 28))}
+    return {"mlp": mlp, "lenet": lenet, "resnet20": resnet20, "resnet50": resnet50,
+            "lstm": lambda: (Rows(), (1, 28, 28))}
 
 
 def peak_bytes():

@@ -121,13 +121,19 @@ void Programs::KillServer(int signal) {
 void Programs::StartWorker(const std::string& name, int slots,
                            const std::vector<std::string>& arguments,
                            const std::vector<std::string>& environment) {
+  StartWorker(name, absl::StrCat("cpu:", slots), arguments, environment);
+}
+
+void Programs::StartWorker(const std::string& name, const std::string& slots,
+                           const std::vector<std::string>& arguments,
+                           const std::vector<std::string>& environment) {
   client::SpawnOptions options;
   options.arguments = {"/usr/bin/env"};
   for (const std::string& variable : environment) options.arguments.push_back(variable);
   for (const std::string& argument :
        {absl::StrCat(kBin, "/lockstep-worker"), std::string("--coordinator"), address_,
-        std::string("--slots"), absl::StrCat("cpu:", slots), std::string("--name"), name,
-        std::string("--work-dir"), JoinedPath(name)}) {
+        std::string("--slots"), slots, std::string("--name"), name, std::string("--work-dir"),
+        JoinedPath(name)}) {
     options.arguments.push_back(argument);
   }
   options.arguments.insert(options.arguments.end(), arguments.begin(), arguments.end());

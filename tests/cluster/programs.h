@@ -39,8 +39,12 @@ class Programs {
   // Waits until it serves. A coordinator that was killed comes back with its data and its address.
   void StartServer();
   void KillServer(int signal);
-  // `arguments` are added; `environment` is "NAME=value ...", passed on.
+  // `slots` of device cpu, or what --slots takes. `arguments` are added; `environment` is
+  // "NAME=value ...", passed on.
   void StartWorker(const std::string& name, int slots,
+                   const std::vector<std::string>& arguments = {},
+                   const std::vector<std::string>& environment = {});
+  void StartWorker(const std::string& name, const std::string& slots,
                    const std::vector<std::string>& arguments = {},
                    const std::vector<std::string>& environment = {});
   client::Child& worker(const std::string& name) { return *workers_.at(name); }

@@ -23,9 +23,10 @@ std::string Encode(const Scenario& s) {
   std::ostringstream out;
   out << s.size << ' ' << s.bucket_bytes << ' ' << s.steps << ' ' << static_cast<int>(s.presence)
       << ' ' << s.seed << ' ' << s.victim << ' ' << s.signal << ' ' << s.victim_step << ' '
-      << s.deadline_ms << ' ' << s.members.size();
+      << s.deadline_ms << ' ' << s.gpus << ' ' << s.members.size();
   for (const ScenarioMember& member : s.members) {
-    out << ' ' << member.host << ' ' << member.address << ' ' << member.bounds.size();
+    out << ' ' << member.host << ' ' << member.gpu << ' ' << member.address << ' '
+        << member.bounds.size();
     for (const int bound : member.bounds) out << ' ' << bound;
   }
   return out.str();
@@ -37,11 +38,11 @@ Scenario Decode(const std::string& text) {
   int presence = 0;
   size_t members = 0, bounds = 0;
   in >> s.size >> s.bucket_bytes >> s.steps >> presence >> s.seed >> s.victim >> s.signal >>
-      s.victim_step >> s.deadline_ms >> members;
+      s.victim_step >> s.deadline_ms >> s.gpus >> members;
   s.presence = static_cast<Presence>(presence);
   s.members.resize(members);
   for (ScenarioMember& member : s.members) {
-    in >> member.host >> member.address >> bounds;
+    in >> member.host >> member.gpu >> member.address >> bounds;
     member.bounds.resize(bounds);
     for (int& bound : member.bounds) in >> bound;
   }
@@ -134,11 +135,14 @@ int MemberMain(const std::string& encoded, int rank) {
   RendezvousOptions options;
   options.rank = rank;
   for (int member = 0; member < size; ++member) {
-    options.members.push_back({"worker-" + std::to_string(member), s.members[member].host});
+    options.members.push_back({"worker-" + std::to_string(member), s.members[member].host,
+                               s.gpus ? s.members[member].gpu : ""});
   }
+  options.gradients = GradientPath::kNccl;
+  options.staging_bytes = CanonicalAllReduce::StagingBytes(s.placement(), rank, s.size);
   options.address = s.members[rank].address;
   options.slots = static_cast<int>(s.members[rank].bounds.size()) - 1;
-  options.shared_bytes = CanonicalAllReduce::SharedBytes(s.placement(), s.size);
+  options.shared_bytes = CanonicalAllReduce::SharedBytes(s.placement(), s.size, !s.gpus);
   Outcome outcome;
   auto rendezvous = OpenRendezvous(options);
   WriteString(1, rendezvous.ok() ? (*rendezvous)->bytes() : "");

@@ -12,6 +12,7 @@
 #include "worker/collective/rendezvous.h"
 #include "worker/collective/team.h"
 #include "worker/device/cpu/cpu_device.h"
+#include "worker/device/module/cuda_module.h"
 
 namespace lockstep::collective {
 namespace {
@@ -96,6 +97,67 @@ std::vector<int64_t> Offsets(int64_t size) {
   return offsets;
 }
 
+// What a slot's computation is where its device is a GPU: copies of what is in `sources`, which
+// every step writes anew.
+class GpuSlot {
+ public:
+  GpuSlot(const Scenario& s, device::Device& device, device::Stream& stream, int first, int last)
+      : s_(s), device_(device), stream_(stream), first_(first), host_(s.size) {
+    for (int leaf = first; leaf < last; ++leaf) {
+      auto memory = device.Allocate(sizeof(float) * std::max<int64_t>(s.size, 1));
+      if (memory.ok()) sources_.push_back(*std::move(memory));
+    }
+  }
+
+  absl::Status Run(int slot, int step, CanonicalAllReduce& reduce,
+                   const std::vector<uint8_t>& present, const std::vector<int64_t>& offsets) {
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      const int leaf = first_ + static_cast<int>(i);
+      for (int64_t at = 0; at < s_.size; ++at) host_[at] = LeafValue(s_.seed, step, leaf, at);
+      device_.Copy(stream_, host_.data(), sources_[i]->data(), sizeof(float) * host_.size());
+    }
+    const auto pass = [&] {
+      for (size_t range = offsets.size() - 1; range-- > 0;) {
+        const int64_t begin = offsets[range], end = offsets[range + 1];
+        for (size_t i = 0; i < sources_.size(); ++i) {
+          const int leaf = first_ + static_cast<int>(i);
+          if (!present[leaf]) continue;
+          device_.Copy(stream_, sources_[i]->floats() + begin, reduce.Leaf(slot, leaf) + begin,
+                       sizeof(float) * (end - begin));
+          reduce.Done(slot, stream_, leaf, begin, end);
+        }
+      }
+      reduce.EndPass(slot, stream_);
+      return absl::OkStatus();
+    };
+    if (step == 0 || s_.presence != Presence::kAll || sources_.empty()) return pass();
+    if (recording_ == nullptr) {
+      auto recording = device_.Record(stream_, pass);
+      if (!recording.ok()) return recording.status();
+      recording_ = *std::move(recording);
+    }
+    recording_->Replay(stream_);
+    reduce.Repeated(slot);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<const float*> Read(const float* result) {
+    device_.Copy(stream_, result, host_.data(), sizeof(float) * host_.size());
+    const absl::Status read = stream_.Synchronize();
+    if (!read.ok()) return read;
+    return host_.data();
+  }
+
+ private:
+  const Scenario& s_;
+  device::Device& device_;
+  device::Stream& stream_;
+  const int first_;
+  std::vector<float> host_;
+  std::vector<std::unique_ptr<device::Memory>> sources_;
+  std::unique_ptr<device::Recording> recording_;
+};
+
 absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, CanonicalAllReduce& reduce,
                      device::Device& device, std::vector<uint64_t>* digests) {
   const std::vector<int>& bounds = s.members[rank].bounds;
@@ -104,6 +166,10 @@ absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, Canonica
   std::vector<int64_t> offsets = Offsets(s.size);
   offsets.push_back(s.size);
   const std::vector<int> order = WriteOrder(bounds[slot], bounds[slot + 1], s.interleaved);
+  std::unique_ptr<GpuSlot> gpu;
+  if (s.gpus) {
+    gpu = std::make_unique<GpuSlot>(s, device, **stream, bounds[slot], bounds[slot + 1]);
+  }
   for (int step = 0; step < s.steps; ++step) {
     const bool last_chance = s.victim >= 0 && step >= s.victim_step;
     const absl::Time deadline =
@@ -120,7 +186,10 @@ absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, Canonica
       reduce.Done(slot, **stream, leaf, offsets[range], offsets[range + 1]);
     };
     // Segment by segment over all leaves, or leaf by leaf: both happen.
-    if (step % 2 == 0) {
+    if (s.gpus) {
+      status = gpu->Run(slot, step, reduce, present, offsets);
+      if (!status.ok()) return status;
+    } else if (step % 2 == 0) {
       for (size_t range = 0; range + 1 < offsets.size(); ++range) {
         for (const int leaf : order) write(leaf, range);
       }
@@ -144,13 +213,26 @@ absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, Canonica
     const uint64_t mine = Contribution(step, rank);
     const auto gathered = reduce.AllGather(slot, &mine, sizeof(mine), deadline);
     if (!gathered.ok()) return gathered.status();
-    digests->push_back(StepDigest(reduce.result(), s.size, *static_cast<const Record*>(*merged),
+    const float* result = reduce.result();
+    if (s.gpus) {
+      const auto read = gpu->Read(result);
+      if (!read.ok()) return read.status();
+      result = *read;
+    }
+    digests->push_back(StepDigest(result, s.size, *static_cast<const Record*>(*merged),
                                   static_cast<const uint64_t*>(*gathered),
                                   static_cast<int>(s.members.size())));
     status = team.Barrier(slot, deadline);
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<device::Device>> MakeDevice(const Scenario& s) {
+  if (!s.gpus) return device::MakeCpuDevice();
+  const auto module = device::LoadCudaModule();
+  if (!module.ok()) return module.status();
+  return (*module)->make_device(0);
 }
 
 }  // namespace
@@ -193,7 +275,7 @@ std::vector<uint64_t> Expected(const Scenario& s) {
 
 Outcome RunMember(const Scenario& s, int rank, Communicator* communicator) {
   Outcome outcome;
-  auto device = device::MakeCpuDevice();
+  auto device = MakeDevice(s);
   if (!device.ok()) return {device.status(), {}, {}};
   const int slots = static_cast<int>(s.members[rank].bounds.size()) - 1;
   Team team(slots);

@@ -19,6 +19,7 @@ struct ScenarioMember {
   std::string host = "here";
   std::string address = "127.0.0.1";
   std::vector<int> bounds;  // of its slots
+  std::string gpu = "gpu";  // where members have GPUs
 };
 
 enum class Presence { kAll, kRandom, kShort };  // kShort: fewer leading leaves in every step
@@ -35,6 +36,10 @@ struct Scenario {
   // `deadline_ms` (else a minute).
   int victim = -1, signal = 0, victim_step = 0;
   int deadline_ms = 60000;
+  // Members have GPUs that the CUDA module shows, one each or all the same, and exchange over NCCL;
+  // RunProcesses only. From the second step on, a slot's computation and exchange are recorded once
+  // and repeated, where all leaves are there.
+  bool gpus = false;
 
   int leaves() const { return members.back().bounds.back(); }
   Placement placement() const;

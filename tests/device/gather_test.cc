@@ -130,6 +130,19 @@ TEST_P(GatherTest, GivesTheSameBitsHoweverCallsAreCut) {
   }
 }
 
+TEST_P(GatherTest, BringsLabelsAlong) {
+  const SampleShape shape = {70, 70, 1};  // more than one block of threads
+  const auto in = In(MakeSamples<uint8_t>(shape));
+  const auto offsets = In(std::vector<int64_t>{0, shape.features(), 0});
+  const std::vector<int32_t> labels = {7, 0, 9};
+  const auto in_labels = In(labels), out_labels = In(std::vector<int32_t>{-1, -1, -1});
+  const auto mean = In(RandomFloats(1, 68)), inv_std = In(RandomFloats(1, 69));
+  const auto out = Out(static_cast<size_t>(3 * shape.features()));
+  device().GatherSamples(stream(), shape, 3, SampleType::kUint8, in, offsets, mean, inv_std, {}, 1,
+                         0, out, in_labels, out_labels);
+  EXPECT_EQ(out_labels.Read(), labels);
+}
+
 LOCKSTEP_DEVICE_TESTS(GatherTest);
 
 // Every place of the crop equally often, half of the samples flipped, cuts clipped at the borders.

@@ -238,6 +238,33 @@ std::vector<Conv2dShape> Convolutions() {
           {.height = 5, .width = 5, .in = 5, .out = 7, .kernel = 3, .padding = 1},
           {.height = 6, .width = 6, .in = 12, .out = 18, .kernel = 3, .padding = 1, .groups = 3}};
 }
+// Those of tensor cores: odd channels and windows, tiles that are full and that are not.
+std::vector<Conv2dShape> Bf16Convolutions() {
+  std::vector<Conv2dShape> shapes = {
+      {.height = 9, .width = 8, .in = 3, .out = 17, .kernel = 7, .stride = 2, .padding = 3},
+      {.height = 7, .width = 9, .in = 5, .out = 33, .kernel = 5, .padding = 2, .dilation = 2},
+      {.height = 6, .width = 5, .in = 17, .out = 3, .kernel = 3, .stride = 2, .padding = 1},
+      {.height = 5, .width = 7, .in = 40, .out = 100, .kernel = 3, .padding = 1},
+      {.height = 4, .width = 4, .in = 136, .out = 130, .kernel = 1},
+      // Of one size, by runs of pixels.
+      {.height = 5, .width = 6, .in = 64, .out = 132, .kernel = 3, .padding = 1},
+      {.height = 7, .width = 9, .in = 32, .out = 20, .kernel = 3, .padding = 2, .dilation = 2},
+      {.height = 9, .width = 5, .in = 16, .out = 50, .kernel = 5, .padding = 2},
+      {.height = 2, .width = 70, .in = 32, .out = 64, .kernel = 3, .padding = 1},
+      {.height = 8, .width = 8, .in = 64, .out = 64, .kernel = 3, .padding = 1, .groups = 2},
+      {.height = 7, .width = 7, .in = 20, .out = 160, .kernel = 3, .stride = 3, .dilation = 2},
+      {.height = 12, .width = 12, .in = 48, .out = 8, .kernel = 5, .stride = 2, .padding = 2},
+      {.height = 6, .width = 6, .in = 34, .out = 16, .kernel = 3, .padding = 1, .groups = 2},
+      {.height = 6, .width = 7, .in = 32, .out = 80, .kernel = 3, .stride = 2, .groups = 2}};
+  for (const Conv2dShape& shape : Convolutions()) shapes.push_back(shape);
+  for (Conv2dShape& shape : shapes) shape.precision = Precision::kBf16;
+  return shapes;
+}
+std::vector<Conv2dShape> AllConvolutions() {
+  std::vector<Conv2dShape> shapes = Convolutions();
+  for (const Conv2dShape& shape : Bf16Convolutions()) shapes.push_back(shape);
+  return shapes;
+}
 struct ConvolutionSizes {
   int64_t x, y, w;  // x and y of a row
 };
@@ -246,24 +273,165 @@ ConvolutionSizes SizesOf(const Conv2dShape& s) {
           s.out * s.kernel * s.kernel * (s.in / s.groups)};
 }
 
+std::string Describe(const Conv2dShape& s) {
+  return std::string(s.precision == Precision::kBf16 ? "bf16, " : "fp32, ") + std::to_string(s.in) +
+         " to " + std::to_string(s.out) + " channels, kernel " + std::to_string(s.kernel);
+}
+
+// The passes of a convolution, by the kernels that its precision has.
+class Convolution {
+ public:
+  Convolution(const Queue& q, const Conv2dShape& shape, const float* w)
+      : q_(q),
+        s_(shape),
+        w_(w),
+        tensor_(s_.precision == Precision::kBf16 && FitsTensorCores(s_)),
+        packed_(tensor_ ? PackedWeightBytes(s_) : 0, 0xCD) {
+    if (!tensor_) return;
+    EXPECT_EQ(cudaMalloc(&scratch_, TensorScratchBytes(s_)), cudaSuccess);
+    PackTensorWeights(q_, s_, w_, packed_);
+  }
+  ~Convolution() { EXPECT_EQ(cudaFree(scratch_), cudaSuccess); }
+  Convolution(const Convolution&) = delete;
+  Convolution& operator=(const Convolution&) = delete;
+
+  void Forward(int64_t rows, const float* x, const float* bias, bool relu, float* y) {
+    if (tensor_) return TensorConvolutionForward(q_, s_, rows, x, packed_, bias, relu, y);
+    ConvolutionForward(q_, s_, rows, x, w_, bias, relu, y);
+  }
+  void BackwardInput(int64_t rows, const float* dy, float* dx) {
+    if (tensor_) return TensorConvolutionBackwardInput(q_, s_, rows, dy, packed_, dx);
+    ConvolutionBackwardInput(q_, s_, rows, dy, w_, dx);
+  }
+  void BackwardWeight(const Leaves& leaves, const float* x, const float* dy, float* dw,
+                      int64_t stride) {
+    if (tensor_) {
+      return TensorConvolutionBackwardWeight(q_, s_, leaves, x, dy, dw, stride, scratch_);
+    }
+    ConvolutionBackwardWeight(q_, s_, leaves, x, dy, dw, stride);
+  }
+
+ private:
+  const Queue q_;
+  const Conv2dShape s_;
+  const float* const w_;
+  const bool tensor_;
+  const Buffer<uint8_t> packed_;
+  void* scratch_ = nullptr;
+};
+
 TEST_F(KernelLeavesTest, ConvolutionsOfLeavesHaveTheBitsThatTheyHaveAlone) {
   const std::vector<int64_t> rows = {1, 9, 2, 5, 16};
-  for (const Conv2dShape& s : Convolutions()) {
-    SCOPED_TRACE(testing::Message() << s.in << " to " << s.out << " channels");
+  for (const Conv2dShape& s : AllConvolutions()) {
+    SCOPED_TRACE(Describe(s));
     const int64_t n = LeavesOf(rows).total();
     const ConvolutionSizes size = SizesOf(s);
     const Buffer<float> x(RandomFloats(n * size.x, 16)), dy(RandomFloats(n * size.y, 17)),
         w(RandomFloats(size.w, 18)), bias(RandomFloats(s.out, 19));
+    Convolution convolution(q(), s, w);
     ExpectLeavesAlone(rows, {{size.y, 0}, {size.x, 0}, {0, size.w + 2}},
                       [&](const Call& call, const std::vector<float*>& out) {
                         const float* const own_x = x + call.row * size.x;
                         const float* const own_dy = dy + call.row * size.y;
                         const int64_t count = call.leaves.total();
-                        ConvolutionForward(q(), s, count, own_x, w, bias, true, out[0]);
-                        ConvolutionBackwardInput(q(), s, count, own_dy, w, out[1]);
-                        ConvolutionBackwardWeight(q(), s, call.leaves, own_x, own_dy, out[2],
-                                                  size.w + 2);
+                        convolution.Forward(count, own_x, bias, true, out[0]);
+                        convolution.BackwardInput(count, own_dy, out[1]);
+                        convolution.BackwardWeight(call.leaves, own_x, own_dy, out[2], size.w + 2);
                       });
+  }
+}
+
+// A leaf that is cut into several chunks, beside short ones and one of no rows.
+TEST_F(KernelLeavesTest, LongLeavesOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
+  const std::vector<int64_t> rows = {3, 70, 0, 33};
+  for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
+    for (const int64_t in : {3, 16}) {
+      const Conv2dShape s = {.height = 8,
+                             .width = 8,
+                             .in = in,
+                             .out = 16,
+                             .kernel = 3,
+                             .padding = 1,
+                             .precision = precision};
+      SCOPED_TRACE(Describe(s));
+      const ConvolutionSizes size = SizesOf(s);
+      const int64_t n = LeavesOf(rows).total();
+      const Buffer<float> x(RandomFloats(n * size.x, 26)), dy(RandomFloats(n * size.y, 27)),
+          w(RandomFloats(size.w, 28));
+      Convolution convolution(q(), s, w);
+      ExpectLeavesAlone(rows, {{0, size.w}}, [&](const Call& call, const std::vector<float*>& out) {
+        convolution.BackwardWeight(call.leaves, x + call.row * size.x, dy + call.row * size.y,
+                                   out[0], size.w);
+      });
+    }
+  }
+}
+
+// Factors rounded to bf16, and nothing else: products are exact, and sums in fp32.
+TEST_F(KernelLeavesTest, Bf16ConvolutionsMatchTheReference) {
+  const auto rounded = [&](const std::vector<float>& values) {
+    const Buffer<float> buffer(values);
+    RoundInFloats(q(), static_cast<int64_t>(values.size()), buffer, buffer);
+    return buffer.Read();
+  };
+  int64_t rows = 0;
+  for (const Conv2dShape& s : Bf16Convolutions()) {
+    rows = rows % 7 + 1;
+    SCOPED_TRACE(Describe(s) + ", rows " + std::to_string(rows));
+    const ConvolutionSizes size = SizesOf(s);
+    const auto of_x = RandomFloats(rows * size.x, 30), of_dy = RandomFloats(rows * size.y, 31),
+               of_w = RandomFloats(size.w, 32), of_bias = RandomFloats(s.out, 33);
+    const Buffer<float> x(of_x), dy(of_dy), w(of_w), bias(of_bias);
+    const Buffer<float> y(of_dy.size(), -7.0f), dx(of_x.size(), -7.0f), dw(of_w.size(), -7.0f);
+    Convolution convolution(q(), s, w);
+    convolution.Forward(rows, x, bias, false, y);
+    convolution.BackwardInput(rows, dy, dx);
+    convolution.BackwardWeight(rows, x, dy, dw, 0);
+
+    // Sums, and the sums of their terms' magnitudes.
+    const auto fx = rounded(of_x), fdy = rounded(of_dy), fw = rounded(of_w);
+    std::vector<double> sums[3], magnitudes[3];
+    for (int i = 0; i < 3; ++i) {
+      const size_t elements = i == 0 ? of_dy.size() : i == 1 ? of_x.size() : of_w.size();
+      sums[i].resize(elements);
+      magnitudes[i].resize(elements);
+    }
+    for (size_t i = 0; i < of_dy.size(); ++i) {
+      sums[0][i] = of_bias[i % static_cast<size_t>(s.out)];
+      magnitudes[0][i] = std::abs(sums[0][i]);
+    }
+    const int64_t own_in = s.in / s.groups, own_out = s.out / s.groups;
+    const auto add = [&](int of, int64_t at, float a, float b) {
+      sums[of][static_cast<size_t>(at)] += static_cast<double>(a) * b;
+      magnitudes[of][static_cast<size_t>(at)] += std::abs(static_cast<double>(a) * b);
+    };
+    for (int64_t at_y = 0; at_y < rows * size.y; ++at_y) {
+      const int64_t out = at_y % s.out, place = at_y / s.out;
+      const int64_t out_x = place % s.out_width(), out_y = place / s.out_width() % s.out_height();
+      const int64_t row = place / s.out_width() / s.out_height();
+      for (int64_t tap = 0; tap < s.kernel * s.kernel; ++tap) {
+        const int64_t from_y = out_y * s.stride - s.padding + tap / s.kernel * s.dilation;
+        const int64_t from_x = out_x * s.stride - s.padding + tap % s.kernel * s.dilation;
+        if (from_y < 0 || from_y >= s.height || from_x < 0 || from_x >= s.width) continue;
+        for (int64_t c = 0; c < own_in; ++c) {
+          const int64_t at_x =
+              ((row * s.height + from_y) * s.width + from_x) * s.in + out / own_out * own_in + c;
+          const int64_t at_w = (out * s.kernel * s.kernel + tap) * own_in + c;
+          const float vx = fx[static_cast<size_t>(at_x)], vw = fw[static_cast<size_t>(at_w)],
+                      vdy = fdy[static_cast<size_t>(at_y)];
+          add(0, at_y, vx, vw);
+          add(1, at_x, vdy, vw);
+          add(2, at_w, vdy, vx);
+        }
+      }
+    }
+    const std::vector<float> results[3] = {y.Read(), dx.Read(), dw.Read()};
+    for (int i = 0; i < 3; ++i) {
+      for (size_t j = 0; j < sums[i].size(); ++j) {
+        ASSERT_NEAR(results[i][j], sums[i][j], 0x1p-16 * magnitudes[i][j])
+            << "result " << i << ", element " << j;
+      }
+    }
   }
 }
 
@@ -403,8 +571,8 @@ TEST_F(KernelLeavesTest, BatchNormIsTheSameAtAnyAddress) {
 
 TEST_F(KernelLeavesTest, ConvolutionsAreTheSameAtAnyAddress) {
   constexpr int64_t kRows = 5;
-  for (const Conv2dShape& s : Convolutions()) {
-    SCOPED_TRACE(testing::Message() << s.in << " to " << s.out << " channels");
+  for (const Conv2dShape& s : AllConvolutions()) {
+    SCOPED_TRACE(Describe(s));
     const ConvolutionSizes size = SizesOf(s);
     ExpectSameAnywhere([&](const std::function<int(int)>& lead) {
       const Buffer<float> x(RandomFloats(kRows * size.x, 20), lead(0)),
@@ -412,9 +580,10 @@ TEST_F(KernelLeavesTest, ConvolutionsAreTheSameAtAnyAddress) {
           bias(RandomFloats(s.out, 23), lead(3));
       const Buffer<float> y(kRows * size.y, 0.0f, lead(4)), dx(kRows * size.x, 0.0f, lead(5)),
           dw(size.w, 0.0f, lead(6));
-      ConvolutionForward(q(), s, kRows, x, w, bias, false, y);
-      ConvolutionBackwardInput(q(), s, kRows, dy, w, dx);
-      ConvolutionBackwardWeight(q(), s, kRows, x, dy, dw, 0);
+      Convolution convolution(q(), s, w);
+      convolution.Forward(kRows, x, bias, false, y);
+      convolution.BackwardInput(kRows, dy, dx);
+      convolution.BackwardWeight(kRows, x, dy, dw, 0);
       return std::vector<std::vector<float>>{y.Read(), dx.Read(), dw.Read()};
     });
   }

@@ -77,6 +77,8 @@ class Pool {
     Must(cudaMalloc(&memory, values.size() * sizeof(T)), "cudaMalloc");
     Must(cudaMemcpy(memory, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
          "cudaMemcpy");
+    // From pageable memory it returns before all has arrived, and other streams do not wait for it.
+    Must(cudaDeviceSynchronize(), "copying");
     return memory;
   }
   std::vector<float> host_, rounded_;
@@ -346,6 +348,7 @@ void CheckReluKeepsNan(Machine& gpu, Blas& blas) {
   std::vector<float> a(16, 1.0f);
   a[5] = std::numeric_limits<float>::quiet_NaN();
   Must(cudaMemcpy(gpu.other, a.data(), 64, cudaMemcpyHostToDevice), "cudaMemcpy");
+  Must(cudaDeviceSynchronize(), "copying");
   const void* const b = gpu.pool.device(Factors::kFp32, true, 0);
   (*product)->Run(gpu.queue, 4, gpu.other, b, static_cast<const float*>(b), gpu.result,
                   gpu.workspace);

@@ -5,6 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -69,17 +73,56 @@ model:
 optimizer: {type: momentum, learning_rate: 0.05}
 )",
      2e-3},
+    {"cnn_bf16", R"(
+model:
+  layers:
+    - {name: conv1, type: conv2d, filters: 8, kernel: 3, padding: 1, stride: 2, bias: false}
+    - {name: norm1, type: batch_norm}
+    - {name: relu1, type: relu}
+    - {name: conv2, type: conv2d, filters: 8, kernel: 3, padding: 1}
+    - {name: relu2, type: relu}
+    - {name: pool1, type: max_pool, kernel: 2, stride: 2}
+    - {name: flat, type: flatten}
+    - {name: out, type: dense, units: 10}
+optimizer: {type: momentum, learning_rate: 0.02}
+)",
+     1e-2},
+    {"cnn_tf32", R"(
+model:
+  layers:
+    - {name: conv1, type: conv2d, filters: 8, kernel: 3, padding: 1, stride: 2, bias: false}
+    - {name: norm1, type: batch_norm}
+    - {name: relu1, type: relu}
+    - {name: conv2, type: conv2d, filters: 8, kernel: 3, padding: 1}
+    - {name: relu2, type: relu}
+    - {name: pool1, type: max_pool, kernel: 2, stride: 2}
+    - {name: flat, type: flatten}
+    - {name: out, type: dense, units: 10}
+optimizer: {type: momentum, learning_rate: 0.02}
+)",
+     2e-3},
 };
 
+// Fashion-MNIST of Debian's package, or MNIST on machines without it.
+std::string Images() {
+  const char* folder = std::getenv("LOCKSTEP_TEST_IMAGES");
+  return folder != nullptr ? folder : "/usr/share/datasets/fashion-mnist";
+}
+
 std::string YamlOf(const Model& model, const std::string& device) {
-  const bool bf16 = std::string_view(model.name).ends_with("_bf16");
+  const auto is = [&](const char* end) { return std::string_view(model.name).ends_with(end); };
+  // CPUs have no tf32: what it is compared with is fp32.
+  const char* const precision = is("_bf16")                      ? "bf16"
+                                : is("_tf32") && device != "cpu" ? "tf32"
+                                                                 : "fp32";
   return absl::StrCat(R"(
-data: {path: /usr/share/datasets/fashion-mnist, train_samples: 330, validation_samples: 103,
+data: {path: )",
+                      Images(), R"(, train_samples: 330, validation_samples: 103,
        normalize: {mean: [0.286], std: [0.353]}}
 checkpoint: {every_steps: 4, keep: 5}
 train: {batch: 60, steps: 10, shards: 8, seed: 7, evaluate: {batch: 50, every_steps: 5}, )",
-                      "precision: ", bf16 ? "bf16" : "fp32", "}\nresources: {device: ", device,
-                      "}\n", model.yaml);
+                      "precision: ", precision, "}\nresources: {device: ", device, "}\n",
+                      model.yaml);
 }
 
 class CudaTraining : public testing::TestWithParam<Model> {};
@@ -126,6 +169,149 @@ TEST_P(CudaTraining, ResumedItEndsWithTheSameBits) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaTraining, testing::ValuesIn(kModels),
                          [](const auto& info) { return std::string(info.param.name); });
+
+// ---- where one slot has all shards, the host runs ahead of the device: many steps that nobody
+// looks at, in epochs with a short batch at their end.
+
+std::string LongYaml(const std::string& model, int64_t steps, const std::string& train = "",
+                     const std::string& device = "cuda") {
+  return absl::StrCat(R"(
+data: {path: )",
+                      Images(), R"(, train_samples: 330, validation_samples: 103,
+       normalize: {mean: [0.286], std: [0.353]}}
+checkpoint: {every_steps: 16, every_epochs: 0, keep: 5}
+resources: {device: )",
+                      device, "}\ntrain: {batch: 60, steps: ", steps, ", shards: 8, seed: 7, ",
+                      train.empty() ? "evaluate: {batch: 50, every_steps: 0, every_epochs: 0}" : "",
+                      train, "}\n", model);
+}
+
+constexpr char kDropout[] = R"(
+model:
+  layers:
+    - {name: flat, type: flatten}
+    - {name: dense1, type: dense, units: 16}
+    - {name: norm1, type: batch_norm}
+    - {name: relu1, type: relu}
+    - {name: drop1, type: dropout, rate: 0.2}
+    - {name: out, type: dense, units: 10}
+optimizer: {type: momentum, learning_rate: 0.05, clip_norm: 0.5}
+schedule: {type: step, at_steps: [5, 11, 20], factor: 0.5}
+)";
+
+std::string WithPopulation(std::string model) {
+  const std::string norm = "type: batch_norm";
+  return model.replace(model.find(norm), norm.size(), norm + ", statistics: population");
+}
+
+std::string DigestLines(const std::string& folder) {
+  std::ifstream file(folder + "/digests.jsonl");
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+class RunningAhead : public testing::TestWithParam<std::tuple<const char*, std::string>> {};
+
+TEST_P(RunningAhead, EveryNumberIsThatOfTwoSlots) {
+  const std::string yaml = LongYaml(std::get<1>(GetParam()), 30, std::get<0>(GetParam()));
+  const std::string one = TemporaryFolder(), two = TemporaryFolder();
+  const Training ahead = RunMembers(yaml, {.slots = 1, .output_dir = one});
+  const Training expected = RunMembers(yaml, {.slots = 2, .output_dir = two});
+  EXPECT_EQ(AgreedDigest(ahead), AgreedDigest(expected));
+  ASSERT_EQ(ahead.steps.size(), 30u);
+  EXPECT_EQ(Numbers(ahead), Numbers(expected));
+  EXPECT_EQ(DigestLines(one), DigestLines(two));
+  EXPECT_EQ(ahead.ended[0].shard_steps(0), 30);
+  EXPECT_EQ(ahead.ended[0].shard_steps(7), 25) << "short batches have four shards";
+  EXPECT_EQ(ahead.ended[0].result().train().ShortDebugString(),
+            expected.ended[0].result().train().ShortDebugString());
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, RunningAhead,
+    testing::Combine(
+        testing::Values("", "digest_every: 3, evaluate: {batch: 50, every_steps: 7}",
+                        "digest_every: 0, evaluate: {batch: 50, every_steps: 0, every_epochs: 0}"),
+        testing::Values(std::string(kDropout), WithPopulation(kDropout))));
+
+TEST(RunningAheadTest, ResumedItEndsWithTheSameBits) {
+  const std::string yaml = LongYaml(kDropout, 30), folder = TemporaryFolder();
+  const std::string digest = AgreedDigest(RunMembers(yaml, {.output_dir = folder}));
+  const Training resumed = RunMembers(yaml, {.resume_from = folder + "/checkpoints/step-00000016"});
+  EXPECT_EQ(AgreedDigest(resumed), digest);
+}
+
+// The step is asked for late; which it is follows from when, and its state is that of a run of so
+// many steps.
+TEST(RunningAheadTest, AStopTakesEffectAfterAWholeStep) {
+  const char* const evaluations = "evaluate: {batch: 50, every_steps: 13}";
+  const std::string folder = TemporaryFolder();
+  const Training stopped = RunMembers(LongYaml(kDropout, 100000, evaluations),
+                                      {.output_dir = folder, .stop_after_evaluation = true});
+  ASSERT_EQ(stopped.ended.size(), 1u);
+  ASSERT_EQ(stopped.ended[0].outcome(), v1::Ended::STOPPED) << stopped.ended[0].error();
+  const int64_t step = stopped.ended[0].result().steps();
+  ASSERT_GE(step, 13);
+  ASSERT_EQ(static_cast<int64_t>(stopped.steps.size()), step);
+  const Training whole = RunMembers(LongYaml(kDropout, step, evaluations), {.slots = 2});
+  EXPECT_EQ(stopped.ended[0].state_digest(), AgreedDigest(whole));
+  if (step < 16) return;  // nothing to go on from
+  const Training further = RunMembers(LongYaml(kDropout, step + 5, evaluations), {.slots = 2});
+  const Training resumed =
+      RunMembers(LongYaml(kDropout, step + 5, evaluations), {.resume_from = folder});
+  EXPECT_EQ(AgreedDigest(resumed), AgreedDigest(further));
+}
+
+TEST(RunningAheadTest, ABitThatIsFlippedIsInTheStepsBehindIt) {
+  const std::string yaml = LongYaml(kDropout, 30);
+  const Training good = RunMembers(yaml, {});
+  const Training bad = RunMembers(yaml, {.flip_bit_at_step = 10});
+  ASSERT_EQ(good.steps.size(), 30u);
+  ASSERT_EQ(bad.steps.size(), 30u);
+  for (size_t i = 0; i < 30; ++i) {
+    EXPECT_EQ(good.steps[i].state_digest() == bad.steps[i].state_digest(), i + 1 < 10)
+        << "step " << i + 1;
+  }
+}
+
+// Found when later steps are on the device already: the same line as where each step is waited for,
+// and the state before it.
+TEST(RunningAheadTest, AStepThatIsNotFiniteIsNamedAndNotApplied) {
+  // Weights grow by a factor a step.
+  for (const char* factor : {"7", "21", "90", "1000", "1000000"}) {
+    SCOPED_TRACE(factor);
+    std::string model = kDropout;
+    for (const auto& [from, to] :
+         {std::pair<std::string, std::string>("momentum, learning_rate: 0.05, clip_norm: 0.5",
+                                              absl::StrCat("sgd, learning_rate: 1, l2: ", factor)),
+          {"{name: norm1, type: batch_norm}", "{name: act1, type: leaky_relu}"},
+          {"type: step, at_steps: [5, 11, 20], factor: 0.5", "type: constant"}}) {
+      model.replace(model.find(from), from.size(), to);
+    }
+    const std::string one = TemporaryFolder(), two = TemporaryFolder();
+    const Training ahead = RunMembers(LongYaml(model, 60), {.slots = 1, .output_dir = one});
+    const Training waited = RunMembers(LongYaml(model, 60), {.slots = 2, .output_dir = two});
+    const Training cpu = RunMembers(LongYaml(model, 60, "", "cpu"), {});
+    const auto line = [](const Training& run) {
+      const std::string& error = run.ended.at(0).error();
+      return error.substr(std::min(error.size(), error.find("step ")));
+    };
+    const auto tensor = [&](const Training& run) {
+      const std::string text = line(run);
+      const size_t at = text.find("the first tensor");
+      return text.substr(0, text.find(':')) + (at == std::string::npos ? "" : text.substr(at));
+    };
+    ASSERT_EQ(waited.ended.at(0).outcome(), v1::Ended::ERRORED);
+    ASSERT_EQ(ahead.ended.at(0).outcome(), v1::Ended::ERRORED);
+    std::cout << line(ahead) << "\n";
+    EXPECT_EQ(line(ahead), line(waited));
+    EXPECT_EQ(tensor(ahead), tensor(cpu));
+    EXPECT_EQ(Numbers(ahead), Numbers(waited));
+    EXPECT_EQ(DigestLines(one), DigestLines(two));
+    EXPECT_EQ(ahead.ended[0].result().steps(), waited.ended[0].result().steps());
+    EXPECT_EQ(ahead.ended[0].state_digest(), waited.ended[0].state_digest());
+    EXPECT_EQ(ahead.ended[0].shard_steps(0), waited.ended[0].shard_steps(0));
+  }
+}
 
 }  // namespace
 }  // namespace lockstep::train

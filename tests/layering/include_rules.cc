@@ -31,7 +31,9 @@ const std::map<std::string, std::vector<std::string>>& Layers() {
       {"worker/device", {"common"}},
       {"worker/device/cpu", {"worker/device", "common"}},
       {"worker/device/cuda", {"worker/device", "common"}},
-      {"worker/collective", {"worker/device", "common"}},
+      {"worker/collective",
+       {"worker/device", "worker/device/cuda/cuda_status.h", "worker/device/cuda/cuda_stream.h",
+        "common"}},
       // The graph is plain data that the validator and the compiler share; the flat state is the
       // layout that layers and optimizers share.
       {"worker/optim", {"worker/device", "common", "common/spec/graph.h"}},
@@ -40,8 +42,7 @@ const std::map<std::string, std::vector<std::string>>& Layers() {
       {"worker/data", {"worker/device", "common"}},
       {"worker/train",
        {"worker/nn", "worker/optim", "worker/data", "worker/collective", "worker/device",
-        "worker/device/cpu/cpu_device.h", "worker/device/cuda/cuda_device.h", "common",
-        "common/spec", kProto}},
+        "worker/device/cpu/cpu_device.h", "common", "common/spec", kProto}},
       {"worker/machine", {"worker/device", "worker/device/cpu/cpu_device.h", "common"}},
       {"worker/agent", {"common", "common/spec", "common/rpc", kProto, kGrpc}},
       {"worker/main.cc",
@@ -64,7 +65,11 @@ struct Fence {
 const std::vector<Fence>& Fences() {
   static const auto* const fences = new std::vector<Fence>{
       {std::regex("(cuda|cublas|cudnn|curand|nvrtc|nvml|cooperative_groups|cub/|thrust/).*"),
-       std::regex("worker/device/cuda/.*"), "CUDA stays in worker/device/cuda"},
+       std::regex("worker/device/cuda/.*|worker/collective/nccl_.*"),
+       "CUDA stays in worker/device/cuda"},
+      {std::regex("worker/device/cuda/.*"),
+       std::regex("worker/device/cuda/.*|worker/collective/nccl_.*"),
+       "what is of CUDA is in its module, which is loaded at run time"},
       {std::regex("nccl.*"), std::regex("worker/collective/nccl.*"),
        "NCCL stays in worker/collective/nccl*"},
       {std::regex("gloo/.*"), std::regex("worker/collective/.*"),

@@ -285,6 +285,49 @@ TEST_F(CoreTest, ALostConnectionFailsTheJobWhenTheSurvivorsHaveLeft) {
   EXPECT_EQ(core->DescribeWorkers()[1].state(), "LOST");
 }
 
+// Its slots are not given to what waits: the process ends.
+TEST_F(CoreTest, AWorkerThatLeavesIsLostAtOnceAndGetsNoJob) {
+  std::string id;
+  const auto w = RunningJob(2, &id);
+  const std::string next = SubmitJob(2);
+  v1::WorkerMessage message;
+  v1::Ended& ended = *message.mutable_ended();
+  ended.set_job(id);
+  ended.set_generation(1);
+  ended.set_outcome(v1::Ended::ERRORED);
+  ended.set_error("GPU 0 is lost");
+  ended.set_leaves(true);
+  Give(WorkerSaid{w[1], message});
+  EXPECT_EQ(job(id).reason(), "worker w1 (slot 0) failed at step 0: GPU 0 is lost");
+  EXPECT_EQ(core->DescribeWorkers()[1].state(), "LOST");
+  EXPECT_EQ(closed.at(w[1]).code(), absl::StatusCode::kAborted);
+  SayEnded(w[0], id, v1::Ended::STOPPED);
+  EXPECT_EQ(job(id).state(), v1::FAILED);
+  EXPECT_EQ(job(next).state(), v1::QUEUED);
+  AddWorker("w1", 1, /*incarnation=*/2);
+  EXPECT_EQ(job(next).state(), v1::STARTING);
+}
+
+// Of two jobs on it, the other one is lost with it.
+TEST_F(CoreTest, AWorkerThatLeavesFailsItsOtherJobs) {
+  const StreamId w0 = AddWorker("w0", 2);
+  const std::string a = SubmitJob(1), b = SubmitJob(1);
+  SayReady(w0, a);
+  SayReady(w0, b);
+  Persist();
+  v1::WorkerMessage message;
+  v1::Ended& ended = *message.mutable_ended();
+  ended.set_job(a);
+  ended.set_generation(1);
+  ended.set_outcome(v1::Ended::ERRORED);
+  ended.set_error("GPU 0 is lost");
+  ended.set_leaves(true);
+  Give(WorkerSaid{w0, message});
+  EXPECT_EQ(job(a).state(), v1::FAILED);
+  EXPECT_EQ(job(b).state(), v1::FAILED);
+  EXPECT_EQ(job(b).reason(), "worker w0 (slot 1) lost at step 0: its process ends: GPU 0 is lost");
+}
+
 TEST_F(CoreTest, ASilentWorkerIsLostAfterSixSeconds) {
   std::string id;
   const auto w = RunningJob(1, &id);

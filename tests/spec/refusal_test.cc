@@ -228,8 +228,10 @@ std::vector<Refusal> Refusals() {
       {"train.accumulate", "17",
        "17 is more than the samples of the largest shard (16, of train.batch 128 in 8 shards); "
        "accepted: 1 to 16"},
-      {"train.precision", "fp16", "found \"fp16\"; accepted: fp32, bf16"},
-      {"train.precision", "16", "found 16; accepted: fp32, bf16"},
+      {"train.precision", "fp16", "found \"fp16\"; accepted: fp32, tf32, bf16"},
+      {"train.precision", "16", "found 16; accepted: fp32, tf32, bf16"},
+      {"train.precision", "tf32",
+       "tf32 is computed by GPUs, and resources.device is cpu; accepted there: fp32, bf16"},
       {"train.evaluate", "5",
        "found 5; accepted: a mapping of fields: every_steps, every_epochs, batch"},
       {"train.evaluate.every_steps", "-1", Integer("-1", "0", kMany)},

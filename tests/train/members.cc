@@ -86,6 +86,9 @@ Training RunMembers(const std::string& yaml, const Cluster& cluster) {
       absl::MutexLock lock(&mutex);
       if (message.has_digest()) run.digests.push_back(message.digest());
       if (!message.has_progress()) return;
+      if (cluster.stop_after_evaluation && message.progress().evaluations_size() > 0) {
+        for (auto& member : members) member->Stop();
+      }
       for (const auto& s : message.progress().steps()) run.steps.push_back(s);
       for (const auto& e : message.progress().evaluations()) run.evaluations.push_back(e);
       for (const auto& c : message.progress().checkpoints()) run.checkpoints.push_back(c);

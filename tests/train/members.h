@@ -30,6 +30,8 @@ struct Cluster {
   int resume_rank = -1;          // the only rank that sees resume_from; default: all do
   std::string output_dir = {};   // default: a fresh folder
   int64_t flip_bit_at_step = 0;  // of the last rank
+  // Members are told to stop when rank 0 has reported an evaluation.
+  bool stop_after_evaluation = false;
 };
 
 // `yaml` must be a valid spec. The folder of a default output_dir is removed with the process.

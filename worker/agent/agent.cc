@@ -33,6 +33,8 @@ constexpr absl::Duration kLastBackoff = absl::Seconds(1);
 // A killed predecessor of the same name may still be known to the coordinator for a moment.
 constexpr absl::Duration kNamePatience = absl::Seconds(8);
 constexpr absl::Duration kComplaintInterval = absl::Seconds(30);
+// For a coordinator to hear the last words.
+constexpr absl::Duration kGoodbyePatience = absl::Seconds(2);
 
 uint64_t RandomIncarnation() {
   std::random_device source;
@@ -98,6 +100,7 @@ class Agent::Impl {
       const absl::Status status = Serve(stub.get(), &registered);
       AbandonJobs(absl::StrCat("the connection to the coordinator was lost: ", status.message()));
       if (Stopping()) break;
+      if (const absl::Status broken = Broken(); !broken.ok()) return broken;
       if (registered) {
         backoff = kFirstBackoff;
         refused_since = absl::InfiniteFuture();
@@ -134,27 +137,36 @@ class Agent::Impl {
    public:
     void Send(v1::WorkerMessage message) override {
       absl::MutexLock lock(&mutex_);
-      if (open_) messages_.push_back(std::move(message));
+      if (open_ && !last_) messages_.push_back(std::move(message));
     }
     void Open() {
       absl::MutexLock lock(&mutex_);
       open_ = true;
+      last_ = false;
     }
     void Close() {
       absl::MutexLock lock(&mutex_);
       open_ = false;
       messages_.clear();
     }
-    // False: closed. Otherwise the next message, or a heartbeat after `patience` without one.
+    // The message is the last that Next returns.
+    void SendLast(v1::WorkerMessage message) {
+      absl::MutexLock lock(&mutex_);
+      if (!open_) return;
+      messages_.push_back(std::move(message));
+      last_ = true;
+    }
+    // False: closed, or the last has been returned. Otherwise the next message, or a heartbeat
+    // after `patience` without one.
     bool Next(absl::Duration patience, v1::WorkerMessage* message) {
       absl::MutexLock lock(&mutex_);
       mutex_.AwaitWithTimeout(absl::Condition(
                                   +[](Queue* q) ABSL_EXCLUSIVE_LOCKS_REQUIRED(q->mutex_) {
-                                    return !q->open_ || !q->messages_.empty();
+                                    return !q->open_ || q->last_ || !q->messages_.empty();
                                   },
                                   this),
                               patience);
-      if (!open_) return false;
+      if (!open_ || (last_ && messages_.empty())) return false;
       if (messages_.empty()) {
         message->mutable_heartbeat();
       } else {
@@ -167,6 +179,7 @@ class Agent::Impl {
    private:
     absl::Mutex mutex_;
     bool open_ ABSL_GUARDED_BY(mutex_) = false;
+    bool last_ ABSL_GUARDED_BY(mutex_) = false;
     std::deque<v1::WorkerMessage> messages_ ABSL_GUARDED_BY(mutex_);
   };
 
@@ -186,6 +199,10 @@ class Agent::Impl {
     absl::MutexLock lock(&mutex_);
     return stopping_;
   }
+  absl::Status Broken() {
+    absl::MutexLock lock(&mutex_);
+    return broken_;
+  }
 
   // One connection, from Register until it breaks.
   absl::Status Serve(v1::WorkerService::Stub* stub, bool* registered) {
@@ -194,6 +211,10 @@ class Agent::Impl {
       absl::MutexLock lock(&mutex_);
       if (stopping_) return absl::CancelledError("shutting down");
       context_ = &context;
+    }
+    {
+      absl::MutexLock lock(&mutex_);
+      closed_ = false;
     }
     std::unique_ptr<Stream> stream = stub->Connect(&context);
     v1::WorkerMessage hello;
@@ -219,8 +240,21 @@ class Agent::Impl {
       std::thread writer([&] {
         v1::WorkerMessage next;
         while (outbox_.Next(heartbeat, &next) && stream->Write(next)) next.Clear();
+        if (Broken().ok()) return;
+        // The coordinator closes the connection when it has read everything.
+        stream->WritesDone();
+        absl::MutexLock lock(&mutex_);
+        if (!mutex_.AwaitWithTimeout(absl::Condition(&closed_), kGoodbyePatience)) {
+          context.TryCancel();
+        }
       });
-      while (stream->Read(&message)) Obey(message);
+      while (stream->Read(&message)) {
+        if (Broken().ok()) Obey(message);
+      }
+      {
+        absl::MutexLock lock(&mutex_);
+        closed_ = true;
+      }
       outbox_.Close();
       writer.join();
     } else if (message.message_case() != v1::CoordinatorMessage::MESSAGE_NOT_SET) {
@@ -325,6 +359,7 @@ class Agent::Impl {
         ended = job->Run(start);
       }
     }
+    const absl::Status broken = job->broken();
     std::unique_ptr<Job> finished;
     bool aborted;
     {
@@ -334,7 +369,7 @@ class Agent::Impl {
     }
     finished.reset();
     malloc_trim(0);  // a worker serves job after job without growing
-    if (aborted && ended.outcome() == v1::Ended::ERRORED) {
+    if (aborted && broken.ok() && ended.outcome() == v1::Ended::ERRORED) {
       ended.set_outcome(v1::Ended::STOPPED);  // the echo of the abort
     }
     if (ended.outcome() == v1::Ended::ERRORED) {
@@ -344,7 +379,16 @@ class Agent::Impl {
       spdlog::info("job {} generation {}: {}", r.prepare.job(), r.prepare.generation(),
                    ended.outcome() == v1::Ended::COMPLETED ? "completed" : "stopped");
     }
-    outbox_.Send(EndedMessage(r.prepare, std::move(ended)));
+    if (broken.ok()) {
+      outbox_.Send(EndedMessage(r.prepare, std::move(ended)));
+    } else {
+      {
+        absl::MutexLock lock(&mutex_);
+        if (broken_.ok()) broken_ = absl::AbortedError(broken.message());
+      }
+      ended.set_leaves(true);
+      outbox_.SendLast(EndedMessage(r.prepare, std::move(ended)));
+    }
     r.done = true;
   }
 
@@ -379,6 +423,8 @@ class Agent::Impl {
 
   absl::Mutex mutex_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status broken_ ABSL_GUARDED_BY(mutex_);
+  bool closed_ ABSL_GUARDED_BY(mutex_) = false;  // by the coordinator
   grpc::ClientContext* context_ ABSL_GUARDED_BY(mutex_) = nullptr;
 };
 

@@ -38,6 +38,9 @@ class Job {
   // From any thread, at any time after construction.
   virtual void Stop() = 0;
   virtual void Abort(const std::string& reason) = 0;
+  // Asked after its end: OK, or why this process can serve no job any more. Then its Ended is the
+  // last that is said, and Agent::Run returns that.
+  virtual absl::Status broken() const { return absl::OkStatus(); }
 };
 
 using JobFactory = std::function<std::unique_ptr<Job>(const v1::Prepare&, Outbox&)>;
@@ -62,7 +65,8 @@ class Agent {
   Agent(const Agent&) = delete;
 
   // Serves until Shutdown (OK). FailedPrecondition: refused for good by the coordinator (the name
-  // is taken, the registration makes no sense); InvalidArgument: the address.
+  // is taken, the registration makes no sense); InvalidArgument: the address; Aborted: what a job
+  // says of this process, which should begin anew.
   absl::Status Run();
   void Shutdown();
 

@@ -517,6 +517,10 @@ size_t CanonicalAllReduce::SharedBytes(const Placement& placement, int64_t size,
   return buffers * VectorBytes(size);
 }
 
+size_t CanonicalAllReduce::StagingBytes(const Placement& placement, int rank, int64_t size) {
+  return DeviceAllReduceStagingBytes(placement, rank, size);
+}
+
 absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> CanonicalAllReduce::Make(
     device::Device& device, Communicator* communicator, Team* team, const Placement& placement,
     int64_t size, std::vector<Bucket> buckets) {
@@ -526,7 +530,7 @@ absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> CanonicalAllReduce::Make(
                                  team == nullptr ? 1 : team->slots()));
   RETURN_IF_ERROR(CheckBuckets(buckets, size));
   if (!device.host_addressable()) {
-    return MakeDeviceAllReduce(device, communicator, team, placement, size);
+    return MakeDeviceAllReduce(device, communicator, team, placement, size, std::move(buckets));
   }
   auto reduce = std::make_unique<CanonicalOnCommunicator>(device, communicator, team, placement,
                                                           size, std::move(buckets));

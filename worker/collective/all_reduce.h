@@ -45,6 +45,9 @@ class CanonicalAllReduce {
   // addresses or not; for RendezvousOptions::shared_bytes.
   static size_t SharedBytes(const Placement& placement, int64_t size, bool host_addressable = true);
 
+  // RendezvousOptions::staging_bytes of a member.
+  static size_t StagingBytes(const Placement& placement, int rank, int64_t size);
+
   static absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> Make(
       device::Device& device, Communicator* communicator, Team* team, const Placement& placement,
       int64_t size, std::vector<Bucket> buckets);
@@ -68,6 +71,10 @@ class CanonicalAllReduce {
   // Leaves and parts have memory of their own until Finish, so that what was written can be read
   // again; the padding in it is zero.
   virtual bool LeavesStay() const { return false; }
+  // Where the calls of one pass over all of a slot's present leaves are recorded or repeated
+  // (Device::Record): EndPass is the last of them, and Repeated says that all were made again.
+  virtual void EndPass(int /*slot*/, device::Stream& /*stream*/) {}
+  virtual void Repeated(int /*slot*/) {}
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot
   // may read all of it.
   virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) = 0;

@@ -9,16 +9,20 @@
 // errors only; failures come from Wait, which names the members missing (DeadlineExceeded: "no
 // answer from member 2 (worker-b) on lane gradients"), or the cause given to Abort (Aborted).
 //
-// How NCCL fits: Allocate is ncclMemAlloc + registration; a lane is a communicator of its own;
-// EnqueueExchange is a group of ncclSend/ncclRecv of chunks into staging memory, to which `views`
-// point; EnqueueGather is ncclAllGather (equal chunks) or grouped send/recv; they run on `stream`,
-// capturable in a CUDA graph, and a Ticket is an event. On CPUs `stream` is ignored: shared memory
-// posts flags and peers read each other's memory without a copy; Gloo posts sends and receives on
-// unbound buffers.
+// On CPUs `stream` is ignored: shared memory posts flags and peers read each other's memory without
+// a copy; Gloo posts sends and receives on unbound buffers.
+//
+// Where on_device() (NCCL), Allocate gives memory of the device, and operations that are given a
+// stream take and leave such memory in the order of that stream, also while it is being recorded:
+// Wait has nothing to do for them. EnqueueExchange is a group of ncclSend and ncclRecv of chunks
+// into staging memory of the Communicator, to which `views` point at once, until the next exchange
+// on the stream; EnqueueGather is ncclAllGather (equal chunks) or such a group. What is given no
+// stream is between the hosts, as on CPUs.
 //
 // Thread safety: one thread at a time per lane; Abort from any thread, any number of times.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -37,7 +41,11 @@ constexpr int kLanes = 2;
 
 // Elements [ChunkBegin(n, size, r), ChunkBegin(n, size, r + 1)) of n belong to member r; boundaries
 // are multiples of 16 elements.
-int64_t ChunkBegin(int64_t count, int size, int rank);
+inline int64_t ChunkBegin(int64_t count, int size, int rank) {
+  constexpr int64_t kGranule = 16;
+  const int64_t granules = (count + kGranule - 1) / kGranule;
+  return std::min(count, granules * rank / size * kGranule);
+}
 
 struct Ticket {
   Lane lane = Lane::kGradients;
@@ -54,6 +62,7 @@ class Communicator {
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  virtual bool on_device() const { return false; }
 
   // Memory that may be passed to the operations below; zeroed. Symmetric: all members allocate the
   // same sizes in the same order, before the first operation. Freed with the Communicator.
@@ -89,6 +98,13 @@ class Communicator {
 
   // Returns when the operation (and so all before it on its lane) is complete.
   virtual absl::Status Wait(const Ticket& ticket, absl::Time deadline) = 0;
+
+  // Where on_device(): what is on streams may wait for other members from now until Settle, at most
+  // until `deadline`. Then, or when the transport reports a failure, the Communicator fails: what
+  // is on streams ends soon, with results that mean nothing.
+  virtual void Expect(absl::Time /*deadline*/) {}
+  // With the streams synchronized: OK, or the failure, of which their results are part.
+  virtual absl::Status Settle() { return absl::OkStatus(); }
 
   // Wakes every Wait here with Aborted(cause) and lets peers that wait for us fail too, where the
   // transport can. The first cause wins.

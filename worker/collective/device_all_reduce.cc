@@ -14,11 +14,17 @@ namespace {
 class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
  public:
   DeviceAllReduce(device::Device& device, Communicator* communicator, Team* team,
-                  Placement placement, int64_t size)
+                  Placement placement, int64_t size, std::vector<Bucket> buckets)
       : SmallExchange(communicator, team, std::move(placement)),
         device_(device),
         size_(size),
-        slots_(slots_count_) {}
+        buckets_(std::move(buckets)),
+        on_device_(members_ > 1 && communicator->on_device()),
+        // All members do or none, since what one has enqueued waits for the others.
+        overlaps_(on_device_ && std::all_of(placement_.bounds.begin(), placement_.bounds.end(),
+                                            [](const auto& slots) { return slots.size() == 2; })),
+        slots_(slots_count_),
+        left_(buckets_.size()) {}
 
   static size_t VectorBytes(int64_t size) {
     return RoundUp(std::max<size_t>(1, sizeof(float) * static_cast<size_t>(size)));
@@ -42,6 +48,10 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     }
     ASSIGN_OR_RETURN(void* memory, communicator_->Allocate(VectorBytes()));
     gathered_ = static_cast<float*>(memory);
+    if (on_device_) {
+      ASSIGN_OR_RETURN(side_, device_.MakeStream());
+      return absl::OkStatus();
+    }
     size_t parts = 0;
     for (const auto& member : member_parts_) parts += member.size();
     chunk_ = ChunkBegin(size_, members_, rank_ + 1) - ChunkBegin(size_, members_, rank_);
@@ -50,7 +60,7 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     return absl::OkStatus();
   }
 
-  absl::Status Begin(int slot, absl::Span<const uint8_t> present, absl::Time) override {
+  absl::Status Begin(int slot, absl::Span<const uint8_t> present, absl::Time deadline) override {
     if (static_cast<int>(present.size()) != placement_.leaves ||
         std::none_of(present.begin(), present.end(), [](uint8_t p) { return p != 0; })) {
       return Fail(absl::InvalidArgumentError(
@@ -67,11 +77,17 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     const int count = static_cast<int>(s.leaves.size());
     for (int i = 0; i < count; ++i) s.identity[i] = i;
     s.fold = {count, s.identity.data(), s.no_combines.data(), nullptr, count, s.identity.data()};
+    if (slot == 0 && members_ > 1) {
+      BeginAcrossMembers(s);
+      communicator_->Expect(deadline);
+    }
     return absl::OkStatus();
   }
 
   float* Leaf(int, int leaf) override { return LeafVector(leaf); }
-  void Done(int, device::Stream&, int, int64_t, int64_t) override {}
+  void Done(int slot, device::Stream& stream, int, int64_t begin, int64_t end) override {
+    Complete(slots_[slot], stream, 1, begin, end);
+  }
   // Nothing is folded on the way: each leaf is a part.
   const device::LeafFold* LeafFold(int slot) override {
     const device::LeafFold& fold = slots_[slot].fold;
@@ -79,8 +95,21 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     return fits && placement_.interleaved == 1 ? &fold : nullptr;
   }
   float* Part(int slot, int part) override { return LeafVector(slots_[slot].leaves[part]); }
-  void DoneFolded(int, device::Stream&, int64_t, int64_t) override {}
+  void DoneFolded(int slot, device::Stream& stream, int64_t begin, int64_t end) override {
+    Slot& s = slots_[slot];
+    Complete(s, stream, static_cast<int>(s.leaves.size()), begin, end);
+  }
   bool LeavesStay() const override { return true; }
+  void EndPass(int slot, device::Stream& stream) override {
+    if (!overlaps_) return;
+    // Of a member without leaves: others' streams wait for it from now on.
+    ExchangeComplete(slots_[slot], stream);
+    if (beside_) device_.Follow(stream, *side_);
+    beside_ = false;
+  }
+  void Repeated(int) override {
+    if (overlaps_) next_ = -1;
+  }
 
   absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) override {
     Slot& s = slots_[slot];
@@ -96,12 +125,13 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
       return Barrier(slot, deadline);
     }
     if (slot == 0) {
-      const absl::Status status = FinishAcrossMembers(s, stream, deadline);
+      const absl::Status status =
+          on_device_ ? FinishOnDevice(s, stream) : FinishAcrossMembers(s, stream, deadline);
       if (!status.ok()) return Fail(status);
     }
     return BarrierAfterMembers(slot, deadline);
   }
-  const float* result() const override { return result_->floats(); }
+  const float* result() const override { return on_device_ ? gathered_ : result_->floats(); }
 
   absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
                                          size_t bytes, const Fold& fold,
@@ -161,6 +191,100 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     return true;
   }
 
+  // What the members' exchange of this step is made of.
+  void BeginAcrossMembers(const Slot& s) {
+    parts_.clear();
+    nodes_.clear();
+    for (const auto& member : member_parts_) {
+      parts_.push_back(0);
+      for (const Node& node : member) {
+        const auto begin = s.present.begin();
+        if (std::none_of(begin + node.begin, begin + node.end, [](uint8_t p) { return p != 0; })) {
+          continue;
+        }
+        nodes_.push_back(node);
+        ++parts_.back();
+      }
+    }
+    const Node root{0, placement_.leaves};
+    root_ = MakeFoldSchedule(placement_.leaves, nodes_, absl::MakeConstSpan(&root, 1));
+    // Whether it is the tree over as many leaves as there are parts.
+    const int count = static_cast<int>(nodes_.size());
+    std::vector<Node> leaves;
+    for (int i = 0; i < count; ++i) leaves.push_back({i, i + 1});
+    const Node all{0, count};
+    const FoldSchedule plain = MakeFoldSchedule(count, leaves, absl::MakeConstSpan(&all, 1));
+    const auto equal = [](const Combine& a, const Combine& b) {
+      return a.dst == b.dst && a.src == b.src;
+    };
+    root_is_plain_ = count <= device::Device::kMostParts &&
+                     std::equal(root_.combines.begin(), root_.combines.end(),
+                                plain.combines.begin(), plain.combines.end(), equal);
+    next_ = static_cast<int>(buckets_.size()) - 1;
+    for (size_t b = 0; b < buckets_.size(); ++b) {
+      left_[b] = (buckets_[b].end - buckets_[b].begin) * static_cast<int64_t>(s.leaves.size());
+    }
+  }
+
+  // [begin, end) of `leaves` of the slot's leaves is complete. Members exchange buckets in one
+  // order, that in which backward comes to them: the last first.
+  void Complete(Slot& s, device::Stream& stream, int leaves, int64_t begin, int64_t end) {
+    if (!overlaps_ || begin == end) return;
+    size_t b = std::upper_bound(buckets_.begin(), buckets_.end(), begin,
+                                [](int64_t at, const Bucket& one) { return at < one.end; }) -
+               buckets_.begin();
+    for (; b < buckets_.size() && buckets_[b].begin < end; ++b) {
+      left_[b] -= leaves * (std::min(end, buckets_[b].end) - std::max(begin, buckets_[b].begin));
+    }
+    ExchangeComplete(s, stream);
+  }
+  void ExchangeComplete(Slot& s, device::Stream& stream) {
+    for (; next_ >= 0 && left_[next_] == 0; --next_) {
+      device_.Follow(*side_, stream);
+      beside_ = true;
+      ExchangeBucket(s, *side_, buckets_[next_]);
+    }
+  }
+
+  // From our leaves to everybody's sum, in the order of the stream.
+  void ExchangeBucket(Slot& s, device::Stream& stream, const Bucket& bucket) {
+    std::vector<const float*> mine;
+    for (const Node& node : member_parts_[rank_]) {
+      float* const offered = offered_[mine.size()];
+      if (Sum(s, stream, node, bucket.begin, bucket.end, offered)) {
+        mine.push_back(offered + bucket.begin);
+      }
+    }
+    const int64_t count = bucket.end - bucket.begin;
+    const int64_t chunk = ChunkBegin(count, members_, rank_);
+    const int64_t length = ChunkBegin(count, members_, rank_ + 1) - chunk;
+    const auto exchanged =
+        communicator_->EnqueueExchange(&stream, Lane::kGradients, mine, parts_, count, &views_);
+    if (!exchanged.ok()) return static_cast<void>(Fail(exchanged.status()));
+    std::vector<const float*> chunks;
+    for (const auto& member : views_) chunks.insert(chunks.end(), member.begin(), member.end());
+    float* const out = gathered_ + bucket.begin + chunk;
+    if (length > 0 && root_is_plain_) {
+      device_.TreeSum(stream, length, chunks, out);
+    } else if (length > 0) {
+      for (const Combine& combine : root_.combines) {
+        float* left = const_cast<float*>(chunks[combine.dst]);  // that nobody else reads any more
+        device_.Add(stream, length, left, chunks[combine.src], left);
+      }
+      device_.Copy(stream, chunks[root_.target_buffer[0]], out,
+                   sizeof(float) * static_cast<size_t>(length));
+    }
+    const auto gathered =
+        communicator_->EnqueueGather(&stream, Lane::kGradients, gathered_ + bucket.begin, count);
+    if (!gathered.ok()) static_cast<void>(Fail(gathered.status()));
+  }
+
+  absl::Status FinishOnDevice(Slot& s, device::Stream& stream) {
+    for (; next_ >= 0; --next_) ExchangeBucket(s, stream, buckets_[next_]);
+    RETURN_IF_ERROR(stream.Synchronize());
+    return communicator_->Settle();
+  }
+
   absl::Status FinishAcrossMembers(Slot& s, device::Stream& stream, absl::Time deadline) {
     std::vector<const float*> mine;
     const size_t bytes = sizeof(float) * static_cast<size_t>(size_);
@@ -171,41 +295,23 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
       mine.push_back(offered);
     }
     RETURN_IF_ERROR(stream.Synchronize());
-    std::vector<int> parts;
-    std::vector<Node> nodes;
-    for (const auto& member : member_parts_) {
-      parts.push_back(0);
-      for (const Node& node : member) {
-        const auto begin = s.present.begin();
-        if (std::none_of(begin + node.begin, begin + node.end, [](uint8_t p) { return p != 0; })) {
-          continue;
-        }
-        nodes.push_back(node);
-        ++parts.back();
-      }
-    }
-    std::vector<std::vector<const float*>> views;
     ASSIGN_OR_RETURN(
         const Ticket exchange,
-        communicator_->EnqueueExchange(nullptr, Lane::kGradients, mine, parts, size_, &views));
+        communicator_->EnqueueExchange(nullptr, Lane::kGradients, mine, parts_, size_, &views_));
     RETURN_IF_ERROR(communicator_->Wait(exchange, deadline));
     std::vector<float*> chunks;
-    for (const auto& member : views) {
+    for (const auto& member : views_) {
       for (const float* view : member) {
         float* chunk = chunks_->floats() + static_cast<int64_t>(chunks.size()) * chunk_;
         device_.Copy(stream, view, chunk, sizeof(float) * static_cast<size_t>(chunk_));
         chunks.push_back(chunk);
       }
     }
-    const Node root{0, placement_.leaves};
-    const FoldSchedule schedule =
-        MakeFoldSchedule(placement_.leaves, nodes, absl::MakeConstSpan(&root, 1));
-    for (const Combine& combine : schedule.combines) {
+    for (const Combine& combine : root_.combines) {
       device_.Add(stream, chunk_, chunks[combine.dst], chunks[combine.src], chunks[combine.dst]);
     }
     float* const whole = gathered_;
-    device_.Copy(stream, chunks[schedule.target_buffer[0]],
-                 whole + ChunkBegin(size_, members_, rank_),
+    device_.Copy(stream, chunks[root_.target_buffer[0]], whole + ChunkBegin(size_, members_, rank_),
                  sizeof(float) * static_cast<size_t>(chunk_));
     RETURN_IF_ERROR(stream.Synchronize());
     ASSIGN_OR_RETURN(const Ticket gather,
@@ -217,12 +323,25 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
 
   device::Device& device_;
   const int64_t size_;
+  const std::vector<Bucket> buckets_;
+  const bool on_device_, overlaps_;
   std::vector<Slot> slots_;
   std::unique_ptr<device::Memory> leaves_, result_, chunks_;
   size_t most_parts_ = 0;
   int64_t chunk_ = 0;  // elements of ours
   std::vector<float*> offered_;
   float* gathered_ = nullptr;
+  // Of the step, by slot 0.
+  std::vector<int> parts_;   // of each member that are there
+  std::vector<Node> nodes_;  // which
+  FoldSchedule root_;
+  bool root_is_plain_ = false;
+  std::vector<std::vector<const float*>> views_;
+  // Of exchanges beside the slot's computation.
+  std::unique_ptr<device::Stream> side_;
+  std::vector<int64_t> left_;  // by bucket: elements of leaves to come
+  int next_ = -1;              // bucket to exchange; those above it are on their way
+  bool beside_ = false;        // something is on `side_` that the slot's stream does not follow
 };
 
 }  // namespace
@@ -237,12 +356,24 @@ size_t DeviceAllReduceSharedBytes(const Placement& placement, int64_t size) {
   return (parts + 1) * DeviceAllReduce::VectorBytes(size);
 }
 
-absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> MakeDeviceAllReduce(device::Device& device,
-                                                                        Communicator* communicator,
-                                                                        Team* team,
-                                                                        const Placement& placement,
-                                                                        int64_t size) {
-  auto reduce = std::make_unique<DeviceAllReduce>(device, communicator, team, placement, size);
+size_t DeviceAllReduceStagingBytes(const Placement& placement, int rank, int64_t size) {
+  const int members = static_cast<int>(placement.bounds.size());
+  int64_t parts = 0;
+  for (int member = 0; member < members; ++member) {
+    if (member == rank) continue;
+    const std::vector<int>& bounds = placement.bounds[member];
+    parts += std::ssize(MaximalSubtrees(placement.leaves, bounds.front(), bounds.back()));
+  }
+  // A chunk is a granule longer than the equal part, at most.
+  const int64_t chunk = size / std::max(members, 1) + 32;
+  return sizeof(float) * static_cast<size_t>(parts * chunk);
+}
+
+absl::StatusOr<std::unique_ptr<CanonicalAllReduce>> MakeDeviceAllReduce(
+    device::Device& device, Communicator* communicator, Team* team, const Placement& placement,
+    int64_t size, std::vector<Bucket> buckets) {
+  auto reduce = std::make_unique<DeviceAllReduce>(device, communicator, team, placement, size,
+                                                  std::move(buckets));
   RETURN_IF_ERROR(reduce->Initialize());
   return reduce;
 }

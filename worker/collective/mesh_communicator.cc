@@ -31,12 +31,6 @@ uint64_t GlooSlot(Lane lane, uint64_t sequence, int part) {
 
 }  // namespace
 
-int64_t ChunkBegin(int64_t count, int size, int rank) {
-  constexpr int64_t kGranule = 16;
-  const int64_t granules = (count + kGranule - 1) / kGranule;
-  return std::min(count, granules * rank / size * kGranule);
-}
-
 MeshCommunicator::MeshCommunicator(int rank, std::vector<MemberInfo> members,
                                    std::vector<std::shared_ptr<Segment>> segments, int spin,
                                    std::unique_ptr<GlooPeers> gloo)

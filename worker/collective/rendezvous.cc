@@ -11,6 +11,7 @@
 #include "common/status_macros.h"
 #include "worker/collective/futex.h"
 #include "worker/collective/gloo_peers.h"
+#include "worker/collective/gpu_rendezvous.h"
 #include "worker/collective/mesh_communicator.h"
 #include "worker/collective/segment.h"
 
@@ -253,7 +254,13 @@ class MeshRendezvous : public Rendezvous {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Rendezvous>> OpenRendezvous(const RendezvousOptions& options) {
-  return MeshRendezvous::Open(options);
+  if (options.members.empty() || options.members[0].gpu.empty() || !UsesNccl(options)) {
+    return MeshRendezvous::Open(options);
+  }
+  RendezvousOptions small = options;
+  small.shared_bytes = 0;  // gradients stay on the GPUs
+  ASSIGN_OR_RETURN(std::unique_ptr<Rendezvous> host, MeshRendezvous::Open(small));
+  return OpenGpuRendezvous(options, std::move(host));
 }
 
 std::vector<std::unique_ptr<Communicator>> MakeLocalCommunicators(int size, size_t shared_bytes) {

@@ -93,8 +93,6 @@ absl::Status BatchLoader::Allocate() {
   device_.Copy(*stream, inv_std.data(), inv_std_->data(), static_cast<size_t>(channel_bytes));
   absl::Status status = stream->Synchronize();
   if (!status.ok()) return status;
-  ASSIGN_OR_RETURN(data_, device_.MakeReadable(dataset.data(), dataset.data_bytes()));
-
   // Each shard has a fixed place with room for all its rows.
   std::vector<int64_t> first_floats;
   int64_t floats = 0, rows = 0;
@@ -107,7 +105,6 @@ absl::Status BatchLoader::Allocate() {
     floats += device_.host_addressable() ? RoundUp(own) : own;
     rows += range.count;
   }
-  rows_ = rows;
   absl::StatusOr<std::unique_ptr<device::Memory>> samples =
       device_.Allocate(static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float));
   if (!samples.ok()) return samples.status();
@@ -117,8 +114,10 @@ absl::Status BatchLoader::Allocate() {
   const size_t offset_bytes = sizeof(int64_t) * static_cast<size_t>(std::max<int64_t>(rows, 1));
   if (!device_.host_addressable()) {
     ASSIGN_OR_RETURN(device_labels_, device_.Allocate(label_bytes));
-    ASSIGN_OR_RETURN(device_offsets_, device_.Allocate(offset_bytes));
   }
+  // Last, so that what must be there is.
+  ASSIGN_OR_RETURN(
+      data_, device_.MakeReadable(dataset.data(), dataset.data_bytes(), options_.spare_bytes));
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
     status = host_visible(static_cast<int64_t>(label_bytes), &buffer->labels);
@@ -190,12 +189,9 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
   ASSIGN_OR_RETURN(Buffer* const buffer, WaitForStep(step));
   const Dataset& dataset = *options_.dataset;
   const auto* offsets = static_cast<const int64_t*>(buffer->offsets->data());
-  if (device_labels_ != nullptr) {
-    const ptrdiff_t first = std::max(first_shard, options_.first_shard) - options_.first_shard;
-    const ptrdiff_t last = std::min(last_shard, options_.last_shard) - options_.first_shard;
-    if (first < last) CopyPlaces(stream, *buffer, first, last);
-    offsets = static_cast<const int64_t*>(device_offsets_->data());
-  }
+  const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
+  int32_t* const labels_out =
+      device_labels_ == nullptr ? nullptr : static_cast<int32_t*>(device_labels_->data());
   // Shards that adjoin in every respect are one call.
   const std::vector<ShardBatch>& shards = buffer->batch.shards;
   for (size_t place = 0; place < shards.size();) {
@@ -208,25 +204,14 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
            first_rows_[place] == first_row + rows) {
       rows += shards[place++].rows;
     }
-    device_.GatherSamples(stream, dataset.shape(), rows, dataset.type(), data_->data(),
-                          offsets + first_row, mean_->floats(), inv_std_->floats(),
-                          options_.augmentation, static_cast<uint64_t>(step),
-                          static_cast<uint64_t>(first.first_position),
-                          const_cast<float*>(first.data));  // of our own memory
+    device_.GatherSamples(
+        stream, dataset.shape(), rows, dataset.type(), data_->data(), offsets + first_row,
+        mean_->floats(), inv_std_->floats(), options_.augmentation, static_cast<uint64_t>(step),
+        static_cast<uint64_t>(first.first_position),
+        const_cast<float*>(first.data),  // of our own memory
+        labels + first_row, labels_out == nullptr ? nullptr : labels_out + first_row);
   }
   return &buffer->batch;
-}
-
-// What was chosen for the shards at places [first, last), to where kernels read it.
-void BatchLoader::CopyPlaces(device::Stream& stream, const Buffer& buffer, size_t first,
-                             size_t last) {
-  const int64_t begin = first_rows_[first];
-  const int64_t end = last < first_rows_.size() ? first_rows_[last] : rows_;
-  const auto bytes = [&](size_t each) { return each * static_cast<size_t>(end - begin); };
-  device_.Copy(stream, static_cast<const int32_t*>(buffer.labels->data()) + begin,
-               static_cast<int32_t*>(device_labels_->data()) + begin, bytes(sizeof(int32_t)));
-  device_.Copy(stream, static_cast<const int64_t*>(buffer.offsets->data()) + begin,
-               static_cast<int64_t*>(device_offsets_->data()) + begin, bytes(sizeof(int64_t)));
 }
 
 void BatchLoader::Release(int64_t step) {

@@ -11,7 +11,9 @@
 // `depth` batches beyond one that it still holds.
 //
 // On CUDA GatherSamples reads a set that is resident on the slot's GPU, or registered host memory;
-// it is ordered before the step by the stream alone.
+// it is ordered before the step by the stream alone, and Acquire does not wait for that. What was
+// chosen is read there while the batch is held, and a batch that is may be acquired once more,
+// which decodes it again.
 //
 // Thread-safe. Owns its thread and buffers; the device and clock outlive it. Nothing is allocated
 // after Make. Takes no lock.
@@ -53,6 +55,7 @@ struct BatchLoaderOptions {
       0};                         // x = (value - mean) / std, the value of a byte being byte / 255;
   std::vector<double> std = {1};  // one number serves every channel
   device::Augmentation augmentation;  // of training (MakeAugmentation); none where it is validation
+  size_t spare_bytes = 0;             // of the device, for others, beside a copy of the data set
   Clock* clock = &RealClock();        // for WaitTime
 };
 
@@ -112,7 +115,6 @@ class BatchLoader {
   absl::StatusOr<Buffer*> WaitForStep(int64_t step);
   void Choose(int64_t step, Buffer& buffer);
   void BringToMemory(int64_t sample) const;
-  void CopyPlaces(device::Stream& stream, const Buffer& buffer, size_t first, size_t last);
   Buffer& BufferOf(int64_t step) {
     return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
   }
@@ -122,10 +124,9 @@ class BatchLoader {
   std::unique_ptr<device::Memory> mean_, inv_std_;
   std::unique_ptr<device::Memory> data_;     // the data set's, for kernels
   std::unique_ptr<device::Memory> samples_;  // decoded; a shard's part is its slot's
-  // A buffer's, of the batch at hand, where kernels cannot read those of the host; else null.
-  std::unique_ptr<device::Memory> device_labels_, device_offsets_;
+  // A buffer's, of the batch at hand, for a device with memory of its own; else null.
+  std::unique_ptr<device::Memory> device_labels_;
   std::vector<int64_t> first_rows_;  // where each owned shard begins in a buffer's labels, offsets
-  int64_t rows_ = 0;                 // of all owned shards, full
   std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
 
   // Of the loader's thread alone.

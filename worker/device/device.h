@@ -47,6 +47,11 @@ class Stream {
   virtual ~Stream() = default;
   // Returns when everything enqueued has run; on CUDA also reports what failed asynchronously.
   virtual absl::Status Synchronize() = 0;
+  // The place that the stream has come to, and: returns when everything before that place has run.
+  // A stream keeps its last kMarks places; an older one is waited for as the oldest of these.
+  static constexpr int kMarks = 4;
+  virtual int64_t Mark() { return 0; }
+  virtual absl::Status WaitFor(int64_t /*mark*/) { return Synchronize(); }
 };
 
 // Owns device memory, zeroed when allocated.
@@ -210,6 +215,7 @@ class Device {
  public:
   virtual ~Device() = default;
 
+  virtual std::string name() const = 0;  // "GPU 0 (NVIDIA H200)", "the CPU": for messages
   // "cpu avx512 onednn 2.6.3"; devices with equal strings give equal bits in that precision.
   virtual std::string fingerprint(Precision precision) const = 0;
   // The host may read and write what Allocate returns, and kernels all memory of the host. Where
@@ -218,11 +224,25 @@ class Device {
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
   // ResourceExhausted names the size.
   virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) = 0;
+  // What Allocate can still give, of all that the device has; {0, 0} where that is not known.
+  struct Room {
+    size_t free = 0, total = 0;
+  };
+  virtual Room room() = 0;
+  virtual size_t stream_bytes() const = 0;  // of that, what a stream takes
+  // Where the device is lost to this process, and nothing works on it any more: Internal, which
+  // names it and says why, in one line. To ask costs little and waits for nothing.
+  virtual absl::Status Check() = 0;
   // Memory that both host and kernels address (pinned on CUDA).
   virtual absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) = 0;
   // Memory in which kernels find the `bytes` at `data`, which is memory of the host: that itself
-  // (it must stay, unchanged), or a copy on the device where it fits in a part of what is free.
-  virtual absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes) = 0;
+  // (it must stay, unchanged), or a copy on the device where it fits in a part of what is free
+  // beyond `spare`.
+  virtual absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
+                                                               size_t spare = 0) = 0;
+  // What is enqueued on `behind` from now on runs after what is on `ahead` now. Both are of this
+  // device; where one is being recorded, so is the other.
+  virtual void Follow(Stream& behind, Stream& ahead) = 0;
   // From and to any memory of device or host. The host's, where it is not host-visible, may be
   // reused at once if it is the source, and is valid after Synchronize if it is the target.
   virtual void Copy(Stream& stream, const void* from, void* to, size_t bytes) = 0;
@@ -296,10 +316,11 @@ class Device {
                                 const float* mean, const float* m2, int64_t stride,
                                 float* merged_mean, float* merged_m2) = 0;
   // The same for all norms at once, and UpdateRunningAverages with what comes of it: `slices` is a
-  // table that kernels read, leaves are of rows, records lie `stride` apart.
+  // table that kernels read, leaves are of rows, records lie `stride` apart. Of `scalars` only
+  // `apply` is read.
   virtual void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
                                 int64_t most_channels, const Leaves& leaves, const float* records,
-                                int64_t stride, float* statistics) = 0;
+                                int64_t stride, const StepScalars* scalars, float* statistics) = 0;
   // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
   virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                                      const float* m2, float momentum, float* running_mean,
@@ -398,7 +419,7 @@ class Device {
   static constexpr int kMostParts = 64;
   virtual void TreeSum(Stream& stream, int64_t n, absl::Span<const float* const> parts,
                        float* out) = 0;
-  // One fused pass over [0, n) of the given pointers.
+  // One fused pass over [0, n) of the given pointers; none where the scalars say not to apply it.
   virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars* scalars, const float* gradient, float* parameters,
                                const OptimizerSlots& slots) = 0;
@@ -421,22 +442,31 @@ class Device {
   virtual void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
                                 uint64_t first_index, Digest* digest) = 0;
   // digests[i] = the sum over piece i of a table that kernels read, of at most kDigestPiece
-  // elements each.
+  // elements each. With scalars (null: none), into the place of their step in a ring of so many
+  // times `count` digests.
   virtual void DigestPieces(Stream& stream, int64_t count, const DigestPiece* pieces,
-                            Digest* digests) = 0;
+                            Digest* digests, const StepScalars* scalars, int64_t ring) = 0;
+  // Decides whether a step is applied: where its loss and its gradient's norm are finite, and every
+  // step's before was. From *current's step on: update = prepared[step], with the scale that clips
+  // the gradient (ClipScale) and the latch `apply`, which stays 0 once it is; outcomes[step]; and
+  // ++current->step. `update->apply` is 1 before the first.
+  virtual void Gate(Stream& stream, const StepGate& gate) = 0;
 
   // ---- samples.
   // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])
   // * inv_std[c], x = u8 / 255 or the float itself, of the samples that begin at elements
   // offsets[i] of `data`, each changed by what `augmentation` draws for `step` and position
-  // first_position + i (worker/device/augment.h). On CUDA `data` is a set that is resident on the
-  // device, or registered host memory, and the draws are made in the kernel; it runs on the slot's
-  // stream before the step and is not captured, so step and position are plain arguments.
+  // first_position + i (worker/device/augment.h); and labels_out[i] = labels[i], where that is not
+  // null. Offsets and labels are read once, so they may be in memory of the host. On CUDA `data` is
+  // a set that is resident on the device, or registered host memory, and the draws are made in the
+  // kernel; it runs on the slot's stream before the step and is not captured, so step and position
+  // are plain arguments.
   virtual void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count,
                              SampleType type, const void* data, const int64_t* offsets,
                              const float* mean, const float* inv_std,
                              const Augmentation& augmentation, uint64_t step,
-                             uint64_t first_position, float* out) = 0;
+                             uint64_t first_position, float* out, const int32_t* labels = nullptr,
+                             int32_t* labels_out = nullptr) = 0;
 };
 
 }  // namespace lockstep::device

@@ -47,6 +47,16 @@ LOCKSTEP_MATH float ScaleByPowerOfTwo(float x, float n) {
   return x * PowerOfTwo(half) * PowerOfTwo(n - half);
 }
 
+LOCKSTEP_MATH bool IsFinite(double x) { return x - x == 0.0; }
+
+// What a gradient of this norm is multiplied by so that its norm is at most `clip_norm`; PyTorch's
+// min(1, clip_norm / (norm + 1e-6)). 1 where clip_norm is 0.
+LOCKSTEP_MATH double ClipScale(double norm, double clip_norm) {
+  if (!(clip_norm > 0)) return 1.0;
+  const double scale = clip_norm / (norm + 1e-6);
+  return scale < 1.0 ? scale : 1.0;
+}
+
 // ---- elementary functions.
 
 // exp, within 1 ulp (2 where the result is subnormal). x = n ln 2 + r, ln 2 in two parts (Cody &

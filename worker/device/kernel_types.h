@@ -15,7 +15,10 @@ struct StepScalars {
   float adam_correction1 = 1;  // 1 - beta1^t
   float adam_correction2 = 1;  // 1 - beta2^t
   float gradient_scale = 1;    // clipping by the global norm
+  // 0: the gate is closed; kernels that change the state of the model leave it as it is.
+  uint64_t apply = 1;
 };
+static_assert(sizeof(StepScalars) == 32, "no padding, whose bits nobody sets");
 
 // How a slot's leaves become its subtrees (worker/collective/tree.h), for kernels that fold what
 // they compute before it is written: leaves in order, each taking a buffer; then combines, in which
@@ -64,6 +67,44 @@ struct Moments {
 inline constexpr int kFirstBuffer = 0, kNoCombines = 0;
 inline constexpr LeafFold kOneLeaf = {1, &kFirstBuffer, &kNoCombines, nullptr, 1, &kFirstBuffer};
 
+// ---- the gate of a step, on a device that works on its own.
+
+// Of a level of values, those [begin, begin + count) that are summed into one of the next by the
+// canonical tree.
+constexpr int kSumGroup = 32;  // values at most
+struct SumGroup {
+  int32_t begin = 0, count = 0;
+};
+
+// What a step came to.
+struct StepOutcome {
+  uint64_t step = 0;
+  double loss_sum = 0;  // over the batch
+  int64_t correct = 0;
+  double gradient_norm = 0;
+  uint64_t applied = 0;  // 0: the gate is closed, by this step or an earlier one
+};
+static_assert(sizeof(StepOutcome) == 40, "no padding, whose bits nobody sets");
+
+// What Device::Gate works on; all memory is the kernels'. What is by step is at step % ring.
+struct StepGate {
+  static constexpr int kMostLevels = 12;
+  // The gradient's sums of squares, and the tree over them: level by level the groups that lie one
+  // behind the other in `groups`, each one value of the next level; the last has one.
+  const double* squares = nullptr;
+  const SumGroup* groups = nullptr;
+  int levels = 0;  // 0: there is one value or, `squares` null, none
+  int32_t level_groups[kMostLevels] = {0};
+  const LeafResult* results = nullptr;  // of all leaves, in order
+  int leaves = 0;                       // at most kMostLeaves
+  double clip_norm = 0;                 // 0: none
+  int64_t ring = 1;
+  const StepScalars* prepared = nullptr;  // by step
+  StepScalars* current = nullptr;         // of the step at hand; becomes that of the next
+  StepScalars* update = nullptr;          // for what changes the state; holds the latch
+  StepOutcome* outcomes = nullptr;        // by step
+};
+
 // Elements of a block of SquaredNorms: 16 KiB, so that small tensors are one block and a slot's
 // share of a large one is even.
 constexpr int64_t kNormBlock = 4096;
@@ -105,8 +146,9 @@ struct PoolShape {
 enum class Activation { kNone, kRelu };
 
 // Of the factors of a product. Its sum, its result and everything else are fp32 always: bf16 rounds
-// what is multiplied (to nearest even), in forward and both backward products.
-enum class Precision { kFp32, kBf16 };
+// what is multiplied (to nearest even), in forward and both backward products; so does tf32, to
+// fp32's range with 10 bits behind the point, as NVIDIA's tensor cores take it.
+enum class Precision { kFp32, kTf32, kBf16 };
 
 struct Conv2dShape {
   int64_t height = 0, width = 0, in = 0, out = 0;  // of the input

@@ -131,6 +131,8 @@ MachineFacts LookAtMachine() {
   facts.cpu = LookAtCpu();
   facts.driver = LookAtDriver();
   facts.module = LookAtModule();
+  // The module's way to it is the one that counts.
+  if (facts.module.status.ok()) facts.driver.cuda = facts.module.report.driver;
   facts.data = LookAtData();
   return facts;
 }

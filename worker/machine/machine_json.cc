@@ -76,14 +76,13 @@ Problem MissingLibrary(const std::string& name) {
 Problem NoModule(const ModuleFacts& module) {
   const std::string message(module.status.message());
   switch (module.status.code()) {
-    case absl::StatusCode::kUnimplemented:
-      return {"this build of Lockstep has no CUDA backend",
-              "build with cmake -DLOCKSTEP_CUDA=ON, which says what it needs and does not find"};
     case absl::StatusCode::kNotFound:
       // Libraries are looked for once there is a module.
       if (module.search.libraries.empty()) {
-        return {"liblockstep_cuda.so is neither beside lockstep-worker nor in ../lib of it",
-                "build with cmake -DLOCKSTEP_CUDA=ON, or name the file in LOCKSTEP_CUDA_MODULE"};
+        return {
+            "liblockstep_cuda.so is neither beside lockstep-worker nor in ../lib of it",
+            "build with cmake -DLOCKSTEP_CUDA=ON, which says what it needs and does not find, or "
+            "name the file in LOCKSTEP_CUDA_MODULE"};
       }
       return {message.substr(0, message.find("; searched: ")),
               "name a module that is there in LOCKSTEP_CUDA_MODULE, or build it again against the "
@@ -111,10 +110,13 @@ std::vector<Problem> CudaProblems(const MachineFacts& facts) {
   for (const device::GpuInfo& gpu : module.report.gpus) {
     if (gpu.cannot_use.empty()) continue;
     const bool named = absl::StartsWith(gpu.cannot_use, "GPU ");
+    const bool old = absl::StrContains(gpu.cannot_use, "compute capability");
     problems.push_back(
         {absl::StrCat(named ? "" : absl::StrCat("GPU ", gpu.ordinal, ": "), gpu.cannot_use),
-         "use another GPU, or the CPU; where it is only busy or broken, nvidia-smi shows who uses "
-         "it and what is wrong"});
+         absl::StrCat("use another GPU, or the CPU",
+                      old ? ""
+                          : "; where it is only busy or broken, nvidia-smi shows who uses it and "
+                            "what is wrong")});
   }
   return problems;
 }

@@ -30,6 +30,9 @@ struct Plan::Impl {
       results, flag;
   // What the host reads of moments and sums; null where it can read those themselves.
   std::unique_ptr<device::Memory> host_moments, host_sums;
+  // Where a local TrainStep leaves its results, which the host neither reads nor clears: what a
+  // program's kernels leave alone they always do. Null where the host addresses all memory.
+  std::unique_ptr<device::Memory> device_results;
   std::unique_ptr<Executor> train, inference;  // train is null in a plan for evaluation
   Merged merged;
   std::vector<Frame> frames;          // by position
@@ -60,7 +63,7 @@ struct Plan::Impl {
   ShardResult* result(int position) const {
     return static_cast<ShardResult*>(results->data()) + position;
   }
-  absl::Status Bind(absl::Span<const ShardInput> shards, bool training);
+  absl::Status Bind(absl::Span<const ShardInput> shards, bool training, bool local = false);
   void BindJoint(size_t shards) {
     joint = Joint::Of(absl::MakeConstSpan(frames.data(), shards),
                       spec::ElementCount(program->graph().data_shape), context.leaves_stay);
@@ -141,6 +144,7 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   if (!host_addressable) {
     ASSIGN_OR_RETURN(p.host_moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
     ASSIGN_OR_RETURN(p.host_sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
+    ASSIGN_OR_RETURN(p.device_results, device.Allocate(sizeof(ShardResult) * positions));
   }
   ASSIGN_OR_RETURN(p.results, device.AllocateHostVisible(sizeof(ShardResult) * positions));
   ASSIGN_OR_RETURN(p.flag, device.AllocateHostVisible(sizeof(uint32_t)));
@@ -163,7 +167,7 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
 }
 
 // Gives each shard its memory.
-absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training) {
+absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training, bool local) {
   const size_t count = training ? options.together : options.shards.size();
   if (shards.size() > count) {
     return absl::InternalError(fmt::format("{} shards for a plan of {}", shards.size(), count));
@@ -182,8 +186,12 @@ absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training
     first_row += shards[i].rows;
     frame.moments = moments->floats() + static_cast<int64_t>(i) * program->moments_size();
     frame.sums = sums->floats() + static_cast<int64_t>(i) * sums_size();
-    frame.result = result(static_cast<int>(i));
-    *frame.result = ShardResult();
+    if (local && device_results != nullptr) {
+      frame.result = static_cast<ShardResult*>(device_results->data()) + i;
+    } else {
+      frame.result = result(static_cast<int>(i));
+      *frame.result = ShardResult();
+    }
     frame.leaf = nullptr;
   }
   return absl::OkStatus();
@@ -281,7 +289,7 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
                              MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true, exchange.IsLocal()));
   p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
   p.context.leaves_stay = sink.LeavesStay();
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
@@ -296,6 +304,7 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
                      p.device->Record(stream, [&] { return p.RunTraining(shards, exchange); }));
   }
   before->recording->Replay(stream);
+  sink.Repeated();
   return absl::OkStatus();
 }
 
@@ -304,6 +313,7 @@ absl::Status Plan::Impl::RunTraining(absl::Span<const ShardInput> shards,
   const int calls = static_cast<int>(train->lowering().calls.size());
   RETURN_IF_ERROR(RunCalls(*train, calls, shards, &exchange));
   if (!exchange.IsLocal()) ShowMoments(shards.size());
+  context.sink->EndPass();
   return absl::OkStatus();
 }
 
@@ -360,6 +370,10 @@ const ShardResult& Plan::result(int position) const { return *impl_->result(posi
 const float* Plan::moments(int position) const { return impl_->readable_moments(position); }
 
 const float* Plan::device_moments() const { return impl_->moments->floats(); }
+
+const ShardResult* Plan::device_results() const {
+  return static_cast<const ShardResult*>(impl_->device_results->data());
+}
 
 absl::StatusOr<bool> Plan::Impl::IsNonFinite(const float* x, int64_t n) {
   auto* non_finite = static_cast<uint32_t*>(flag->data());

@@ -91,6 +91,11 @@ class GradientSink {
   // Leaves and parts have memory of their own until the step ends, so that what was written can be
   // read again; the padding in it is zero.
   virtual bool LeavesStay() const { return false; }
+
+  // Behind the last call of a pass; and: those of the pass were made again as they were recorded,
+  // announcements and this included.
+  virtual void EndPass() {}
+  virtual void Repeated() {}
 };
 
 // Exchange of batch-norm records between all shards of the batch, wherever they are; implemented on
@@ -108,7 +113,8 @@ class MomentExchange {
                                                absl::Span<const float* const> records,
                                                int64_t* rows) = 0;
   // The shards of every call are all of the batch's, in order, at most device::kMostLeaves: a plan
-  // may merge them itself.
+  // may merge them itself. On a device whose memory the host does not address, nothing of a
+  // training step is then for the host, and none waits for it.
   virtual bool IsLocal() const { return false; }
 };
 
@@ -147,13 +153,15 @@ class Plan {
   void Evaluate(device::Stream& stream, optim::FlatState& state,
                 absl::Span<const ShardInput> shards);
 
-  // Of the last call, by position in its `shards`.
+  // Of the last call, by position in its `shards`; not of a TrainStep whose exchange is local.
   const ShardResult& result(int position) const;
   // The moments record (Program::moments()) of a shard of the last TrainStep or GatherMoments, for
   // the host when the stream is synchronized; not of a TrainStep whose exchange is local.
   const float* moments(int position) const;
   // The same in memory of the device, Program::moments_size() floats a position, of any.
   const float* device_moments() const;
+  // Of TrainSteps whose exchange is local, in memory of the device.
+  const ShardResult* device_results() const;
 
   // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of
   // the first that has an element that is not finite ("conv1.weight", then outputs in execution

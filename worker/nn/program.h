@@ -55,7 +55,14 @@ class Program {
 
   const spec::Graph& graph() const { return graph_; }
   device::Precision precision() const {
-    return graph_.bf16 ? device::Precision::kBf16 : device::Precision::kFp32;
+    switch (graph_.precision) {
+      case spec::Precision::kTf32:
+        return device::Precision::kTf32;
+      case spec::Precision::kBf16:
+        return device::Precision::kBf16;
+      default:
+        return device::Precision::kFp32;
+    }
   }
   const std::vector<Node>& nodes() const { return nodes_; }  // in execution order
   const optim::FlatLayout& parameters() const { return parameters_; }

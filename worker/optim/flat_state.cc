@@ -99,8 +99,8 @@ void FlatState::AccumulateDigests(device::Device& device, device::Stream& stream
 }
 
 absl::StatusOr<std::unique_ptr<FlatState::DigestTable>> FlatState::DigestTable::Make(
-    device::Device& device, const FlatState& state, int part, int parts) {
-  auto table = absl::WrapUnique(new DigestTable());
+    device::Device& device, const FlatState& state, int part, int parts, int64_t ring) {
+  auto table = absl::WrapUnique(new DigestTable(ring));
   std::vector<device::DigestPiece> pieces;
   for (size_t i = 0; i < state.named_.size(); ++i) {
     const Named& tensor = state.named_[i];
@@ -113,18 +113,21 @@ absl::StatusOr<std::unique_ptr<FlatState::DigestTable>> FlatState::DigestTable::
   }
   ASSIGN_OR_RETURN(table->table_, device::Upload(device, pieces));
   ASSIGN_OR_RETURN(table->sums_,
-                   device.AllocateHostVisible(sizeof(Digest) * std::max<size_t>(pieces.size(), 1)));
+                   device.AllocateHostVisible(sizeof(Digest) * static_cast<size_t>(ring) *
+                                              std::max<size_t>(pieces.size(), 1)));
   return table;
 }
 
-void FlatState::DigestTable::Enqueue(device::Device& device, device::Stream& stream) {
+void FlatState::DigestTable::Enqueue(device::Device& device, device::Stream& stream,
+                                     const device::StepScalars* scalars) {
   device.DigestPieces(stream, static_cast<int64_t>(tensors_.size()),
                       static_cast<const device::DigestPiece*>(table_->data()),
-                      static_cast<Digest*>(sums_->data()));
+                      static_cast<Digest*>(sums_->data()), scalars, ring_);
 }
 
-void FlatState::DigestTable::Collect(absl::Span<Digest> digests) const {
-  const auto* sums = static_cast<const Digest*>(sums_->data());
+void FlatState::DigestTable::Collect(absl::Span<Digest> digests, int64_t step) const {
+  const auto* sums = static_cast<const Digest*>(sums_->data()) +
+                     static_cast<size_t>(step % ring_) * tensors_.size();
   std::fill(digests.begin(), digests.end(), Digest());
   for (size_t i = 0; i < tensors_.size(); ++i) digests[tensors_[i]] += sums[i];
 }

@@ -82,19 +82,23 @@ class FlatState {
                          absl::Span<Digest> digests);
 
   // The same in one call, from a table of the pieces of a part that is made once: Enqueue, and when
-  // the stream is synchronized, Collect.
+  // that has run, Collect. With scalars, of the state after their step, which is kept until `ring`
+  // steps later.
   class DigestTable {
    public:
     static absl::StatusOr<std::unique_ptr<DigestTable>> Make(device::Device& device,
                                                              const FlatState& state, int part,
-                                                             int parts);
-    void Enqueue(device::Device& device, device::Stream& stream);
-    void Collect(absl::Span<Digest> digests) const;
+                                                             int parts, int64_t ring = 1);
+    void Enqueue(device::Device& device, device::Stream& stream,
+                 const device::StepScalars* scalars = nullptr);
+    void Collect(absl::Span<Digest> digests, int64_t step = 0) const;
 
    private:
-    DigestTable() = default;
-    std::vector<int> tensors_;                      // by piece
-    std::unique_ptr<device::Memory> table_, sums_;  // by piece; sums host-visible
+    explicit DigestTable(int64_t ring) : ring_(ring) {}
+    const int64_t ring_;
+    std::vector<int> tensors_;               // by piece
+    std::unique_ptr<device::Memory> table_;  // by piece
+    std::unique_ptr<device::Memory> sums_;   // by place in the ring and piece, host-visible
   };
 
  private:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "absl/memory/memory.h"
 #include "common/status_macros.h"
@@ -20,6 +21,38 @@ double TreeSum(int64_t begin, int64_t end, const Value& value) {
   return left + TreeSum(begin + half, end, value);
 }
 
+// The tree of Value as groups, level by level: over each tensor's blocks, whose numbers `counts`
+// are, then over the tensors.
+class Levels {
+ public:
+  explicit Levels(std::vector<int32_t> counts) {
+    const auto tensors = static_cast<int32_t>(counts.size());
+    while (std::any_of(counts.begin(), counts.end(), [](int32_t n) { return n > 1; })) Add(counts);
+    counts = {tensors};
+    while (counts.front() > 1) Add(counts);
+  }
+  const std::vector<device::SumGroup>& groups() const { return groups_; }
+  const std::vector<int32_t>& level_groups() const { return level_groups_; }
+
+ private:
+  // `counts`: how many values each tree still has.
+  void Add(std::vector<int32_t>& counts) {
+    const size_t before = groups_.size();
+    int32_t begin = 0;
+    for (int32_t& count : counts) {
+      for (int32_t at = 0; at < count; at += device::kSumGroup) {
+        groups_.push_back({begin + at, std::min(device::kSumGroup, count - at)});
+      }
+      begin += count;
+      count = (count + device::kSumGroup - 1) / device::kSumGroup;
+    }
+    level_groups_.push_back(static_cast<int32_t>(groups_.size() - before));
+  }
+
+  std::vector<device::SumGroup> groups_;
+  std::vector<int32_t> level_groups_;
+};
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<GradientNorm>> GradientNorm::Make(device::Device& device,
@@ -37,7 +70,37 @@ absl::StatusOr<std::unique_ptr<GradientNorm>> GradientNorm::Make(device::Device&
   ASSIGN_OR_RETURN(norm->sums_,
                    device.AllocateHostVisible(
                        sizeof(double) * static_cast<size_t>(std::max<int64_t>(norm->blocks_, 1))));
+  if (device.host_addressable() || blocks.empty()) return norm;
+  std::vector<int32_t> counts;
+  for (size_t i = 0; i < norm->first_blocks_.size(); ++i) {
+    const bool last = i + 1 == norm->first_blocks_.size();
+    counts.push_back(static_cast<int32_t>((last ? norm->blocks_ : norm->first_blocks_[i + 1]) -
+                                          norm->first_blocks_[i]));
+  }
+  Levels levels(std::move(counts));
+  if (levels.level_groups().size() > device::StepGate::kMostLevels) {
+    return absl::InternalError("a gradient of more tensors than a gate takes");
+  }
+  norm->level_groups_ = levels.level_groups();
+  ASSIGN_OR_RETURN(norm->groups_, device::Upload(device, levels.groups()));
+  ASSIGN_OR_RETURN(norm->device_sums_,
+                   device.Allocate(sizeof(double) * static_cast<size_t>(norm->blocks_)));
   return norm;
+}
+
+void GradientNorm::SumForGate(device::Device& device, device::Stream& stream,
+                              const float* gradient) {
+  if (blocks_ == 0) return;
+  device.SquaredNormsOf(stream, blocks_, static_cast<const device::NormBlock*>(table_->data()),
+                        gradient, static_cast<double*>(device_sums_->data()));
+}
+
+void GradientNorm::Describe(device::StepGate* gate) const {
+  if (blocks_ == 0) return;
+  gate->squares = static_cast<const double*>(device_sums_->data());
+  gate->groups = static_cast<const device::SumGroup*>(groups_->data());
+  gate->levels = static_cast<int>(level_groups_.size());
+  std::copy(level_groups_.begin(), level_groups_.end(), gate->level_groups);
 }
 
 void GradientNorm::Sum(device::Device& device, device::Stream& stream, int part, int parts,
@@ -60,10 +123,6 @@ double GradientNorm::Value() const {
     const int64_t end = i + 1 < count ? first_blocks_[i + 1] : blocks_;
     return TreeSum(first_blocks_[i], end, [&](int64_t block) { return sums()[block]; });
   }));
-}
-
-double ClipScale(double norm, double clip_norm) {
-  return clip_norm > 0 ? std::min(1.0, clip_norm / (norm + 1e-6)) : 1.0;
 }
 
 }  // namespace lockstep::optim

@@ -14,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "worker/device/device.h"
+#include "worker/device/kernel_math.h"
 #include "worker/optim/flat_state.h"
 
 namespace lockstep::optim {
@@ -32,6 +33,11 @@ class GradientNorm {
   // Of all parts, once their streams are synchronized.
   double Value() const;
 
+  // On a device whose memory the host does not address, for its gate: all blocks, whose sums stay
+  // there; and tells the gate of them.
+  void SumForGate(device::Device& device, device::Stream& stream, const float* gradient);
+  void Describe(device::StepGate* gate) const;
+
  private:
   GradientNorm() = default;
   double* sums() const { return static_cast<double*>(sums_->data()); }
@@ -40,10 +46,11 @@ class GradientNorm {
   std::unique_ptr<device::Memory> table_;  // a NormBlock for each block
   int64_t blocks_ = 0;
   std::unique_ptr<device::Memory> sums_;  // a double for each block, host-visible
+  // For the gate, else null.
+  std::unique_ptr<device::Memory> device_sums_, groups_;
+  std::vector<int32_t> level_groups_;
 };
 
-// What a gradient of this norm is multiplied by so that its norm is at most `clip_norm`; PyTorch's
-// min(1, clip_norm / (norm + 1e-6)). 1 where clip_norm is 0.
-double ClipScale(double norm, double clip_norm);
+using device::ClipScale;
 
 }  // namespace lockstep::optim

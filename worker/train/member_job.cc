@@ -18,6 +18,7 @@
 #include "common/thread_name.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "spdlog/spdlog.h"
+#include "worker/collective/gpu_rendezvous.h"
 #include "worker/collective/rendezvous.h"
 #include "worker/data/batch_loader.h"
 #include "worker/data/load.h"
@@ -27,6 +28,7 @@
 #include "worker/device/cpu/cpu_device.h"
 #include "worker/device/module/cuda_module.h"
 #include "worker/train/checkpoint.h"
+#include "worker/train/memory_need.h"
 #include "worker/train/probe.h"
 #include "worker/train/step_loop.h"
 
@@ -34,6 +36,7 @@ namespace lockstep::train {
 namespace {
 
 constexpr absl::Duration kConnectTimeout = absl::Seconds(8);
+constexpr absl::Duration kShareTimeout = absl::Minutes(5);
 
 // Peers' failures reach us as these codes from the collectives; what we do wrong ourselves has
 // others.
@@ -42,13 +45,31 @@ bool IsEcho(const absl::Status& status) {
          absl::IsDeadlineExceeded(status) || absl::IsCancelled(status);
 }
 
+// Of a lack of memory, says what for.
+absl::Status For(absl::string_view what, const absl::Status& status) {
+  if (!absl::IsResourceExhausted(status)) return status;
+  return absl::ResourceExhaustedError(
+      absl::StrCat("no memory for ", what, ": ", absl::string_view(status.message())));
+}
+
 }  // namespace
 
 class MemberJob::Impl : public StepLoop::CheckpointSink {
  public:
   explicit Impl(MemberOptions options) : options_(std::move(options)) {}
+  // What recorded the communicator's operations goes first.
+  ~Impl() override {
+    loop_.reset();
+    plans_.clear();
+  }
 
   absl::StatusOr<v1::Ready> Prepare() {
+    absl::StatusOr<v1::Ready> ready = MakeReady();
+    if (!ready.ok()) return OrLostDevice(ready.status());
+    return ready;
+  }
+
+  absl::StatusOr<v1::Ready> MakeReady() {
     const v1::Prepare& prepare = options_.prepare;
     ASSIGN_OR_RETURN(spec_, spec::Normalize(prepare.spec()));
     member_ = &prepare.members(prepare.rank());
@@ -63,9 +84,11 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     RETURN_IF_ERROR(LoadData(MakeValueRule(graph)));
     ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
     RETURN_IF_ERROR(MakeDevice());
-    ASSIGN_OR_RETURN(stream_, device_->MakeStream());
+    absl::StatusOr<std::unique_ptr<device::Stream>> stream = device_->MakeStream();
+    if (!stream.ok()) return For("a stream", stream.status());
+    stream_ = *std::move(stream);
     RETURN_IF_ERROR(MakePlans());
-    RETURN_IF_ERROR(MakeState());
+    RETURN_IF_ERROR(For("parameters and the optimizer's state", MakeState()));
     RETURN_IF_ERROR(LoadCheckpoint());
     RETURN_IF_ERROR(OpenEnd());
 
@@ -75,10 +98,11 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       ready.set_checkpoint(loaded_->path);
       ready.mutable_notes()->Add(loaded_->notes.begin(), loaded_->notes.end());
     }
-    ASSIGN_OR_RETURN(const std::string probe, ProbeDigest(program_, *device_, *operations_,
-                                                          probe_rows_, spec_.train().seed()));
+    const absl::StatusOr<std::string> probe =
+        ProbeDigest(program_, *device_, *operations_, probe_rows_, spec_.train().seed());
+    if (!probe.ok()) return For("the probe", probe.status());
     ready.set_fingerprint(
-        absl::StrCat(device_->fingerprint(program_->precision()), ", probe ", probe));
+        absl::StrCat(device_->fingerprint(program_->precision()), ", probe ", *probe));
     ready.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
     ready.set_rendezvous(rendezvous_->bytes());
     Log("INFO", absl::StrCat("rank ", prepare.rank(), " of ", prepare.members_size(), ": shards ",
@@ -96,6 +120,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       if (status.ok()) status = written;
     }
     recorder_.reset();  // sends what is left
+    status = OrLostDevice(status);
     if (!status.ok()) {
       Log(IsEcho(status) ? "WARNING" : "ERROR", std::string(status.message()));
     } else {
@@ -122,6 +147,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     }
     return ended;
   }
+
+  absl::Status broken() const { return broken_; }
 
   void Stop() {
     absl::MutexLock lock(&mutex_);
@@ -180,6 +207,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
  private:
+  // What goes wrong on a device that is lost has that cause, whatever it looks like.
+  absl::Status OrLostDevice(const absl::Status& status) {
+    if (status.ok() || device_ == nullptr) return status;
+    broken_ = device_->Check();
+    return broken_.ok() ? status : broken_;
+  }
+
   absl::Status MakeDevice() {
     if (spec_.resources().device() != "cuda") {
       ASSIGN_OR_RETURN(device_, device::MakeCpuDevice());
@@ -229,35 +263,69 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
   absl::Status MakePlans() {
-    const data::BatchCut cut{length_.batch, shards_, accumulate_};
-    std::vector<int64_t> rows =
-        data::RowCounts(length_.samples, cut, bounds_.front(), bounds_.back());
-    // The probe must be the same on every member, whatever rows its own shards have.
-    probe_rows_ = data::RangeOfMicrobatch(cut, length_.batch, shards_ - 1, 0).count;
-    rows.push_back(probe_rows_);
-    const int64_t max_rows = *std::max_element(rows.begin(), rows.end());
-    const std::vector<int64_t> evaluation_rows = data::RowCounts(
-        evaluation_.samples, {evaluation_.batch, shards_}, bounds_.front(), bounds_.back());
-    rows.insert(rows.end(), evaluation_rows.begin(), evaluation_rows.end());
-    std::sort(rows.begin(), rows.end());
-    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    const JobCut cut = Cut();
+    const Rows rows = RowsOf(cut, length_.samples, evaluation_.samples);
+    probe_rows_ = rows.probe;
     int most_shards = 0;
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
       most_shards = std::max(most_shards, bounds_[i + 1] - bounds_[i]);
     }
-    ASSIGN_OR_RETURN(operations_, nn::Operations::Make(program_, *device_, rows, most_shards));
+    auto operations = nn::Operations::Make(program_, *device_, rows.all, most_shards);
+    if (!operations.ok()) return For("the layers' weights", operations.status());
+    operations_ = *std::move(operations);
+    RETURN_IF_ERROR(CheckMemory());
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
       nn::Plan::Options options;
       for (int shard = bounds_[i]; shard < bounds_[i + 1]; ++shard) options.shards.push_back(shard);
-      options.max_rows = max_rows;
-      options.evaluation_rows = evaluation_rows.empty() ? 0 : evaluation_rows.back();
+      options.max_rows = rows.training;
+      options.evaluation_rows = rows.evaluation;
       if (accumulate_ > 1 && !interleaved()) options.together = 1;
       options.training = !options_.evaluate_only;
       options.seed = spec_.train().seed();
-      ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program_, *device_, *operations_, options));
-      plans_.push_back(std::move(plan));
+      auto plan = nn::Plan::Make(program_, *device_, *operations_, options);
+      if (!plan.ok()) return For(absl::StrCat("the plan of slot ", i), plan.status());
+      plans_.push_back(*std::move(plan));
     }
     return absl::OkStatus();
+  }
+
+  JobCut Cut() const { return {length_.batch, evaluation_.batch, shards_, accumulate_, bounds_}; }
+
+  // Of a job that does not fit beside what else is on the GPU, says what would.
+  absl::Status CheckMemory() {
+    const device::Device::Room room = device_->room();
+    if (room.total == 0) return absl::OkStatus();
+    MemoryFacts facts;
+    facts.program = program_.get();
+    facts.samples = length_.samples;
+    facts.evaluation_samples = evaluation_.samples;
+    facts.optimizer_vectors =
+        static_cast<int>(optim::SlotNames(MakeCoefficients(spec_.optimizer()).type).size());
+    facts.slots = static_cast<int>(bounds_.size()) - 1;
+    facts.members = options_.prepare.members_size();
+    facts.training = !options_.evaluate_only;
+    facts.exchanges_on_gpu = collective::UsesNccl(Rendezvous());
+    facts.stream_bytes = static_cast<int64_t>(device_->stream_bytes());
+    facts.scratch = [this](const std::vector<int64_t>& rows, int most) -> absl::StatusOr<int64_t> {
+      ASSIGN_OR_RETURN(const auto operations, nn::Operations::Make(program_, *device_, rows, most));
+      return static_cast<int64_t>(operations->scratch_bytes());
+    };
+    ASSIGN_OR_RETURN(const MemoryNeed need, NeedOf(Cut(), facts));
+    const auto free = static_cast<int64_t>(room.free);
+    spare_bytes_ = static_cast<size_t>(need.behind_data);
+    if (need.total <= free) return absl::OkStatus();
+    std::vector<std::string> parts;
+    for (const MemoryNeed::Part& part : need.parts) {
+      if (parts.size() == 3) break;
+      parts.push_back(absl::StrCat(part.what, " ", SizeText(part.bytes)));
+    }
+    const std::string fits = WhatFits(Cut(), facts, free);
+    return absl::ResourceExhaustedError(
+        absl::StrCat(device_->name(), " has not enough memory: this needs ", SizeText(need.total),
+                     ", ", SizeText(free), " of ", SizeText(static_cast<int64_t>(room.total)),
+                     " are free; most is ", absl::StrJoin(parts, ", "), "; ",
+                     fits.empty() ? "no smaller batch would fit: use a GPU with more memory"
+                                  : absl::StrCat("what fits: ", fits)));
   }
 
   // A synchronized norm needs the moments of all shards' microbatches before any goes on.
@@ -347,21 +415,35 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     return absl::OkStatus();
   }
 
+  // Without its sizes.
+  collective::RendezvousOptions Rendezvous() const {
+    collective::RendezvousOptions rendezvous;
+    rendezvous.rank = options_.prepare.rank();
+    rendezvous.address = options_.address;
+    rendezvous.slots = static_cast<int>(bounds_.size()) - 1;
+    for (const v1::Member& m : options_.prepare.members()) {
+      rendezvous.members.push_back({m.worker(), m.host_id(), m.gpu()});
+    }
+    rendezvous.gpu = options_.gpu;
+    rendezvous.gradients = options_.gradients;
+    return rendezvous;
+  }
+
   absl::Status OpenEnd() {
     const v1::Prepare& prepare = options_.prepare;
     placement_.leaves = shards_ * accumulate_;
     if (interleaved()) placement_.interleaved = accumulate_;
-    collective::RendezvousOptions rendezvous;
-    rendezvous.rank = prepare.rank();
-    rendezvous.address = options_.address;
-    rendezvous.slots = static_cast<int>(plans_.size());
     for (const v1::Member& m : prepare.members()) {
       placement_.bounds.emplace_back(m.bounds().begin(), m.bounds().end());
       for (int& bound : placement_.bounds.back()) bound *= accumulate_;
-      rendezvous.members.push_back({m.worker(), m.host_id()});
     }
-    rendezvous.shared_bytes = collective::CanonicalAllReduce::SharedBytes(
-        placement_, program_->parameters().size, device_->host_addressable());
+    collective::RendezvousOptions rendezvous = Rendezvous();
+    const int64_t size = program_->parameters().size;
+    const bool addressable = device_->host_addressable();
+    rendezvous.shared_bytes =
+        collective::CanonicalAllReduce::SharedBytes(placement_, size, addressable);
+    rendezvous.staging_bytes =
+        collective::CanonicalAllReduce::StagingBytes(placement_, prepare.rank(), size);
     ASSIGN_OR_RETURN(rendezvous_, collective::OpenRendezvous(rendezvous));
     return absl::OkStatus();
   }
@@ -380,9 +462,12 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     for (const optim::TensorView& tensor : program_->parameters().tensors)
       offsets.push_back(tensor.offset);
     const int64_t size = program_->parameters().size;
-    ASSIGN_OR_RETURN(all_reduce_, collective::CanonicalAllReduce::Make(
-                                      *device_, communicator_.get(), team_.get(), placement_, size,
-                                      collective::MakeBuckets(size, offsets, kBucketBytes)));
+    auto all_reduce = collective::CanonicalAllReduce::Make(
+        *device_, communicator_.get(), team_.get(), placement_, size,
+        collective::MakeBuckets(size, offsets,
+                                device_->host_addressable() ? kBucketBytes : kGpuBucketBytes));
+    if (!all_reduce.ok()) return For("gradients", all_reduce.status());
+    all_reduce_ = *std::move(all_reduce);
     v1::CheckpointManifest from;
     RETURN_IF_ERROR(ShareState(start.source_rank(), &from));
     RETURN_IF_ERROR(MakeLoop(from));
@@ -458,6 +543,16 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   absl::Status BroadcastState(int source, float* values, int64_t size) {
     const size_t bytes = sizeof(float) * static_cast<size_t>(size);
     if (device_->host_addressable()) return Broadcast(source, values, bytes);
+    if (communicator_->on_device()) {
+      if (bytes == 0) return absl::OkStatus();
+      communicator_->Expect(absl::Now() + kShareTimeout);
+      RETURN_IF_ERROR(
+          communicator_
+              ->EnqueueBroadcast(stream_.get(), collective::Lane::kGradients, source, values, bytes)
+              .status());
+      RETURN_IF_ERROR(stream_->Synchronize());
+      return communicator_->Settle();
+    }
     std::vector<float> host(size);
     device_->Copy(*stream_, values, host.data(), bytes);
     RETURN_IF_ERROR(stream_->Synchronize());
@@ -469,9 +564,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   absl::Status Broadcast(int source, void* data, size_t bytes) {
     if (bytes == 0) return absl::OkStatus();
     ASSIGN_OR_RETURN(const collective::Ticket ticket,
-                     communicator_->EnqueueBroadcast(stream_.get(), collective::Lane::kGradients,
-                                                     source, data, bytes));
-    return communicator_->Wait(ticket, absl::Now() + absl::Minutes(5));
+                     communicator_->EnqueueBroadcast(nullptr, collective::Lane::kGradients, source,
+                                                     data, bytes));
+    return communicator_->Wait(ticket, absl::Now() + kShareTimeout);
   }
 
   absl::Status MakeLoop(const v1::CheckpointManifest& from) {
@@ -521,7 +616,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       RETURN_IF_ERROR(recorder_->status());
       SendProgress(v1::Progress());  // tells the run's length
     }
-    RETURN_IF_ERROR(MakeLoaders(o.first_step));
+    RETURN_IF_ERROR(For("the batches", MakeLoaders(o.first_step)));
 
     StepLoop::Parts parts;
     parts.program = program_;
@@ -538,7 +633,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     parts.validation = validation_loader_.get();
     parts.population = population_loader_.get();
     parts.recorder = recorder_.get();
-    ASSIGN_OR_RETURN(loop_, StepLoop::Make(std::move(o), std::move(parts), this));
+    absl::StatusOr<std::unique_ptr<StepLoop>> loop =
+        StepLoop::Make(std::move(o), std::move(parts), this);
+    if (!loop.ok()) return For("the step's streams and tables", loop.status());
+    loop_ = *std::move(loop);
     return absl::OkStatus();
   }
 
@@ -549,6 +647,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.last_shard = bounds_.back();
     o.slots = static_cast<int>(plans_.size());
     o.depth = spec_.data().prefetch();
+    o.spare_bytes = spare_bytes_;
     o.mean = mean_;
     o.std = std_;
     o.dataset = train_set_;
@@ -557,7 +656,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.seed = spec_.train().seed();
     o.augmentation = MakeAugmentation(spec_);
     o.first_step = first_step;
+    // Batches of steps that are on the device stay.
+    if (!device_->host_addressable()) o.depth += StepLoop::kMostAhead;
     ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
+    o.depth = spec_.data().prefetch();
     o.shuffle = false;
     o.augmentation = {};
     o.first_step = 1;
@@ -601,6 +703,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   std::vector<int> bounds_;
   int shards_ = 0, accumulate_ = 1;
   int64_t probe_rows_ = 0;
+  size_t spare_bytes_ = 0;  // of the device, that a copy of the data set must leave
   bool has_accuracy_ = true;
   std::string output_dir_;
   RunLength length_, evaluation_;
@@ -629,6 +732,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   absl::Mutex mutex_;
   collective::Communicator* connected_ ABSL_GUARDED_BY(mutex_) = nullptr;
   StepLoop* running_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  absl::Status broken_;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
 };
@@ -637,6 +741,7 @@ MemberJob::MemberJob(MemberOptions options) : impl_(std::make_unique<Impl>(std::
 MemberJob::~MemberJob() = default;
 absl::StatusOr<v1::Ready> MemberJob::Prepare() { return impl_->Prepare(); }
 v1::Ended MemberJob::Run(const v1::Start& start) { return impl_->Run(start); }
+absl::Status MemberJob::broken() const { return impl_->broken(); }
 void MemberJob::Stop() { impl_->Stop(); }
 void MemberJob::Abort(const std::string& reason) { impl_->Abort(reason); }
 

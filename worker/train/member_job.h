@@ -5,7 +5,8 @@
 //
 // Files, under the output folder (rank 0): digests.jsonl, checkpoints/step-N/.
 //
-// Thread safety: Prepare and Run from one thread; Stop and Abort from any thread at any time.
+// Thread safety: Prepare, Run and broken from one thread; Stop and Abort from any thread at any
+// time.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "lockstep/v1/worker.pb.h"
+#include "worker/collective/rendezvous.h"
 
 namespace lockstep::train {
+
+using collective::GradientPath;
 
 struct MemberOptions {
   v1::Prepare prepare;
@@ -27,6 +31,7 @@ struct MemberOptions {
   std::string version;
   std::string data_path;  // replaces the spec's where not empty
   int gpu = 0;            // which of the machine's, for a spec with resources.device cuda
+  GradientPath gradients = GradientPath::kAutomatic;  // between members with GPUs
   bool evaluate_only =
       false;  // Run evaluates the checkpoint of prepare.resume_from and trains nothing
   int64_t flip_bit_at_step = 0;  // fault injection, see StepLoop
@@ -43,6 +48,9 @@ class MemberJob {
   // Everything but job and generation is set. Errors are one line that names the file or field.
   absl::StatusOr<v1::Ready> Prepare();
   v1::Ended Run(const v1::Start& start);
+  // OK; after an error of either of them: why this process can serve no job any more (its GPU is
+  // lost to it, device::Device::Check).
+  absl::Status broken() const;
   void Stop();
   void Abort(const std::string& reason);
 

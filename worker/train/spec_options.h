@@ -17,6 +17,7 @@ namespace lockstep::train {
 // Gradient buckets are about this large: big enough that an exchange is worth its latency, small
 // enough to overlap with the backward pass of earlier layers.
 constexpr int64_t kBucketBytes = 1 << 20;
+constexpr int64_t kGpuBucketBytes = 8 << 20;  // NCCL is slow with less
 
 // The shape of a run: how steps, epochs and batches of a normalized spec follow from the data's
 // size.

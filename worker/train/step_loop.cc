@@ -31,7 +31,12 @@ void MergeTrailers(Trailer& left, const Trailer& right) {
 
 // A slot's own memory, all of it allocated before the first step.
 struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
-  Slot(StepLoop* loop, int index) : loop(loop), index(index) {}
+  Slot(StepLoop* loop, int index)
+      : loop(loop), index(index), ring(loop->runs_ahead() ? kMostAhead : 1) {}
+  // What a failed loop has left on the device has run before it goes.
+  ~Slot() override {
+    if (stream != nullptr) stream->Synchronize().IgnoreError();
+  }
 
   // ---- nn::GradientSink
   float* Leaf(int shard) override { return loop->parts_.all_reduce->Leaf(index, shard); }
@@ -48,7 +53,15 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     loop->parts_.all_reduce->DoneFolded(index, *stream, begin, end);
   }
   bool LeavesStay() const override { return loop->parts_.all_reduce->LeavesStay(); }
-  bool IsLocal() const override { return loop->merges_on_device(); }
+  // A pass over some of the leaves completes nothing.
+  void EndPass() override {
+    if (loop->options_.accumulate == 1) loop->parts_.all_reduce->EndPass(index, *stream);
+    if (loop->runs_ahead()) updated = loop->Update(*this);
+  }
+  void Repeated() override {
+    if (loop->options_.accumulate == 1) loop->parts_.all_reduce->Repeated(index);
+  }
+  bool IsLocal() const override { return loop->runs_ahead(); }
 
   // ---- nn::MomentExchange
   absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
@@ -85,21 +98,26 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
 
   StepLoop* const loop;
   const int index;
+  const int64_t ring;  // what is by step is at step % ring
   int first_shard = 0, shard_count = 0;
   int first_leaf = 0, leaf_count = 0;
   nn::Plan* plan = nullptr;
   std::unique_ptr<device::Stream> stream;
   // Host-visible: written by the host and read by kernels, or the other way round.
   struct Shared {
-    device::StepScalars scalars;
+    device::StepScalars scalars[kMostAhead];   // by step
+    device::StepOutcome outcomes[kMostAhead];  // by step
     uint32_t non_finite = 0;
   };
   std::unique_ptr<device::Memory> shared_memory, digests_memory;
   Shared* shared = nullptr;
-  device::StepScalars* scalars = nullptr;
-  // What kernels read of host memory, where they cannot read that itself; else null.
-  std::unique_ptr<device::Memory> device_scalars_memory, device_record;
-  device::StepScalars* device_scalars = nullptr;  // or `scalars`
+  device::StepScalars* scalars = nullptr;  // of the step
+  device::StepScalars* ScalarsOf(int64_t of) const { return &shared->scalars[of % ring]; }
+  // What kernels read, of host memory or where they cannot read that itself, of the device: in
+  // forward and backward, and in what changes the state.
+  std::unique_ptr<device::Memory> device_scalars_memory, gated_scalars_memory, device_record;
+  device::StepScalars* device_scalars = nullptr;
+  device::StepScalars* gated_scalars = nullptr;
   // One call each, of a device that works on its own; else null.
   std::optional<optim::Optimizer::Pieces> update;
   std::unique_ptr<optim::FlatState::DigestTable> digest_table;
@@ -119,6 +137,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   std::vector<int64_t> shard_correct, shard_rows;
 
   int64_t step = 0;
+  int64_t committed = 0;  // the last step that is known to be
   double gradient_norm = 0;
   absl::Time step_began;
   const Trailer* trailer = nullptr;
@@ -127,6 +146,22 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   int64_t population_batches = 0;  // from the population loader
   std::vector<uint8_t> population_record;
   int64_t blamed = 0;  // place in execution order of this slot's first non-finite tensor
+
+  // ---- of a loop that runs ahead.
+  // What the host knows of a step on the device.
+  struct Enqueued {
+    int64_t samples = 0;
+    bool stop = false;      // as Trailer
+    bool digested = false;  // its digests are in the digest table's ring
+  };
+  Enqueued enqueued[kMostAhead];  // by step
+  Enqueued& EnqueuedOf(int64_t of) { return enqueued[of % ring]; }
+  int64_t marks[kMostAhead / kAsksEvery] = {};  // of every kAsksEvery-th step
+  int64_t& MarkOf(int64_t of) { return marks[of / kAsksEvery % (kMostAhead / kAsksEvery)]; }
+  int64_t device_step = 0;  // that device_scalars are of when what is enqueued has run
+  device::StepGate gate;
+  absl::Status updated;  // what Update returned within a pass
+  Trailer collected;     // of the step whose outcome was taken last
 };
 
 StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
@@ -168,7 +203,7 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     ASSIGN_OR_RETURN(slot->stream, p.device->MakeStream());
     ASSIGN_OR_RETURN(slot->shared_memory, p.device->AllocateHostVisible(sizeof(Slot::Shared)));
     slot->shared = new (slot->shared_memory->data()) Slot::Shared();
-    slot->scalars = slot->device_scalars = &slot->shared->scalars;
+    slot->scalars = slot->device_scalars = slot->gated_scalars = slot->ScalarsOf(o.first_step);
     const size_t tensors = p.state->named().size();
     ASSIGN_OR_RETURN(slot->digests_memory, p.device->AllocateHostVisible(sizeof(Digest) * tensors));
     slot->digests = absl::MakeSpan(static_cast<Digest*>(slot->digests_memory->data()), tensors);
@@ -182,14 +217,15 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
     if (!p.device->host_addressable()) {
       ASSIGN_OR_RETURN(slot->device_scalars_memory,
                        p.device->Allocate(sizeof(device::StepScalars)));
-      slot->device_scalars = static_cast<device::StepScalars*>(slot->device_scalars_memory->data());
+      slot->device_scalars = slot->gated_scalars =
+          static_cast<device::StepScalars*>(slot->device_scalars_memory->data());
       ASSIGN_OR_RETURN(slot->device_record, p.device->Allocate(slot->record_bytes));
       const int slots = static_cast<int>(o.bounds.size()) - 1;
       const int64_t size = p.program->parameters().size;
       ASSIGN_OR_RETURN(slot->update, p.optimizer->MakePieces(*p.device, PartBegin(size, slots, i),
                                                              PartBegin(size, slots, i + 1)));
-      ASSIGN_OR_RETURN(slot->digest_table,
-                       optim::FlatState::DigestTable::Make(*p.device, *p.state, i, slots));
+      ASSIGN_OR_RETURN(slot->digest_table, optim::FlatState::DigestTable::Make(
+                                               *p.device, *p.state, i, slots, slot->ring));
       std::vector<device::StatisticsSlice> slices;
       for (const nn::MomentsSlice& s : p.program->moments()) {
         if (s.population) continue;
@@ -199,6 +235,7 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
       slot->statistics_count = static_cast<int64_t>(slices.size());
       ASSIGN_OR_RETURN(slot->statistics_table, device::Upload(*p.device, slices));
     }
+    if (loop->runs_ahead()) RETURN_IF_ERROR(loop->MakeGate(*slot));
     if (p.population != nullptr) slot->population_record.resize(slot->record_bytes);
     slot->exchange_stride = round_up(sizeof(int64_t) + sizeof(float) * 2 * widest_norm);
     slot->exchange_records.resize(slot->exchange_stride * slot->shard_count);
@@ -210,12 +247,29 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
   return loop;
 }
 
+// The gate's latch begins open.
+absl::Status StepLoop::MakeGate(Slot& slot) {
+  const device::StepScalars open;
+  ASSIGN_OR_RETURN(slot.gated_scalars_memory, parts_.device->Allocate(sizeof(open)));
+  slot.gated_scalars = static_cast<device::StepScalars*>(slot.gated_scalars_memory->data());
+  parts_.device->Copy(*slot.stream, &open, slot.gated_scalars, sizeof(open));
+  parts_.norm->Describe(&slot.gate);
+  slot.gate.results = slot.plan->device_results();
+  slot.gate.clip_norm = options_.clip_norm;
+  slot.gate.ring = slot.ring;
+  slot.gate.prepared = slot.shared->scalars;
+  slot.gate.current = slot.device_scalars;
+  slot.gate.update = slot.gated_scalars;
+  slot.gate.outcomes = slot.shared->outcomes;
+  return slot.stream->Synchronize();
+}
+
 absl::Status StepLoop::Run(int index) {
   Slot& slot = *slots_[index];
   parts_.operations->Pack(*slot.stream, parts_.state->parameters(), index, parts_.team->slots());
   RETURN_IF_ERROR(Barrier(slot));
   if (index == 0) started_ = absl::Now();
-  slot.step = options_.first_step - 1;
+  slot.step = slot.committed = options_.first_step - 1;
   if (options_.evaluate_only) {
     RETURN_IF_ERROR(Evaluate(slot));
     return DigestState(slot);
@@ -228,16 +282,12 @@ absl::Status StepLoop::Run(int index) {
   for (slot.step = options_.first_step; slot.step <= options_.length.total_steps; ++slot.step) {
     RETURN_IF_ERROR(NextShards(slot));
     RETURN_IF_ERROR(ForwardBackward(slot));
-    RETURN_IF_ERROR(FinishReduce(slot));
-    RETURN_IF_ERROR(Gate(slot));
-    Clip(slot);
-    Optimize(slot);
-    UpdateStatistics(slot);
+    if (!runs_ahead()) RETURN_IF_ERROR(Update(slot));  // else recorded with ForwardBackward
     RETURN_IF_ERROR(Commit(slot));
     RETURN_IF_ERROR(Report(slot));
     RETURN_IF_ERROR(Evaluate(slot));
     RETURN_IF_ERROR(Checkpoint(slot));
-    if (slot.trailer->stop != 0) break;
+    if (IsStopped(slot)) break;
   }
   // ---------------------------------------------------------------------------------------------
   slot.step = std::min(slot.step, options_.length.total_steps);
@@ -254,8 +304,23 @@ absl::Status StepLoop::Run(int index) {
   return Barrier(slot);
 }
 
+// From the shards' gradients to the next state.
+absl::Status StepLoop::Update(Slot& slot) {
+  RETURN_IF_ERROR(FinishReduce(slot));
+  RETURN_IF_ERROR(Gate(slot));
+  Clip(slot);
+  Optimize(slot);
+  UpdateStatistics(slot);
+  if (!runs_ahead()) return absl::OkStatus();  // Commit packs, when all slots are here
+  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), 0, 1);
+  if (options_.digest_every == 1) {
+    slot.digest_table->Enqueue(*parts_.device, *slot.stream, slot.gated_scalars);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status StepLoop::NextShards(Slot& slot) {
-  slot.step_began = absl::Now();
+  if (slot.committed == slot.step - 1) slot.step_began = absl::Now();
   ASSIGN_OR_RETURN(const data::Batch* batch, Acquire(slot, *parts_.train, slot.step));
   for (int leaf = 0; leaf < options_.shards * options_.accumulate; ++leaf) {
     slot.present[leaf] =
@@ -263,6 +328,8 @@ absl::Status StepLoop::NextShards(Slot& slot) {
         0;
   }
   TakeMicrobatches(slot, *batch);
+  slot.EnqueuedOf(slot.step) = {batch->samples, stop_requested_, false};
+  slot.scalars = slot.ScalarsOf(slot.step);
   parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
   ShowScalars(slot);
   return parts_.all_reduce->Begin(slot.index, slot.present, Deadline());
@@ -329,6 +396,10 @@ absl::Status StepLoop::ForwardBackward(Slot& slot) {
     const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
     RETURN_IF_ERROR(slot.plan->TrainStep(*slot.stream, *parts_.state, slot.device_scalars,
                                          options_.length.BatchSize(slot.step), leaves, slot, slot));
+    if (runs_ahead()) {
+      slot.device_step = slot.step + 1;  // the gate counts on
+      return slot.updated;
+    }
     RETURN_IF_ERROR(slot.stream->Synchronize());
     KeepRecords(slot, leaves);
     begin = end;
@@ -345,7 +416,7 @@ void StepLoop::KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves) 
     const nn::ShardResult& result = slot.plan->result(static_cast<int>(i));
     new (record) Trailer{leaves[i].rows, result.loss_sum, result.correct,
                          stop_requested_.load(std::memory_order_relaxed) ? 1 : 0};
-    if (moments_bytes > 0 && !merges_on_device()) {
+    if (moments_bytes > 0) {
       std::memcpy(record + sizeof(Trailer), slot.plan->moments(static_cast<int>(i)), moments_bytes);
     }
     if (leaf % options_.accumulate == 0) ++shard_steps_[leaf / options_.accumulate];
@@ -353,20 +424,17 @@ void StepLoop::KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves) 
 }
 
 absl::Status StepLoop::FinishReduce(Slot& slot) {
+  // Trailers and moments stay on the device.
+  if (runs_ahead()) return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
   std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
   for (const nn::ShardInput& leaf : slot.leaves) {
     const int local = leaf.shard - slot.first_leaf;
     slot.record_pointers[local] = slot.records.data() + local * slot.record_bytes;
   }
-  const bool trailers_alone = merges_on_device();
-  const auto fold = [&](void* left, const void* right) {
-    if (!trailers_alone) return MergeRecords(slot, left, right);
-    MergeTrailers(*static_cast<Trailer*>(left), *static_cast<const Trailer*>(right));
-  };
+  const auto fold = [&](void* left, const void* right) { MergeRecords(slot, left, right); };
   ASSIGN_OR_RETURN(const void* root,
-                   parts_.all_reduce->MergeSmall(
-                       slot.index, slot.record_pointers,
-                       trailers_alone ? sizeof(Trailer) : slot.record_bytes, fold, Deadline()));
+                   parts_.all_reduce->MergeSmall(slot.index, slot.record_pointers,
+                                                 slot.record_bytes, fold, Deadline()));
   slot.trailer = static_cast<const Trailer*>(root);
   return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
 }
@@ -388,6 +456,12 @@ void StepLoop::MergeRecords(const Slot& slot, void* left, const void* right) con
 }
 
 absl::Status StepLoop::Gate(Slot& slot) {
+  if (runs_ahead()) {
+    parts_.norm->SumForGate(*parts_.device, *slot.stream, parts_.all_reduce->result());
+    slot.gate.leaves = static_cast<int>(slot.leaves.size());
+    parts_.device->Gate(*slot.stream, slot.gate);
+    return absl::OkStatus();
+  }
   const int k = parts_.team->slots();
   parts_.norm->Sum(*parts_.device, *slot.stream, slot.index, k, parts_.all_reduce->result());
   RETURN_IF_ERROR(slot.stream->Synchronize());
@@ -399,6 +473,7 @@ absl::Status StepLoop::Gate(Slot& slot) {
 }
 
 void StepLoop::Clip(Slot& slot) {
+  if (runs_ahead()) return;  // as the gate did
   slot.gradient_norm = parts_.norm->Value();
   slot.scalars->gradient_scale =
       static_cast<float>(optim::ClipScale(slot.gradient_norm, options_.clip_norm));
@@ -407,19 +482,19 @@ void StepLoop::Clip(Slot& slot) {
 
 void StepLoop::Optimize(Slot& slot) {
   if (slot.update.has_value()) {
-    return parts_.optimizer->Update(*parts_.device, *slot.stream, *slot.update, slot.device_scalars,
+    return parts_.optimizer->Update(*parts_.device, *slot.stream, *slot.update, slot.gated_scalars,
                                     parts_.all_reduce->result(), *parts_.state);
   }
   const int k = parts_.team->slots();
   const int64_t size = parts_.program->parameters().size;
   parts_.optimizer->Update(*parts_.device, *slot.stream, PartBegin(size, k, slot.index),
-                           PartBegin(size, k, slot.index + 1), slot.device_scalars,
+                           PartBegin(size, k, slot.index + 1), slot.gated_scalars,
                            parts_.all_reduce->result(), *parts_.state);
 }
 
 void StepLoop::UpdateStatistics(Slot& slot) {
   const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
-  if (merges_on_device()) {
+  if (runs_ahead()) {
     device::Leaves leaves;
     leaves.count = static_cast<int>(slot.leaves.size());
     for (int i = 0; i < leaves.count; ++i) {
@@ -428,7 +503,7 @@ void StepLoop::UpdateStatistics(Slot& slot) {
     return parts_.device->UpdateStatistics(
         *slot.stream, slot.statistics_count,
         static_cast<const device::StatisticsSlice*>(slot.statistics_table->data()), widest_norm_,
-        leaves, slot.plan->device_moments(), parts_.program->moments_size(),
+        leaves, slot.plan->device_moments(), parts_.program->moments_size(), slot.gated_scalars,
         parts_.state->statistics());
   }
   const float* merged = OnDevice(slot, reinterpret_cast<const float*>(slot.trailer + 1));
@@ -444,7 +519,13 @@ void StepLoop::UpdateStatistics(Slot& slot) {
 }
 
 absl::Status StepLoop::Commit(Slot& slot) {
-  parts_.train->Release(slot.step);
+  if (runs_ahead()) {
+    RETURN_IF_ERROR(Collect(slot));
+    if (slot.committed < slot.step) return Barrier(slot);  // which an abort ends
+  } else {
+    parts_.train->Release(slot.step);
+    slot.committed = slot.step;
+  }
   if (slot.step == options_.flip_bit_at_step && slot.index == 0) {
     uint32_t bits = 0;
     parts_.device->Copy(*slot.stream, parts_.state->parameters(), &bits, sizeof(bits));
@@ -456,14 +537,87 @@ absl::Status StepLoop::Commit(Slot& slot) {
   parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index,
                           parts_.team->slots());
   // Before the digest, which covers what the pass makes of the statistics.
-  if (parts_.population != nullptr && (EvaluationDue(slot.step) || CheckpointDue(slot.step))) {
-    RETURN_IF_ERROR(GatherPopulation(slot));
-  }
-  if ((options_.digest_every > 0 && slot.step % options_.digest_every == 0) ||
-      CheckpointDue(slot.step)) {
+  if (PopulationDue(slot.step)) RETURN_IF_ERROR(GatherPopulation(slot));
+  if (DigestDue(slot.step)) {
     return DigestState(slot);  // its barriers also order packing before the next forward
   }
   return Barrier(slot);
+}
+
+// Takes what steps on the device have come to, in order, and reports those before the one at hand;
+// waits for all of them where that is due, and else for some where too many are unknown.
+absl::Status StepLoop::Collect(Slot& slot) {
+  int64_t last = slot.step;
+  if (StateIsLookedAt(slot)) {
+    RETURN_IF_ERROR(slot.stream->Synchronize());
+  } else {
+    Slot::Enqueued& enqueued = slot.EnqueuedOf(slot.step);
+    enqueued.digested = DigestDue(slot.step);
+    if (enqueued.digested && options_.digest_every != 1) {
+      slot.digest_table->Enqueue(*parts_.device, *slot.stream, slot.gated_scalars);
+    }
+    if (slot.step % kAsksEvery == 0) slot.MarkOf(slot.step) = slot.stream->Mark();
+    if (slot.step - slot.committed < kMostAhead) return absl::OkStatus();
+    last = (slot.committed / kAsksEvery + 1) * kAsksEvery;
+    RETURN_IF_ERROR(slot.stream->WaitFor(slot.MarkOf(last)));
+  }
+  while (slot.committed < last) {
+    RETURN_IF_ERROR(TakeOutcome(slot, slot.committed + 1));
+    if (slot.committed < slot.step) RETURN_IF_ERROR(ReportStep(slot, slot.committed));
+  }
+  return absl::OkStatus();
+}
+
+// Of a step that has run; it is the next one.
+absl::Status StepLoop::TakeOutcome(Slot& slot, int64_t step) {
+  const device::StepOutcome& outcome = slot.shared->outcomes[step % slot.ring];
+  const Slot::Enqueued& enqueued = slot.EnqueuedOf(step);
+  if (outcome.step != static_cast<uint64_t>(step)) {
+    return absl::InternalError(
+        absl::StrCat("step ", step, " has not run; its place has that of ", outcome.step));
+  }
+  slot.collected = {enqueued.samples, outcome.loss_sum, outcome.correct, enqueued.stop ? 1 : 0};
+  slot.trailer = &slot.collected;
+  slot.gradient_norm = outcome.gradient_norm;
+  for (int shard = 0; shard < options_.shards; ++shard) {
+    if (Microbatch(enqueued.samples, shard, 0).count > 0) ++shard_steps_[shard];
+  }
+  if (outcome.applied == 0) return MakeAgain(slot, step);
+  parts_.train->Release(step);
+  slot.committed = step;
+  if (enqueued.digested) {
+    slot.digest_table->Collect(slot.digests, step);
+    SumDigests(step);
+  }
+  return absl::OkStatus();
+}
+
+// A step that was not applied: those behind it, which were not either, have replaced its samples
+// and its gradient.
+absl::Status StepLoop::MakeAgain(Slot& slot, int64_t step) {
+  slot.step = step;
+  RETURN_IF_ERROR(NextShards(slot));
+  RETURN_IF_ERROR(ForwardBackward(slot));
+  RETURN_IF_ERROR(slot.stream->Synchronize());
+  return NameNonFinite(slot);
+}
+
+// Whether more is done with the state after the step at hand than the next step.
+bool StepLoop::StateIsLookedAt(Slot& slot) const {
+  return EvaluationDue(slot.step) || CheckpointDue(slot.step) ||
+         slot.step == options_.flip_bit_at_step || slot.EnqueuedOf(slot.step).stop;
+}
+
+bool StepLoop::IsStopped(const Slot& slot) {
+  return slot.trailer != nullptr && slot.trailer->stop != 0;
+}
+
+bool StepLoop::DigestDue(int64_t step) const {
+  return (options_.digest_every > 0 && step % options_.digest_every == 0) || CheckpointDue(step);
+}
+
+bool StepLoop::PopulationDue(int64_t step) const {
+  return parts_.population != nullptr && (EvaluationDue(step) || CheckpointDue(step));
 }
 
 bool StepLoop::EvaluationDue(int64_t step) const {
@@ -477,6 +631,7 @@ bool StepLoop::EvaluationDue(int64_t step) const {
 absl::Status StepLoop::GatherPopulation(Slot& slot) {
   const absl::Time began = absl::Now();
   RETURN_IF_ERROR(Barrier(slot));  // every part of the weights is packed
+  ShowScalars(slot);               // a gate has counted on
   // The exchanges below reuse the trailer's memory, and its moments are used up.
   slot.evaluated = *slot.trailer;
   slot.trailer = &slot.evaluated;
@@ -539,36 +694,41 @@ absl::Status StepLoop::GatherPopulation(Slot& slot) {
 }
 
 absl::Status StepLoop::Report(Slot& slot) {
-  if (slot.index != 0) return absl::OkStatus();
+  const bool known = slot.committed == slot.step;  // else when it is collected
+  return slot.index == 0 && known ? ReportStep(slot, slot.step) : absl::OkStatus();
+}
+
+absl::Status StepLoop::ReportStep(Slot& slot, int64_t step) {
   const absl::Time now = absl::Now();
   training_time_ += now - slot.step_began;
+  slot.step_began = now;
   const Trailer& t = *slot.trailer;
   trained_samples_ += t.rows;
   epoch_.loss_sum += t.loss_sum;
   epoch_.correct += t.correct;
   epoch_.samples += t.rows;
-  result_.set_steps(slot.step);
+  result_.set_steps(step);
   result_.set_seconds(absl::ToDoubleSeconds(now - started_));
   result_.set_samples_per_second(static_cast<double>(trained_samples_) /
                                  absl::ToDoubleSeconds(training_time_));
-  result_.set_epochs(slot.step / options_.length.steps_per_epoch);
-  if (options_.length.EndsEpoch(slot.step)) {
+  result_.set_epochs(step / options_.length.steps_per_epoch);
+  if (options_.length.EndsEpoch(step)) {
     last_epoch_ = epoch_;
     epoch_ = EpochSums();
   }
   SummarizeTraining();
   if (parts_.recorder == nullptr) return absl::OkStatus();
   StepRecord record;
-  record.step = slot.step;
-  record.epoch = options_.length.EpochOf(slot.step);
+  record.step = step;
+  record.epoch = options_.length.EpochOf(step);
   record.loss = t.loss_sum / static_cast<double>(t.rows);
   record.accuracy = static_cast<double>(t.correct) / static_cast<double>(t.rows);
   record.has_accuracy = options_.has_accuracy;
   record.samples = t.rows;
-  record.learning_rate = slot.scalars->learning_rate;
+  record.learning_rate = slot.ScalarsOf(step)->learning_rate;
   record.gradient_norm = slot.gradient_norm;
   record.seconds = absl::ToDoubleSeconds(now - started_);
-  record.has_digests = digested_step_ == slot.step;
+  record.has_digests = digested_step_ == step;
   record.state = state_digest_;
   record.parameters = parameter_digest_;
   parts_.recorder->PushStep(record, record.has_digests ? absl::MakeConstSpan(tensor_digests_)
@@ -705,26 +865,30 @@ absl::Status StepLoop::DigestState(Slot& slot) {
     RETURN_IF_ERROR(slot.stream->Synchronize());
   }
   RETURN_IF_ERROR(Barrier(slot));
-  if (slot.index == 0) {
-    state_digest_ = parameter_digest_ = Digest();
-    const auto& named = parts_.state->named();
-    for (size_t i = 0; i < named.size(); ++i) {
-      Digest sum;
-      for (const auto& other : slots_) sum += other->digests[i];
-      tensor_digests_[i] = sum;
-      state_digest_ += sum;
-      if (named[i].kind == optim::FlatState::Named::Kind::kParameter) parameter_digest_ += sum;
-    }
-    digested_step_ = slot.step;
-    result_.set_state_digest(ToHex(state_digest_));
-    result_.set_parameter_digest(ToHex(parameter_digest_));
-  }
+  if (slot.index == 0) SumDigests(slot.step);
   return Barrier(slot);
+}
+
+// The digests of the state after `step` from the slots' parts.
+void StepLoop::SumDigests(int64_t step) {
+  state_digest_ = parameter_digest_ = Digest();
+  const auto& named = parts_.state->named();
+  for (size_t i = 0; i < named.size(); ++i) {
+    Digest sum;
+    for (const auto& slot : slots_) sum += slot->digests[i];
+    tensor_digests_[i] = sum;
+    state_digest_ += sum;
+    if (named[i].kind == optim::FlatState::Named::Kind::kParameter) parameter_digest_ += sum;
+  }
+  digested_step_ = step;
+  result_.set_state_digest(ToHex(state_digest_));
+  result_.set_parameter_digest(ToHex(parameter_digest_));
 }
 
 // Every replica saw the same non-finite sum; each looks for the first tensor that is to blame among
 // its own shards, and the earliest in execution order of all is named.
 absl::Status StepLoop::NameNonFinite(Slot& slot) {
+  ShowScalars(slot);  // a gate has counted on
   // The exchanges below reuse the trailer's memory.
   const double loss = slot.trailer->loss_sum / static_cast<double>(slot.trailer->rows);
   std::vector<std::string> order;
@@ -780,7 +944,7 @@ absl::Status StepLoop::Barrier(const Slot& slot) {
   return parts_.team->Barrier(slot.index, Deadline());
 }
 
-bool StepLoop::merges_on_device() const {
+bool StepLoop::runs_ahead() const {
   return alone_ && !parts_.device->host_addressable() && options_.accumulate == 1 &&
          options_.shards <= device::kMostLeaves;
 }
@@ -788,6 +952,9 @@ bool StepLoop::merges_on_device() const {
 // The step's scalars as they are now, to the kernels behind this.
 void StepLoop::ShowScalars(Slot& slot) {
   if (slot.device_scalars == slot.scalars) return;
+  // Forward and backward read the step's number alone, and the gate counts it.
+  if (runs_ahead() && slot.device_step == slot.step) return;
+  slot.device_step = slot.step;
   const device::StepScalars now = *slot.scalars;
   parts_.device->Copy(*slot.stream, &now, slot.device_scalars, sizeof(now));
 }

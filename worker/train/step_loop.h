@@ -6,6 +6,12 @@
 // decision: the reduced gradient and loss are finite and nobody has aborted; only then do
 // optimizer, statistics and version move.
 //
+// Where one slot has all leaves, on a device whose memory the host does not address, the gate is on
+// the device: a step is enqueued whole, as one recording once it has run before, and the host runs
+// ahead by at most kMostAhead steps. What steps came to is collected behind them, in order. A latch
+// that is closed stays closed, so that steps behind one that is not finite change nothing; and
+// before anything looks at the state, all that were enqueued have run.
+//
 // Member holds what the slots of one address space share; each slot owns its Plan, stream and
 // StepScalars. Thread safety: Run is called once by each slot's thread; Stop and Abort by any
 // thread.
@@ -51,6 +57,9 @@ struct EpochSums {
 
 class StepLoop {
  public:
+  // Steps on the device that the host does not know the outcome of, and after how many it asks.
+  static constexpr int64_t kMostAhead = 8, kAsksEvery = 4;
+
   // All borrowed but the options' values; the recorder is null but at rank 0.
   struct Options {
     int rank = 0;
@@ -125,6 +134,7 @@ class StepLoop {
   struct Slot;
   StepLoop(Options options, Parts parts, CheckpointSink* checkpoints);
 
+  absl::Status MakeGate(Slot& slot);
   absl::Status NextShards(Slot& slot);
   static absl::StatusOr<const data::Batch*> Acquire(Slot& slot, data::BatchLoader& loader,
                                                     int64_t step);
@@ -133,25 +143,35 @@ class StepLoop {
   void KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves);
   data::ShardRange Microbatch(int64_t samples, int shard, int microbatch) const;
   absl::Status ForwardBackward(Slot& slot);
+  absl::Status Update(Slot& slot);
   absl::Status FinishReduce(Slot& slot);
   absl::Status Gate(Slot& slot);
   void Clip(Slot& slot);
   void Optimize(Slot& slot);
   void UpdateStatistics(Slot& slot);
   absl::Status Commit(Slot& slot);
+  absl::Status Collect(Slot& slot);
+  absl::Status TakeOutcome(Slot& slot, int64_t step);
+  absl::Status MakeAgain(Slot& slot, int64_t step);
   absl::Status GatherPopulation(Slot& slot);
   void MergeRecords(const Slot& slot, void* left, const void* right) const;
   absl::Status Report(Slot& slot);
+  absl::Status ReportStep(Slot& slot, int64_t step);
   absl::Status Evaluate(Slot& slot);
   absl::Status Checkpoint(Slot& slot);
   absl::Status CompareReplicas(Slot& slot);
   absl::Status DigestState(Slot& slot);
+  void SumDigests(int64_t step);
   absl::Status NameNonFinite(Slot& slot);
   absl::Status Barrier(const Slot& slot);
   void ShowScalars(Slot& slot);
   const float* OnDevice(Slot& slot, const float* record);
+  bool DigestDue(int64_t step) const;
   bool EvaluationDue(int64_t step) const;
   bool CheckpointDue(int64_t step) const;
+  bool PopulationDue(int64_t step) const;
+  bool StateIsLookedAt(Slot& slot) const;
+  static bool IsStopped(const Slot& slot);
   void SummarizeTraining();  // the result's train score from the epochs' sums
   absl::Time Deadline() const { return absl::Now() + options_.collective_timeout; }
 
@@ -161,8 +181,8 @@ class StepLoop {
   // One slot has all leaves of the job: nothing is exchanged with anybody.
   const bool alone_;
   int64_t widest_norm_ = 0;  // channels
-  // The moments of all leaves lie on the device, which merges them itself.
-  bool merges_on_device() const;
+  // Everything of a step lies on the device, which decides it itself.
+  bool runs_ahead() const;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::atomic<bool> stop_requested_{false};
   std::atomic<uint32_t> non_finite_[2] = {0, 0};  // by parity of the step

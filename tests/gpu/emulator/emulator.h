@@ -41,15 +41,22 @@ struct Options {
   int driver_version = 13000;       // 0: no driver
   int major = 9, minor = 0;
   int multiprocessors = 132;
-  std::string name = "Emulated GPU";
+  std::string name = "Emulated GPU";  // with the ordinal behind it where there are several
   Order order;
   bool protect = true;      // device memory from the host
-  int64_t lost_after = -1;  // each device is lost at its launch of this number, from 0; -1: never
+  int64_t lost_after = -1;  // a device is lost at its launch of this number, from 0; -1: never
+  int lost_gpu = -1;        // which; -1: each
+  cudaError_t lost_with = cudaErrorIllegalAddress;
+  int fail_allocation = 0;  // FailAllocation; 0: none
 };
 
-// What the environment says: LOCKSTEP_EMULATOR_DEVICES, _MEMORY (bytes), _DRIVER_VERSION,
-// _ARCHITECTURE ("9.0"), _ORDER ("natural", "reversed" or a seed), _PROTECT (0 or 1), _LOST_AFTER.
-// The emulator begins with these.
+// What the environment says, with which the emulator begins:
+//   LOCKSTEP_EMULATED_GPUS=2
+//   LOCKSTEP_EMULATOR_FAULTS="driver=12040 memory=BYTES architecture=7.0 allocation=NTH
+//                             lost-at=LAUNCH gpu=1 error=cudaErrorECCUncorrectable"
+//   LOCKSTEP_EMULATOR_ORDER=natural|reversed|SEED
+//   LOCKSTEP_EMULATOR_PROTECT=0|1
+// Other names and values end the process, which says what is accepted.
 Options OptionsOfEnvironment();
 // Begins anew: memory, streams, events, faults and errors that exist are forgotten. No other thread
 // may be using the emulator.

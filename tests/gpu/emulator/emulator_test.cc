@@ -915,10 +915,11 @@ TEST_F(EmulatorTest, ShowsTheMachineThatItIsTold) {
 
 TEST_F(EmulatorTest, TakesOptionsFromTheEnvironment) {
   const std::vector<std::pair<const char*, const char*>> variables = {
-      {"LOCKSTEP_EMULATOR_DEVICES", "3"},        {"LOCKSTEP_EMULATOR_MEMORY", "1000"},
-      {"LOCKSTEP_EMULATOR_DRIVER_VERSION", "0"}, {"LOCKSTEP_EMULATOR_ARCHITECTURE", "8.6"},
-      {"LOCKSTEP_EMULATOR_ORDER", "17"},         {"LOCKSTEP_EMULATOR_PROTECT", "0"},
-      {"LOCKSTEP_EMULATOR_LOST_AFTER", "9"}};
+      {"LOCKSTEP_EMULATED_GPUS", "3"},
+      {"LOCKSTEP_EMULATOR_FAULTS",
+       "driver=0, memory=1000 architecture=8.6 lost-at=9 gpu=2 error=cudaErrorECCUncorrectable"},
+      {"LOCKSTEP_EMULATOR_ORDER", "17"},
+      {"LOCKSTEP_EMULATOR_PROTECT", "0"}};
   for (const auto& [name, value] : variables) setenv(name, value, 1);
   const Options options = OptionsOfEnvironment();
   for (const auto& [name, value] : variables) unsetenv(name);
@@ -930,6 +931,43 @@ TEST_F(EmulatorTest, TakesOptionsFromTheEnvironment) {
   EXPECT_EQ(options.order.seed, 17u);
   EXPECT_FALSE(options.protect);
   EXPECT_EQ(options.lost_after, 9);
+  EXPECT_EQ(options.lost_gpu, 2);
+  EXPECT_EQ(options.lost_with, cudaErrorECCUncorrectable);
+}
+
+TEST_F(EmulatorTest, RefusesWhatItDoesNotUnderstandInTheEnvironment) {
+  const auto options_with = [](const char* name, const char* value) {
+    setenv(name, value, 1);
+    OptionsOfEnvironment();
+  };
+  const char* const faults = "LOCKSTEP_EMULATOR_FAULTS";
+  EXPECT_DEATH(options_with(faults, "memory=1000 lost=3"), "lost=3; accepted: driver=");
+  EXPECT_DEATH(options_with(faults, "lost-at"), "is lost-at; accepted: driver=");
+  EXPECT_DEATH(options_with(faults, "memory=1000MB"), "memory in .* is 1000MB; accepted: a number");
+  EXPECT_DEATH(options_with(faults, "architecture=7"), "accepted: a compute capability");
+  EXPECT_DEATH(options_with(faults, "error=cudaErrorNone"), "cudaErrorNone; accepted: a name such");
+  EXPECT_DEATH(options_with("LOCKSTEP_EMULATED_GPUS", "two"), "is two; accepted: a number");
+  EXPECT_DEATH(options_with("LOCKSTEP_EMULATOR_FAULT", "x"),
+               "no variable LOCKSTEP_EMULATOR_FAULT;");
+}
+
+TEST_F(EmulatorTest, ShowsSeveralGpusThatDiffer) {
+  Options options;
+  options.devices = 2;
+  options.lost_gpu = 1;
+  options.lost_after = 0;
+  Configure(options);
+  cudaDeviceProp first, second;
+  ASSERT_EQ(cudaGetDeviceProperties(&first, 0), cudaSuccess);
+  ASSERT_EQ(cudaGetDeviceProperties(&second, 1), cudaSuccess);
+  EXPECT_STRNE(first.name, second.name);
+  EXPECT_NE(std::memcmp(first.uuid.bytes, second.uuid.bytes, sizeof(first.uuid.bytes)), 0);
+  EXPECT_NE(first.pciBusID, second.pciBusID);
+  for (int device = 0; device < 2; ++device) {
+    ASSERT_EQ(cudaSetDevice(device), cudaSuccess);
+    ASSERT_EQ(Enqueue(nullptr, [] {}), cudaSuccess);
+    EXPECT_EQ(cudaDeviceSynchronize(), device == 0 ? cudaSuccess : cudaErrorIllegalAddress);
+  }
 }
 
 }  // namespace

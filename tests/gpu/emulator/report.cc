@@ -16,10 +16,11 @@
 namespace lockstep::emulator {
 namespace {
 
-// Of the function that begins at `offset` from where the program was loaded, by its table of
-// symbols: kernels have internal linkage, so that the dynamic linker does not know them.
-std::string SymbolAt(uint64_t offset) {
-  std::ifstream in("/proc/self/exe", std::ios::binary);
+// Of the function that begins at `offset` from where the program or module `path` was loaded, by
+// its table of symbols: kernels have internal linkage, so that the dynamic linker does not know
+// them.
+std::string SymbolAt(const char* path, uint64_t offset) {
+  std::ifstream in(path, std::ios::binary);
   const std::vector<char> file((std::istreambuf_iterator<char>(in)),
                                std::istreambuf_iterator<char>());
   const auto read = [&file](uint64_t at, auto* to) {
@@ -61,10 +62,11 @@ std::string FunctionName(const void* address) {
     if (info.dli_sname != nullptr && info.dli_saddr == address) {
       name = info.dli_sname;
     } else {
-      name = SymbolAt(static_cast<uint64_t>(static_cast<const char*>(address) -
-                                            static_cast<const char*>(info.dli_fbase)));
+      const char* const path = info.dli_fname;
+      name = SymbolAt(path, static_cast<uint64_t>(static_cast<const char*>(address) -
+                                                  static_cast<const char*>(info.dli_fbase)));
       // A program at a fixed address has absolute symbols.
-      if (name.empty()) name = SymbolAt(reinterpret_cast<uint64_t>(address));
+      if (name.empty()) name = SymbolAt(path, reinterpret_cast<uint64_t>(address));
     }
   }
   if (name.empty()) {

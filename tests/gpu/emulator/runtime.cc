@@ -164,7 +164,9 @@ void Begin(Emulator& e, const Options& options) {
   e.all_streams.clear();
   e.devices.clear();
   e.shared_limits.clear();
-  e.fail_allocation = e.fail_host_allocation = e.fail_launch = 0;
+  e.fail_allocation = options.fail_allocation;
+  e.allocation_error = cudaErrorMemoryAllocation;
+  e.fail_host_allocation = e.fail_launch = 0;
   e.counters = {};
   e.launch_number = 0;
   ++e.generation;
@@ -174,7 +176,8 @@ void Begin(Emulator& e, const Options& options) {
     device.null_stream = std::make_shared<Stream>();
     device.null_stream->device = d;
     device.null_stream->null = device.null_stream->blocking = true;
-    device.launches_left = options.lost_after;
+    if (options.lost_gpu < 0 || options.lost_gpu == d) device.launches_left = options.lost_after;
+    device.lost_with = options.lost_with;
     e.all_streams.push_back(device.null_stream);
     e.devices.push_back(std::move(device));
   }
@@ -620,42 +623,9 @@ cudaError_t Quiet(Emulator& e, int device) {
 // Counts down to a planted failure.
 bool FailsNow(int* countdown) { return *countdown > 0 && --*countdown == 0; }
 
-int64_t Number(const char* name, int64_t otherwise) {
-  const char* const text = std::getenv(name);
-  if (text == nullptr || *text == '\0') return otherwise;
-  char* end;
-  const int64_t value = std::strtoll(text, &end, 10);
-  if (*end != '\0') Fatal(std::string(name) + " is no number: " + text);
-  return value;
-}
-
 }  // namespace
 
 // ---- controls.
-
-Options OptionsOfEnvironment() {
-  Options options;
-  options.devices = static_cast<int>(Number("LOCKSTEP_EMULATOR_DEVICES", options.devices));
-  options.memory =
-      static_cast<size_t>(Number("LOCKSTEP_EMULATOR_MEMORY", static_cast<int64_t>(options.memory)));
-  options.driver_version =
-      static_cast<int>(Number("LOCKSTEP_EMULATOR_DRIVER_VERSION", options.driver_version));
-  options.protect = Number("LOCKSTEP_EMULATOR_PROTECT", options.protect) != 0;
-  options.lost_after = Number("LOCKSTEP_EMULATOR_LOST_AFTER", options.lost_after);
-  if (const char* const text = std::getenv("LOCKSTEP_EMULATOR_ARCHITECTURE"); text != nullptr) {
-    if (std::sscanf(text, "%d.%d", &options.major, &options.minor) != 2) {
-      Fatal(std::string("LOCKSTEP_EMULATOR_ARCHITECTURE is not like 9.0: ") + text);
-    }
-  }
-  const char* const order = std::getenv("LOCKSTEP_EMULATOR_ORDER");
-  if (order != nullptr && std::strcmp(order, "reversed") == 0) {
-    options.order.kind = Order::Kind::kReversed;
-  } else if (order != nullptr && *order != '\0' && std::strcmp(order, "natural") != 0) {
-    options.order.kind = Order::Kind::kPermuted;
-    options.order.seed = static_cast<uint64_t>(Number("LOCKSTEP_EMULATOR_ORDER", 0));
-  }
-  return options;
-}
 
 void Configure(const Options& options) {
   Emulator& e = E();
@@ -861,7 +831,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return Return(cudaErrorInvalidDevice);
   }
   *properties = {};
-  std::snprintf(properties->name, sizeof(properties->name), "%s", e.options.name.c_str());
+  std::string name = e.options.name;
+  if (e.devices.size() > 1) name += " " + std::to_string(device);
+  std::snprintf(properties->name, sizeof(properties->name), "%s", name.c_str());
+  properties->uuid.bytes[0] = 'E';
   properties->uuid.bytes[15] = static_cast<char>(device);
   properties->totalGlobalMem = e.options.memory;
   properties->sharedMemPerBlock = kSharedBytes;

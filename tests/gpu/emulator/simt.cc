@@ -42,6 +42,14 @@ struct Thread {
   Site site = {};      // where it waits
   uint64_t value = 0;  // that it brings to an exchange, then what it gets
   int source = 0, width = 0;
+  void (*perform)(void* const*) = nullptr;  // together with its warp
+};
+
+// That a thread has begun.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
 };
 
 // Lanes that wait in the same exchange.
@@ -96,6 +104,8 @@ const char* NameOf(Exchange exchange) {
       return "__any_sync";
     case Exchange::kAll:
       return "__all_sync";
+    case Exchange::kTogether:
+      return "an instruction of the whole warp";
   }
   return "?";
 }
@@ -119,6 +129,9 @@ class Engine {
   void Barrier(const Site& site);
   uint64_t Exchanged(Exchange exchange, unsigned mask, uint64_t value, int source, int width,
                      const Site& site);
+  void Together(void* record, void (*perform)(void* const*), const Site& site);
+  void CopyLater(const Copy& copy) { copies_[current_].push_back(copy); }
+  void FinishCopies();
 
  private:
   static void FiberMain();
@@ -159,6 +172,7 @@ class Engine {
   uint3 index_[kMostThreads];
   Thread threads_[kMostThreads];
   Warp warps_[kMostWarps];
+  std::vector<Copy> copies_[kMostThreads];
   unsigned warp_order_[kMostWarps], lane_order_[kWarp], position_of_lane_[kWarp];
   unsigned warp_at_ = 0;  // in the order of warps
   unsigned at_barrier_ = 0, exited_ = 0;
@@ -368,6 +382,7 @@ void Engine::FiberMain() {
 }
 
 void Engine::Exit(int thread) {
+  if (!copies_[thread].empty()) Report("returned without waiting for its copies", false);
   Warp& warp = warps_[thread / kWarp];
   threads_[thread].state = State::kExited;
   warp.runnable &= ~(1u << position_of_lane_[thread % kWarp]);
@@ -457,7 +472,30 @@ uint64_t Engine::Exchanged(Exchange exchange, unsigned mask, uint64_t value, int
   return self.value;
 }
 
+void Engine::Together(void* record, void (*perform)(void* const*), const Site& site) {
+  if (warps_[current_ / kWarp].exist != ~0u) {
+    Report("an instruction of the whole warp at " + ToString(site) + ": this warp has fewer lanes",
+           false);
+  }
+  threads_[current_].perform = perform;
+  Exchanged(Exchange::kTogether, ~0u, reinterpret_cast<uintptr_t>(record), 0, kWarp, site);
+}
+
+void Engine::FinishCopies() {
+  for (const Copy& copy : copies_[current_]) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies_[current_].clear();
+}
+
 void Engine::Complete(int first, const Group& group) {
+  if (group.exchange == Exchange::kTogether) {
+    void* records[kWarp];
+    for (unsigned l = 0; l < kWarp; ++l) {
+      records[l] = reinterpret_cast<void*>(threads_[first + l].value);
+      MakeRunnable(first + static_cast<int>(l));
+    }
+    threads_[first].perform(records);
+    return;
+  }
   uint64_t values[kWarp], results[kWarp];
   unsigned votes = 0;
   for (unsigned l = 0; l < kWarp; ++l) {
@@ -473,6 +511,7 @@ void Engine::Complete(int first, const Group& group) {
     int from = lane;
     switch (group.exchange) {
       case Exchange::kSyncWarp:
+      case Exchange::kTogether:
         break;
       case Exchange::kBallot:
         results[l] = votes;
@@ -552,6 +591,14 @@ bool IsGarbage(const void* memory, size_t bytes) {
   }
   return true;
 }
+
+void WarpTogether(void* record, void (*perform)(void* const*), Site site) {
+  TheEngine().Together(record, perform, site);
+}
+void CopyLater(void* to, const void* from, size_t bytes) {
+  TheEngine().CopyLater({to, from, bytes});
+}
+void FinishCopies() { TheEngine().FinishCopies(); }
 
 void BlockBarrier(Site site) { TheEngine().Barrier(site); }
 

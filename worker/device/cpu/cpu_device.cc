@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -17,6 +18,7 @@
 #include "worker/device/cpu/kernels.h"
 #include "worker/device/cpu/onednn_call.h"
 #include "worker/device/cpu/onednn_conv2d.h"
+#include "worker/device/kernel_math.h"
 
 namespace lockstep::device {
 namespace {
@@ -49,6 +51,15 @@ class BorrowedMemory : public Memory {
   const size_t size_;
 };
 
+// The canonical tree over values[0, n).
+double SumByTree(const double* values, int64_t n) {
+  if (n == 1) return values[0];
+  int64_t half = 1;
+  while (half * 2 < n) half *= 2;
+  const double left = SumByTree(values, half);
+  return left + SumByTree(values + half, n - half);
+}
+
 class CpuDevice : public Device {
  public:
   CpuDevice(std::string fingerprint, OnednnContext context)
@@ -56,6 +67,7 @@ class CpuDevice : public Device {
         fingerprint_(std::move(fingerprint)),
         context_(std::move(context)) {}
 
+  std::string name() const override { return "the CPU"; }
   std::string fingerprint(Precision precision) const override {
     if (precision == Precision::kFp32) return fingerprint_;
     return absl::StrCat(fingerprint_, context_.bf16 ? " bf16" : " bf16 rounded in fp32");
@@ -71,6 +83,9 @@ class CpuDevice : public Device {
       return absl::InternalError(absl::StrCat("oneDNN cannot make a stream: ", e.what()));
     }
   }
+  Room room() override { return {}; }
+  size_t stream_bytes() const override { return 0; }
+  absl::Status Check() override { return absl::OkStatus(); }
   absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) override {
     std::unique_ptr<Memory> memory = AllocateHostMemory(bytes);
     if (memory == nullptr) {
@@ -82,9 +97,11 @@ class CpuDevice : public Device {
   absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
     return Allocate(bytes);
   }
-  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes) override {
+  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
+                                                       size_t) override {
     return std::make_unique<BorrowedMemory>(const_cast<void*>(data), bytes);  // it is only read
   }
+  void Follow(Stream&, Stream&) override {}  // calls are done when they return
   void Copy(Stream&, const void* from, void* to, size_t bytes) override {
     if (bytes > 0) std::memmove(to, from, bytes);
   }
@@ -355,6 +372,7 @@ class CpuDevice : public Device {
   void OptimizerUpdate(Stream&, const OptimizerCoefficients& coefficients, int64_t n,
                        const StepScalars* scalars, const float* gradient, float* parameters,
                        const OptimizerSlots& slots) override {
+    if (scalars->apply == 0) return;
     k_.optimizer_update(coefficients, n, *scalars, gradient, parameters, slots);
   }
   void SquaredNorms(Stream&, int64_t n, const float* x, double* sums) override {
@@ -367,7 +385,8 @@ class CpuDevice : public Device {
   }
   void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices, int64_t,
                         const Leaves& leaves, const float* records, int64_t stride,
-                        float* statistics) override {
+                        const StepScalars* scalars, float* statistics) override {
+    if (scalars->apply == 0) return;
     for (int64_t i = 0; i < count; ++i) {
       const StatisticsSlice& s = slices[i];
       std::vector<float> merged(2 * s.channels);
@@ -383,6 +402,7 @@ class CpuDevice : public Device {
                              const UpdatePiece* pieces, const StepScalars* scalars,
                              const float* gradient, float* parameters,
                              const OptimizerSlots& slots) override {
+    if (scalars->apply == 0) return;
     for (int64_t i = 0; i < count; ++i) {
       const UpdatePiece& piece = pieces[i];
       OptimizerCoefficients own = coefficients;
@@ -401,13 +421,51 @@ class CpuDevice : public Device {
       k_.squared_norms(blocks[i].length, x + blocks[i].begin, sums + i);
     }
   }
-  void DigestPieces(Stream&, int64_t count, const DigestPiece* pieces, Digest* digests) override {
+  void DigestPieces(Stream&, int64_t count, const DigestPiece* pieces, Digest* digests,
+                    const StepScalars* scalars, int64_t ring) override {
+    if (scalars != nullptr) {
+      digests += static_cast<int64_t>(scalars->step % static_cast<uint64_t>(ring)) * count;
+    }
     for (int64_t i = 0; i < count; ++i) {
       const DigestPiece& piece = pieces[i];
       digests[i] = Digest();
       k_.accumulate_digest(piece.count, piece.data, piece.tensor_key, piece.first_index,
                            &digests[i].lo, &digests[i].hi);
     }
+  }
+  void Gate(Stream&, const StepGate& gate) override {
+    StepOutcome outcome{.step = gate.current->step};
+    // In place, level by level: what a group is summed to lies before what is still to be read.
+    std::vector<double> values;
+    if (gate.squares != nullptr) {
+      int64_t count = 1;
+      for (int32_t g = 0; gate.levels > 0 && g < gate.level_groups[0]; ++g) {
+        count = gate.groups[g].begin + gate.groups[g].count;
+      }
+      values.assign(gate.squares, gate.squares + count);
+    }
+    const SumGroup* group = gate.groups;
+    for (int level = 0; level < gate.levels; ++level) {
+      for (int32_t g = 0; g < gate.level_groups[level]; ++g, ++group) {
+        values[g] = SumByTree(values.data() + group->begin, group->count);
+      }
+    }
+    outcome.gradient_norm = values.empty() ? 0 : std::sqrt(values[0]);
+    double losses[kMostLeaves];
+    for (int leaf = 0; leaf < gate.leaves; ++leaf) {
+      losses[leaf] = gate.results[leaf].loss_sum;
+      outcome.correct += gate.results[leaf].correct;
+    }
+    outcome.loss_sum = SumByTree(losses, gate.leaves);
+    const bool finite = IsFinite(outcome.loss_sum) && IsFinite(outcome.gradient_norm);
+    outcome.applied = finite ? gate.update->apply : 0;
+    const auto place = static_cast<int64_t>(outcome.step % static_cast<uint64_t>(gate.ring));
+    *gate.update = gate.prepared[place];
+    gate.update->gradient_scale =
+        static_cast<float>(ClipScale(outcome.gradient_norm, gate.clip_norm));
+    gate.update->apply = outcome.applied;
+    ++gate.current->step;
+    gate.outcomes[place] = outcome;
   }
   void FlagNonFinite(Stream&, int64_t n, const float* x, uint32_t* flag) override {
     // Slots may share the flag.
@@ -420,7 +478,9 @@ class CpuDevice : public Device {
   void GatherSamples(Stream&, const SampleShape& shape, int64_t count, SampleType type,
                      const void* data, const int64_t* offsets, const float* mean,
                      const float* inv_std, const Augmentation& augmentation, uint64_t step,
-                     uint64_t first_position, float* out) override {
+                     uint64_t first_position, float* out, const int32_t* labels,
+                     int32_t* labels_out) override {
+    if (labels_out != nullptr) std::copy_n(labels, count, labels_out);
     const int64_t bytes = type == SampleType::kUint8 ? 1 : sizeof(float);
     const auto sample = [&](int64_t i) {
       return static_cast<const uint8_t*>(data) + offsets[i] * bytes;

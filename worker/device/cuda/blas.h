@@ -9,11 +9,16 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "worker/device/cuda/launch.h"
+#include "worker/device/kernel_types.h"
 
 namespace lockstep::device::cuda {
 
 // What the factors are stored and multiplied as; sums and results are fp32.
 enum class Factors { kFp32, kTf32, kBf16 };
+inline Factors FactorsOf(Precision precision) {
+  if (precision == Precision::kBf16) return Factors::kBf16;
+  return precision == Precision::kTf32 ? Factors::kTf32 : Factors::kFp32;
+}
 
 struct ProductShape {
   // C {m, n} = op(A) op(B): op(A) is {m, k}, stored {k, m} where transposed; op(B) {k, n} likewise.

@@ -8,46 +8,21 @@
 //  - dw: a leaf's places (row, oh, ow) are cut into chunks by its rows and the shape, a chunk is
 //    summed by as many groups of threads as the shape says, and chunks are added by SumChunks.
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 
 #include "worker/device/cuda/divisor.h"
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/lanes.h"
 #include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/leaf_chunks.h"
+#include "worker/device/cuda/windows.h"
 #include "worker/device/kernel_math.h"
 
 namespace lockstep::device::cuda {
 namespace {
 
-constexpr int kDepth = 16;                           // of a tile, in terms of the sum
-constexpr int64_t kPartElements = int64_t{1} << 30;  // of a launch's tensors: 32 bits index them
+constexpr int kDepth = 16;  // of a tile, in terms of the sum
 
-// Four neighbours, of which those from `count` on are none (0). kWide: they lie right for one
-// access, and are all or none.
-template <bool kWide>
-__device__ __forceinline__ float4 LoadFour(const float* __restrict__ p, int count) {
-  float4 v = make_float4(0, 0, 0, 0);
-  if constexpr (kWide) {
-    if (count > 0) v = __ldg(reinterpret_cast<const float4*>(p));
-  } else {
-    if (count > 0) v.x = __ldg(p);
-    if (count > 1) v.y = __ldg(p + 1);
-    if (count > 2) v.z = __ldg(p + 2);
-    if (count > 3) v.w = __ldg(p + 3);
-  }
-  return v;
-}
-__device__ __forceinline__ void StoreFour(float* p, bool wide, int count, float4 v) {
-  if (wide && count >= 4) {
-    *reinterpret_cast<float4*>(p) = v;
-    return;
-  }
-  if (count > 0) p[0] = v.x;
-  if (count > 1) p[1] = v.y;
-  if (count > 2) p[2] = v.z;
-  if (count > 3) p[3] = v.w;
-}
 __device__ __forceinline__ void Unpack(float4 v, float* to) {
   to[0] = v.x;
   to[1] = v.y;
@@ -55,38 +30,7 @@ __device__ __forceinline__ void Unpack(float4 v, float* to) {
   to[3] = v.w;
 }
 
-// ---- y and dx: the product of windows of a source, {places, taps and channels}, with the weights.
-
-// dx of a stride is made in stride^2 phases, each of the places that lie alike to it: they meet the
-// same taps of the window. y has one phase.
-struct Windows {
-  int rows;
-  int source_height, source_width, channels;  // of the source
-  int height, width, features;                // of the result
-  int kernel, stride, padding, dilation;
-  int phases;              // along each dimension
-  int tap_step;            // between the taps of a phase
-  int tap_move;            // what that moves in the source
-  bool wide, wide_result;  // source and weights; the result
-  Divisor by_channels, by_kernel;
-};
-
-// One dimension of a phase: place i of it is place i * phases + phase of the result; its tap j is
-// tap first + j * tap_step of the window and meets i * scale + begin + j * tap_move of the source.
-struct Axis {
-  int count, scale, begin, first, taps;
-};
-template <bool kBackward>
-__device__ __forceinline__ Axis AxisOf(const Windows& s, int size, int phase) {
-  if constexpr (!kBackward) return {size, s.stride, -s.padding, 0, s.kernel};
-  Axis axis = {(size - phase + s.phases - 1) / s.phases, 1, 0, 0, 0};
-  const int at = phase + s.padding;
-  while (axis.first < s.kernel && (at - axis.first * s.dilation) % s.stride != 0) ++axis.first;
-  if (axis.first == s.kernel) return axis;
-  axis.begin = (at - axis.first * s.dilation) / s.stride;
-  axis.taps = (s.kernel - axis.first + s.tap_step - 1) / s.tap_step;
-  return axis;
-}
+// ---- y and dx.
 
 // A tile of shared memory has kDepth rows of columns; the columns of row k are exchanged in eights
 // so that a quad of rows is written, and a row read, without conflicts of banks.
@@ -378,38 +322,6 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kAcross>::kThre
   }
 }
 
-Windows WindowsOf(const Conv2dShape& s) {
-  return {0,
-          static_cast<int>(s.height),
-          static_cast<int>(s.width),
-          static_cast<int>(s.in),
-          static_cast<int>(s.out_height()),
-          static_cast<int>(s.out_width()),
-          static_cast<int>(s.out),
-          static_cast<int>(s.kernel),
-          static_cast<int>(s.stride),
-          static_cast<int>(s.padding),
-          static_cast<int>(s.dilation),
-          1,
-          1,
-          static_cast<int>(s.dilation),
-          false,
-          false,
-          Divisor(s.in),
-          Divisor(s.kernel)};
-}
-Windows BackwardWindowsOf(const Conv2dShape& s) {
-  Windows windows = WindowsOf(s);
-  std::swap(windows.source_height, windows.height);
-  std::swap(windows.source_width, windows.width);
-  std::swap(windows.channels, windows.features);
-  const int common = std::gcd(windows.stride, windows.dilation);
-  windows.phases = windows.stride;
-  windows.tap_step = windows.stride / common;
-  windows.tap_move = -windows.dilation / common;
-  return windows;
-}
-
 template <int kPlaces, int kFeatures, int kAcross, bool kBackward, bool kFlat>
 void LaunchWindows(const Queue& q, const Windows& s, const float* source, const float* weights,
                    const float* bias, bool relu, float* result) {
@@ -453,11 +365,6 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t rows, const float* so
 
 // ---- dw: the product of dy and windows of x, over a chunk of the places of a leaf.
 
-struct Chunks {
-  int count = 0;                   // of leaves
-  int64_t begin[kMostLeaves + 1];  // rows
-  int places[kMostLeaves];         // of a chunk
-};
 struct WeightGradient {
   int height, width, in, out;  // channels
   int kernel, stride, padding, dilation;
@@ -635,7 +542,13 @@ __global__ void __launch_bounds__(GradientTile<kOut, kColumns>::kThreads)
 
 // ---- groups, and what else there is no tile for: a thread an element.
 
-template <bool kBackward>
+// A factor, or its bf16 in a float.
+template <bool kBf16>
+__device__ __forceinline__ float FactorOf(float x) {
+  return kBf16 ? RoundedToBf16(x) : x;
+}
+
+template <bool kBackward, bool kBf16>
 __global__ void __launch_bounds__(256)
     ConvolveDirectly(Windows s, int groups, const float* __restrict__ source,
                      const float* __restrict__ weights, const float* __restrict__ bias, bool relu,
@@ -676,7 +589,9 @@ __global__ void __launch_bounds__(256)
                     feature % own_features
               : weights + (static_cast<int64_t>(feature) * taps + tap) * own_channels;
       const int64_t step = kBackward ? int64_t{taps} * own_features : 1;
-      for (int c = 0; c < own_channels; ++c, w += step) sum = Fma(pixel[c], *w, sum);
+      for (int c = 0; c < own_channels; ++c, w += step) {
+        sum = Fma(FactorOf<kBf16>(pixel[c]), FactorOf<kBf16>(*w), sum);
+      }
     }
   }
   if (bias != nullptr) sum = sum + bias[feature];
@@ -684,7 +599,7 @@ __global__ void __launch_bounds__(256)
 }
 
 template <bool kBackward>
-void ConvolveAllDirectly(const Queue& q, Windows s, int64_t groups, int64_t rows,
+void ConvolveAllDirectly(const Queue& q, Windows s, bool bf16, int64_t groups, int64_t rows,
                          const float* source, const float* weights, const float* bias, bool relu,
                          float* result) {
   const int64_t source_row = int64_t{s.source_height} * s.source_width * s.channels;
@@ -693,11 +608,13 @@ void ConvolveAllDirectly(const Queue& q, Windows s, int64_t groups, int64_t rows
   for (int64_t row = 0; row < rows; row += most) {
     s.rows = static_cast<int>(std::min(most, rows - row));
     Launch(q, dim3(static_cast<uint32_t>(CeilDiv(s.rows * result_row, 256))), dim3(256), 0,
-           ConvolveDirectly<kBackward>, s, static_cast<int>(groups), source + row * source_row,
-           weights, bias, relu, result + row * result_row);
+           bf16 ? ConvolveDirectly<kBackward, true> : ConvolveDirectly<kBackward, false>, s,
+           static_cast<int>(groups), source + row * source_row, weights, bias, relu,
+           result + row * result_row);
   }
 }
 
+template <bool kBf16>
 __global__ void __launch_bounds__(256)
     GradientsDirectly(WeightGradient s, Chunks chunks, int groups, const float* __restrict__ x,
                       const float* __restrict__ dy, float* __restrict__ results) {
@@ -725,7 +642,8 @@ __global__ void __launch_bounds__(256)
     const int at_y = static_cast<int>(s.by_height.TakeRemainder(at)) * s.stride + move_y;
     if (at_y < 0 || at_y >= s.height || at_x < 0 || at_x >= s.width) continue;
     const int64_t pixel = (static_cast<int64_t>(at) * s.height + at_y) * s.width + at_x;
-    sum = Fma(dy[static_cast<int64_t>(place) * s.out], x[pixel * s.in], sum);
+    sum = Fma(FactorOf<kBf16>(dy[static_cast<int64_t>(place) * s.out]),
+              FactorOf<kBf16>(x[pixel * s.in]), sum);
   }
   results[leaf * s.leaf_stride + chunk * s.chunk_stride + element] = sum;
 }
@@ -737,7 +655,7 @@ constexpr int kSlices = 8;  // of the chunks: chunk c is of slice c % kSlices
 // A block has kWarp vectors of a leaf's gradient, and a warp a slice of the chunks.
 template <int kLanes>
 __global__ void __launch_bounds__(kWarp* kSlices)
-    SumChunks(Chunks chunks, int out_places, int vectors, int64_t leaf_stride, int64_t chunk_stride,
+    AddChunks(Chunks chunks, int out_places, int vectors, int64_t leaf_stride, int64_t chunk_stride,
               const float* __restrict__ partial, float* __restrict__ dw, int64_t stride) {
   const int leaf = static_cast<int>(blockIdx.y);
   const int64_t places = (chunks.begin[leaf + 1] - chunks.begin[leaf]) * out_places;
@@ -789,15 +707,25 @@ void LaunchGradientsBy(const Queue& q, int rows_of_tile, const WeightGradient& s
   launch(q, s, leaves, chunks, x, dy, results);
 }
 
-int64_t RoundUp(int64_t n, int64_t to) { return CeilDiv(n, to) * to; }
-
 }  // namespace
+
+void SumChunks(const Queue& q, const Chunks& chunks, int64_t out_places, int64_t elements,
+               const float* partial, int64_t leaf_stride, float* dw, int64_t stride) {
+  const bool by_four = TakenByFour(elements, dw) && stride % 4 == 0;
+  const int64_t vectors = by_four ? elements / 4 : elements;
+  Launch(q,
+         dim3(static_cast<uint32_t>(CeilDiv(vectors, kWarp)), static_cast<uint32_t>(chunks.count)),
+         dim3(kWarp * kSlices), kWarp * kSlices * (by_four ? 16 : 4),
+         by_four ? AddChunks<4> : AddChunks<1>, chunks, static_cast<int>(out_places),
+         static_cast<int>(vectors), leaf_stride, elements, partial, dw, stride);
+}
 
 void ConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
                         const float* w, const float* bias, bool relu, float* y) {
   const Windows windows = WindowsOf(s);
-  if (s.groups > 1) {
-    ConvolveAllDirectly<false>(q, windows, s.groups, rows, x, w, bias, relu, y);
+  const bool bf16 = s.precision == Precision::kBf16;
+  if (s.groups > 1 || bf16) {
+    ConvolveAllDirectly<false>(q, windows, bf16, s.groups, rows, x, w, bias, relu, y);
   } else if (s.in % 4 == 0) {
     MultiplyAllWindows<false, false>(q, windows, rows, x, w, bias, relu, y);
   } else {
@@ -808,8 +736,9 @@ void ConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, cons
 void ConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows, const float* dy,
                               const float* w, float* dx) {
   const Windows windows = BackwardWindowsOf(s);
-  if (s.groups > 1 || s.out % 4 != 0 || s.stride > 64) {
-    ConvolveAllDirectly<true>(q, windows, s.groups, rows, dy, w, nullptr, false, dx);
+  const bool bf16 = s.precision == Precision::kBf16;
+  if (s.groups > 1 || bf16 || s.out % 4 != 0 || s.stride > 64) {
+    ConvolveAllDirectly<true>(q, windows, bf16, s.groups, rows, dy, w, nullptr, false, dx);
   } else {
     MultiplyAllWindows<true, false>(q, windows, rows, dy, w, nullptr, false, dx);
   }
@@ -822,16 +751,14 @@ void ConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leave
   const int64_t out_places = s.out_height() * s.out_width();
 
   // The tile, and from it how far a leaf is cut, so that 16 rows make some 32 blocks.
-  const bool direct = s.groups > 1, flat = s.in % 4 != 0;
+  const bool bf16 = s.precision == Precision::kBf16;
+  const bool direct = s.groups > 1 || bf16, flat = s.in % 4 != 0;
   const int out_tile = s.out <= 16 ? 16 : s.out <= 32 ? 32 : 64;
   const bool by_nines = !flat && RoundUp(columns, 144) <= RoundUp(columns, 64);
   const int column_tile = flat ? 32 : by_nines ? 144 : 64;
   const int64_t tiles =
       direct ? CeilDiv(elements, 256) : CeilDiv(s.out, out_tile) * CeilDiv(columns, column_tile);
   const int64_t wanted = std::max<int64_t>(64, direct ? out_places / 8 : out_places * tiles / 2);
-  const int64_t workspace = static_cast<int64_t>(kWorkspaceBytes / sizeof(float));
-  const int64_t most_chunks = std::clamp<int64_t>(workspace / elements, 1, 4096);
-
   WeightGradient g = {static_cast<int>(s.height),
                       static_cast<int>(s.width),
                       static_cast<int>(s.in),
@@ -846,59 +773,30 @@ void ConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leave
                       (flat || IsAligned16(x)) && TakenByFour(s.out, dy),
                       false,
                       0,
-                      0,
+                      elements,
                       Divisor(s.out_width()),
                       Divisor(s.out_height()),
                       Divisor(own_in),
                       Divisor(s.kernel)};
-  const auto places_of = [&](int leaf) {
-    return (leaves.begin[leaf + 1] - leaves.begin[leaf]) * out_places;
-  };
-  const auto chunk_places = [&](int leaf) {
-    return RoundUp(std::max(wanted, CeilDiv(places_of(leaf), most_chunks)), kDepth);
-  };
-  // As many leaves at once as the workspace takes.
-  for (int first = 0; first < leaves.count;) {
-    Chunks part;
-    int64_t chunks = 1;
-    part.begin[0] = leaves.begin[first];
-    for (int leaf = first; leaf < leaves.count; ++leaf) {
-      const int64_t places = chunk_places(leaf);
-      const int64_t more = std::max(chunks, CeilDiv(places_of(leaf), places));
-      if (part.count > 0 && more > 1 && (part.count + 1) * more * elements > workspace) break;
-      chunks = more;
-      part.places[part.count] = static_cast<int>(places);
-      part.begin[++part.count] = leaves.begin[leaf + 1];
-    }
-    float* const leaf_dw = dw + first * stride;
-    float* const results = chunks == 1 ? leaf_dw : static_cast<float*>(q.workspace);
-    g.chunk_stride = elements;
-    g.leaf_stride = chunks == 1 ? stride : chunks * elements;
-    g.wide_result = columns % 4 == 0 && g.leaf_stride % 4 == 0 && IsAligned16(results);
-    const uint32_t grid_chunks = static_cast<uint32_t>(chunks);
+  const auto multiply = [&](const Chunks& part, uint32_t chunks, float* results,
+                            int64_t leaf_stride) {
+    g.leaf_stride = leaf_stride;
+    g.wide_result = columns % 4 == 0 && leaf_stride % 4 == 0 && IsAligned16(results);
     if (direct) {
-      const dim3 grid(static_cast<uint32_t>(tiles), grid_chunks, static_cast<uint32_t>(part.count));
-      Launch(q, grid, dim3(256), 0, GradientsDirectly, g, part, static_cast<int>(s.groups), x, dy,
-             results);
+      const dim3 grid(static_cast<uint32_t>(tiles), chunks, static_cast<uint32_t>(part.count));
+      Launch(q, grid, dim3(256), 0, bf16 ? GradientsDirectly<true> : GradientsDirectly<false>, g,
+             part, static_cast<int>(s.groups), x, dy, results);
     } else if (flat) {
-      LaunchGradientsBy<32, true>(q, out_tile, g, part, grid_chunks, x, dy, results);
+      LaunchGradientsBy<32, true>(q, out_tile, g, part, chunks, x, dy, results);
     } else if (by_nines) {
-      LaunchGradientsBy<144, false>(q, out_tile, g, part, grid_chunks, x, dy, results);
+      LaunchGradientsBy<144, false>(q, out_tile, g, part, chunks, x, dy, results);
     } else {
-      LaunchGradientsBy<64, false>(q, out_tile, g, part, grid_chunks, x, dy, results);
+      LaunchGradientsBy<64, false>(q, out_tile, g, part, chunks, x, dy, results);
     }
-    if (chunks > 1) {
-      const bool by_four = TakenByFour(elements, leaf_dw) && stride % 4 == 0;
-      const int64_t vectors = by_four ? elements / 4 : elements;
-      Launch(
-          q,
-          dim3(static_cast<uint32_t>(CeilDiv(vectors, kWarp)), static_cast<uint32_t>(part.count)),
-          dim3(kWarp * kSlices), kWarp * kSlices * (by_four ? 16 : 4),
-          by_four ? SumChunks<4> : SumChunks<1>, part, static_cast<int>(out_places),
-          static_cast<int>(vectors), g.leaf_stride, g.chunk_stride, results, leaf_dw, stride);
-    }
-    first += part.count;
-  }
+  };
+  constexpr int64_t kFloats = kWorkspaceBytes / sizeof(float);
+  const PartialSums partial = {static_cast<float*>(q.workspace), kFloats, kFloats};
+  SumOverPlaces(q, leaves, out_places, wanted, kDepth, elements, partial, dw, stride, multiply);
 }
 
 }  // namespace lockstep::device::cuda

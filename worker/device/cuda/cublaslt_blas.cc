@@ -280,7 +280,7 @@ class LtProduct : public Product {
 
   // Stands for a bias where only its alignment matters.
   const void* AnyBias() const {
-    return HasEpilogue() ? reinterpret_cast<const void*>(static_cast<uintptr_t>(s_.alignment))
+    return HasEpilogue() ? reinterpret_cast<const void*>(uintptr_t{FloatAlignment(s_.alignment)})
                          : nullptr;
   }
 
@@ -300,9 +300,13 @@ class LtProduct : public Product {
     const int64_t bytes = s_.factors == Factors::kBf16 ? 2 : 4;
     RETURN_IF_ERROR(set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, Alignment(s_.b_row * bytes)));
     RETURN_IF_ERROR(set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, Alignment(s_.a_row * bytes)));
-    const uint32_t c = Alignment(s_.c_row * static_cast<int64_t>(sizeof(float)));
+    const uint32_t c = FloatAlignment(Alignment(s_.c_row * static_cast<int64_t>(sizeof(float))));
     RETURN_IF_ERROR(set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c));
     return set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c);
+  }
+  // What is promised of bf16 may be less than floats always have.
+  static uint32_t FloatAlignment(int64_t promised) {
+    return static_cast<uint32_t>(std::max<int64_t>(promised, sizeof(float)));
   }
   // Of a matrix that may begin at any row of its memory.
   uint32_t Alignment(int64_t row_bytes) const {

@@ -13,29 +13,46 @@
 namespace lockstep::device::cuda {
 namespace {
 
+// Whether the vendor's library computes it, which serves listed rows alone, and each leaf by
+// itself.
+bool UsesLibrary(const Conv2dShape& shape) { return shape.precision == Precision::kTf32; }
+
 class CudaConv2d : public Conv2d {
  public:
   static absl::StatusOr<std::unique_ptr<Conv2d>> Make(Device& device, Dnn& dnn,
                                                       const Conv2dShape& shape,
                                                       absl::Span<const int64_t> rows) {
     auto conv = std::make_unique<CudaConv2d>(shape);
-    if (!conv->is_bf16()) return conv;
-    ASSIGN_OR_RETURN(conv->memory_, device.Allocate(conv->PlaceWeights(nullptr)));
-    conv->PlaceWeights(conv->memory_->data());
+    if (conv->kernels_ == Kernels::kPlain) return conv;
+    if (const size_t bytes = conv->PlaceWeights(nullptr); bytes > 0) {
+      ASSIGN_OR_RETURN(conv->memory_, device.Allocate(bytes));
+      conv->PlaceWeights(conv->memory_->data());
+    }
+    if (conv->kernels_ == Kernels::kTensor) {
+      conv->scratch_bytes_ = TensorScratchBytes(shape);
+      return conv;
+    }
     for (const int64_t count : rows) RETURN_IF_ERROR(conv->Add(dnn, count));
     return conv;
   }
 
-  explicit CudaConv2d(const Conv2dShape& shape) : s_(shape) {}
+  explicit CudaConv2d(const Conv2dShape& shape)
+      : s_(shape),
+        kernels_(UsesLibrary(shape)                    ? Kernels::kLibrary
+                 : shape.precision != Precision::kBf16 ? Kernels::kPlain
+                 : FitsTensorCores(shape)              ? Kernels::kTensor
+                                                       : Kernels::kPlain) {}
 
   const Conv2dShape& shape() const override { return s_; }
   size_t scratch_bytes() const override { return scratch_bytes_; }
-  bool serves_any_rows() const override { return !is_bf16(); }
+  bool serves_any_rows() const override { return kernels_ != Kernels::kLibrary; }
 
   void Pack(Stream& stream, const float* weight) override {
     weight_ = weight;
-    if (!is_bf16()) return;
+    if (kernels_ == Kernels::kPlain) return;
     const Queue& q = QueueOf(stream);
+    if (kernels_ == Kernels::kTensor) return PackTensorWeights(q, s_, weight, packed_);
+    if (!is_bf16()) return;  // the library rounds to tf32
     RoundToBf16(q, Weights(), weight, rounded_);
     RoundInFloats(q, Weights(), weight, rounded_in_floats_);
   }
@@ -44,8 +61,12 @@ class CudaConv2d : public Conv2d {
                void* scratch) override {
     const Queue& q = QueueOf(stream);
     const bool relu = s_.activation == Activation::kRelu;
-    if (!is_bf16()) {
-      return ConvolutionForward(q, s_, rows, x, weight_, s_.bias ? bias : nullptr, relu, y);
+    if (!s_.bias) bias = nullptr;
+    if (kernels_ == Kernels::kPlain) {
+      return ConvolutionForward(q, s_, rows, x, weight_, bias, relu, y);
+    }
+    if (kernels_ == Kernels::kTensor) {
+      return TensorConvolutionForward(q, s_, rows, x, packed_, bias, relu, y);
     }
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
@@ -53,15 +74,18 @@ class CudaConv2d : public Conv2d {
     Convolution& convolution = *plans->forward;
     const void* const factor = Factor(q, convolution, rows * Inputs(), x, parts);
     convolution.Run(q, factor, Weight(convolution), y, parts.Take(0));
-    if (s_.bias || relu) {
-      BiasForward(q, rows * Outputs(), s_.out, y, s_.bias ? bias : nullptr, relu, y);
-    }
+    if (s_.bias || relu) BiasForward(q, rows * Outputs(), s_.out, y, bias, relu, y);
   }
 
   void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
                      void* scratch) override {
     const Queue& q = QueueOf(stream);
-    if (!is_bf16()) return ConvolutionBackwardInput(q, s_, rows, dy, weight_, dx);
+    if (kernels_ == Kernels::kPlain) {
+      return ConvolutionBackwardInput(q, s_, rows, dy, weight_, dx);
+    }
+    if (kernels_ == Kernels::kTensor) {
+      return TensorConvolutionBackwardInput(q, s_, rows, dy, packed_, dx);
+    }
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
     Parts parts(scratch);
@@ -72,7 +96,9 @@ class CudaConv2d : public Conv2d {
 
   void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
                       float* db, void* scratch) override {
-    if (!is_bf16()) return BackwardWeights(stream, rows, x, dy, dw, db, 0, scratch);
+    if (kernels_ != Kernels::kLibrary) {
+      return BackwardWeights(stream, rows, x, dy, dw, db, 0, scratch);
+    }
     const Queue& q = QueueOf(stream);
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
@@ -86,9 +112,15 @@ class CudaConv2d : public Conv2d {
 
   void BackwardWeights(Stream& stream, const Leaves& leaves, const float* x, const float* dy,
                        float* dw, float* db, int64_t stride, void* scratch) override {
-    if (is_bf16()) return Conv2d::BackwardWeights(stream, leaves, x, dy, dw, db, stride, scratch);
+    if (kernels_ == Kernels::kLibrary) {
+      return Conv2d::BackwardWeights(stream, leaves, x, dy, dw, db, stride, scratch);
+    }
     const Queue& q = QueueOf(stream);
-    ConvolutionBackwardWeight(q, s_, leaves, x, dy, dw, stride);
+    if (kernels_ == Kernels::kTensor) {
+      TensorConvolutionBackwardWeight(q, s_, leaves, x, dy, dw, stride, scratch);
+    } else {
+      ConvolutionBackwardWeight(q, s_, leaves, x, dy, dw, stride);
+    }
     if (!s_.bias) return;
     Leaves places = leaves;
     for (int64_t& begin : places.begin) begin *= Outputs() / s_.out;
@@ -96,7 +128,9 @@ class CudaConv2d : public Conv2d {
   }
 
  private:
-  // Of one number of rows, where bf16.
+  // kPlain: in fp32, and what of bf16 does not fit tensor cores.
+  enum class Kernels { kPlain, kTensor, kLibrary };
+  // Of one number of rows, for the library.
   struct Plans {
     std::unique_ptr<Convolution> forward, backward_input, backward_weight;
   };
@@ -105,7 +139,7 @@ class CudaConv2d : public Conv2d {
     Plans& plans = plans_[rows];
     if (plans.forward != nullptr) return absl::OkStatus();
     const auto make = [&](ConvolutionPass pass, std::unique_ptr<Convolution>* convolution) {
-      ASSIGN_OR_RETURN(*convolution, dnn.MakeConvolution(pass, s_, rows, Factors::kBf16));
+      ASSIGN_OR_RETURN(*convolution, dnn.MakeConvolution(pass, s_, rows, FactorsOf(s_.precision)));
       Parts parts;
       // One factor is the weight, but for the weight's gradient.
       const bool both = pass == ConvolutionPass::kBackwardWeight;
@@ -139,20 +173,29 @@ class CudaConv2d : public Conv2d {
   // Divides the memory of the rounded weights; returns its size.
   size_t PlaceWeights(void* memory) {
     Parts parts(memory);
-    rounded_ = parts.TakeBf16(Weights());
-    rounded_in_floats_ = parts.TakeFloats(Weights());
+    if (kernels_ == Kernels::kTensor) {
+      packed_ = parts.Take(static_cast<int64_t>(PackedWeightBytes(s_)));
+      return parts.taken();
+    }
+    if (is_bf16()) {
+      rounded_ = parts.TakeBf16(Weights());
+      rounded_in_floats_ = parts.TakeFloats(Weights());
+    }
     return parts.taken();
   }
   const void* Weight(const Convolution& convolution) const {
+    if (!is_bf16()) return weight_;
     return convolution.takes_floats() ? static_cast<const void*>(rounded_in_floats_) : rounded_;
   }
 
-  static void* TakeRounded(bool floats, int64_t n, Parts& parts) {
+  void* TakeRounded(bool floats, int64_t n, Parts& parts) const {
+    if (!is_bf16()) return nullptr;
     return floats ? static_cast<void*>(parts.TakeFloats(n)) : parts.TakeBf16(n);
   }
   // n floats as the convolution takes them.
   const void* Factor(const Queue& q, const Convolution& convolution, int64_t n, const float* x,
                      Parts& parts) const {
+    if (!is_bf16()) return x;
     void* const rounded = TakeRounded(convolution.takes_floats(), n, parts);
     if (convolution.takes_floats()) {
       RoundInFloats(q, n, x, static_cast<float*>(rounded));
@@ -163,8 +206,10 @@ class CudaConv2d : public Conv2d {
   }
 
   const Conv2dShape s_;
+  const Kernels kernels_;
   std::unique_ptr<Memory> memory_;  // of the rounded weights
   const float* weight_ = nullptr;
+  void* packed_ = nullptr;
   uint16_t* rounded_ = nullptr;
   float* rounded_in_floats_ = nullptr;
   std::map<int64_t, Plans> plans_;

@@ -294,7 +294,7 @@ class CudaDense : public Dense {
 
   absl::Status MakeProducts(Blas& blas, absl::Span<const int64_t> rows) {
     ProductShape base;
-    base.factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
+    base.factors = FactorsOf(s_.precision);
     ProductShape shape = base;  // y = x W^T + b
     shape.transpose_b = true;
     shape.m = most_rows_;

@@ -71,15 +71,18 @@ class Graph : public Recording {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(int ordinal, std::string fingerprint, std::unique_ptr<Blas> blas,
+  CudaDevice(int ordinal, std::string name, std::string fingerprint, std::unique_ptr<Blas> blas,
              std::unique_ptr<Dnn> dnn)
       : ordinal_(ordinal),
+        name_(std::move(name)),
         fingerprint_(std::move(fingerprint)),
         blas_(std::move(blas)),
         dnn_(std::move(dnn)) {}
 
+  std::string name() const override { return name_; }
   std::string fingerprint(Precision precision) const override {
-    return precision == Precision::kFp32 ? fingerprint_ : absl::StrCat(fingerprint_, " bf16");
+    if (precision == Precision::kFp32) return fingerprint_;
+    return absl::StrCat(fingerprint_, precision == Precision::kTf32 ? " tf32" : " bf16");
   }
   bool host_addressable() const override { return false; }
   absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
@@ -91,10 +94,10 @@ class CudaDevice : public Device {
     cudaError_t error = cudaMalloc(&data, bytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // it does not break the context, and is not the next launch's
-      size_t free = 0, total = 0;
-      cudaMemGetInfo(&free, &total);
-      return ToStatus(error, absl::StrCat("allocating ", bytes, " bytes, of which ", free, " of ",
-                                          total, " are free"));
+      const Room left = room();
+      return ToStatus(
+          error, absl::StrCat("allocating ", bytes, " bytes on ", name_, ", of which ", left.free,
+                              " of ", left.total, " are free (nvidia-smi shows who has the rest)"));
     }
     auto memory = std::make_unique<DeviceMemory>(data, bytes);
     error = cudaMemset(data, 0, bytes);
@@ -102,6 +105,21 @@ class CudaDevice : public Device {
     if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamLegacy);
     if (error != cudaSuccess) return ToStatus(error, "clearing memory");
     return memory;
+  }
+  Room room() override {
+    cudaSetDevice(ordinal_);
+    Room room;
+    if (cudaMemGetInfo(&room.free, &room.total) != cudaSuccess) return {};
+    return room;
+  }
+  size_t stream_bytes() const override { return kWorkspaceBytes; }
+  absl::Status Check() override {
+    cudaError_t error = cudaSetDevice(ordinal_);
+    if (error == cudaSuccess) error = cudaStreamQuery(cudaStreamLegacy);
+    if (error == cudaSuccess || error == cudaErrorNotReady) return absl::OkStatus();
+    return absl::InternalError(
+        absl::StrCat(name_, " is lost: ", cudaGetErrorString(error), " (", cudaGetErrorName(error),
+                     "); nvidia-smi and the kernel's log (dmesg, Xid) say whether it is broken"));
   }
   absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
     cudaSetDevice(ordinal_);
@@ -114,12 +132,13 @@ class CudaDevice : public Device {
     std::memset(data, 0, bytes);
     return std::make_unique<PinnedMemory>(data, bytes);
   }
-  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes) override {
+  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
+                                                       size_t spare) override {
     cudaSetDevice(ordinal_);
     size_t free = 0, total = 0;
     cudaError_t error = cudaMemGetInfo(&free, &total);
     if (error != cudaSuccess) return ToStatus(error, "asking for free memory");
-    if (bytes <= free / 4) {
+    if (free > spare && bytes <= (free - spare) / 4) {
       void* copy = nullptr;
       error = cudaMalloc(&copy, bytes);
       if (error == cudaSuccess) {
@@ -142,6 +161,12 @@ class CudaDevice : public Device {
       return ToStatus(error, absl::StrCat("registering the ", bytes, " bytes of the data set"));
     }
     return std::make_unique<RegisteredMemory>(host, bytes);
+  }
+  void Follow(Stream& behind, Stream& ahead) override {
+    const cudaError_t error =
+        static_cast<CudaStream&>(behind).Follow(static_cast<CudaStream&>(ahead));
+    if (error == cudaSuccess) return;
+    Fail(QueueOf(behind), std::string(ToStatus(error, "ordering streams").message()));
   }
   void Copy(Stream& stream, const void* from, void* to, size_t bytes) override {
     if (bytes == 0) return;
@@ -262,9 +287,9 @@ class CudaDevice : public Device {
   }
   void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
                         int64_t most_channels, const Leaves& leaves, const float* records,
-                        int64_t stride, float* statistics) override {
+                        int64_t stride, const StepScalars* scalars, float* statistics) override {
     cuda::UpdateStatistics(QueueOf(stream), count, slices, most_channels, leaves, records, stride,
-                           statistics);
+                           scalars, statistics);
   }
   void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
                              int64_t count, const UpdatePiece* pieces, const StepScalars* scalars,
@@ -277,16 +302,18 @@ class CudaDevice : public Device {
                       double* sums) override {
     cuda::SquaredNormsOf(QueueOf(stream), count, blocks, x, sums);
   }
-  void DigestPieces(Stream& stream, int64_t count, const DigestPiece* pieces,
-                    Digest* digests) override {
-    cuda::DigestPieces(QueueOf(stream), count, pieces, digests);
+  void DigestPieces(Stream& stream, int64_t count, const DigestPiece* pieces, Digest* digests,
+                    const StepScalars* scalars, int64_t ring) override {
+    cuda::DigestPieces(QueueOf(stream), count, pieces, digests, scalars, ring);
   }
+  void Gate(Stream& stream, const StepGate& gate) override { cuda::Gate(QueueOf(stream), gate); }
   void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count, SampleType type,
                      const void* data, const int64_t* offsets, const float* mean,
                      const float* inv_std, const Augmentation& augmentation, uint64_t step,
-                     uint64_t first_position, float* out) override {
+                     uint64_t first_position, float* out, const int32_t* labels,
+                     int32_t* labels_out) override {
     cuda::GatherSamples(QueueOf(stream), shape, count, type, data, offsets, mean, inv_std,
-                        augmentation, step, first_position, out);
+                        augmentation, step, first_position, out, labels, labels_out);
   }
   void TreeSum(Stream& stream, int64_t n, absl::Span<const float* const> parts,
                float* out) override {
@@ -422,7 +449,7 @@ class CudaDevice : public Device {
 
  private:
   const int ordinal_;
-  const std::string fingerprint_;
+  const std::string name_, fingerprint_;
   const std::unique_ptr<Blas> blas_;
   const std::unique_ptr<Dnn> dnn_;
 };
@@ -441,17 +468,18 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
   cudaDeviceProp properties;
   error = cudaGetDeviceProperties(&properties, ordinal);
   if (error != cudaSuccess) return ToStatus(error, absl::StrCat("asking about GPU ", ordinal));
+  const std::string name = absl::StrCat("GPU ", ordinal, " (", properties.name, ")");
   constexpr int kOldestMajor = 8;
   if (properties.major < kOldestMajor) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("GPU ", ordinal, " (", properties.name, ") has compute capability ",
-                     properties.major, ".", properties.minor, "; needed: 8.0 (Ampere) or later"));
+    return absl::FailedPreconditionError(absl::StrCat(name, " has compute capability ",
+                                                      properties.major, ".", properties.minor,
+                                                      "; needed: 8.0 (Ampere) or later"));
   }
   ASSIGN_OR_RETURN(auto blas, MakeBlas());
   ASSIGN_OR_RETURN(auto dnn, MakeDnn());
   std::string fingerprint = absl::StrCat("cuda sm_", properties.major, properties.minor, " ",
                                          blas->version(), " ", dnn->version());
-  return std::make_unique<CudaDevice>(ordinal, std::move(fingerprint), std::move(blas),
+  return std::make_unique<CudaDevice>(ordinal, name, std::move(fingerprint), std::move(blas),
                                       std::move(dnn));
 }
 

@@ -253,7 +253,7 @@ class CudaLstm : public Lstm {
   absl::Status MakeProducts(Blas& blas, absl::Span<const int64_t> rows) {
     const int64_t most = s_.most_rows, most_samples = most * s_.steps;
     ProductShape base;
-    base.factors = is_bf16() ? Factors::kBf16 : Factors::kFp32;
+    base.factors = FactorsOf(s_.precision);
     // A step of the reserve, or of what is like it, begins at a multiple of a state.
     base.alignment = std::gcd<int64_t>(16, s_.hidden * (is_bf16() ? 2 : 4));
 

@@ -14,14 +14,6 @@ absl::Status ToStatus(cudaError_t error, absl::string_view what) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInsufficientDriver:
       return absl::FailedPreconditionError(text);
-    case cudaErrorECCUncorrectable:
-    case cudaErrorIllegalAddress:
-    case cudaErrorLaunchFailure:
-    case cudaErrorLaunchTimeout:
-    case cudaErrorHardwareStackError:
-    case cudaErrorDevicesUnavailable:
-      return absl::UnavailableError(
-          absl::StrCat(text, "; the GPU cannot be used by this process any more"));
     default:
       return absl::InternalError(text);
   }

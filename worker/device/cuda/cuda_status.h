@@ -8,8 +8,8 @@
 
 namespace lockstep::device::cuda {
 
-// ResourceExhausted for memory; Unavailable where the GPU is lost or the process's context is
-// broken, after which nothing works on it; else Internal. `what` is what was being done.
+// ResourceExhausted for memory; FailedPrecondition where the driver or the GPU is too old; else
+// Internal, also where the GPU is lost (Device::Check tells). `what` is what was being done.
 absl::Status ToStatus(cudaError_t error, absl::string_view what);
 
 }  // namespace lockstep::device::cuda

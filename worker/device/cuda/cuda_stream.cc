@@ -15,6 +15,12 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal) {
     error = cudaStreamCreateWithFlags(&stream->queue_.stream, cudaStreamNonBlocking);
   }
   if (error == cudaSuccess) error = cudaMalloc(&stream->queue_.workspace, kWorkspaceBytes);
+  if (error == cudaSuccess) {
+    error = cudaEventCreateWithFlags(&stream->place_, cudaEventDisableTiming);
+  }
+  for (cudaEvent_t& place : stream->places_) {
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&place, cudaEventDisableTiming);
+  }
   if (error != cudaSuccess) return ToStatus(error, "making a stream");
   return stream;
 }
@@ -24,16 +30,37 @@ CudaStream::~CudaStream() {
   cudaSetDevice(ordinal_);
   cudaStreamSynchronize(queue_.stream);
   cudaFree(queue_.workspace);
+  if (place_ != nullptr) cudaEventDestroy(place_);
+  for (cudaEvent_t place : places_) {
+    if (place != nullptr) cudaEventDestroy(place);
+  }
   cudaStreamDestroy(queue_.stream);
 }
 
-absl::Status CudaStream::Synchronize() {
-  cudaError_t error = cudaStreamSynchronize(queue().stream);
+absl::Status CudaStream::Synchronize() { return Outcome(cudaStreamSynchronize(queue().stream)); }
+
+int64_t CudaStream::Mark() {
+  // What it fails with is the runtime's last error, which the next wait returns.
+  static_cast<void>(cudaEventRecord(places_[marks_ % kMarks], queue().stream));
+  return marks_++;
+}
+
+absl::Status CudaStream::WaitFor(int64_t mark) {
+  queue();
+  return Outcome(cudaEventSynchronize(places_[mark % kMarks]));
+}
+
+absl::Status CudaStream::Outcome(cudaError_t error) {
   // A launch that the runtime refused has left its error here.
   const cudaError_t launch = cudaGetLastError();
   if (error == cudaSuccess) error = launch;
   if (!failure_.empty()) return absl::InternalError(std::exchange(failure_, std::string()));
   return ToStatus(error, "running a step's kernels");
+}
+
+cudaError_t CudaStream::Follow(CudaStream& ahead) {
+  const cudaError_t error = cudaEventRecord(ahead.place_, ahead.queue().stream);
+  return error == cudaSuccess ? cudaStreamWaitEvent(queue().stream, ahead.place_, 0) : error;
 }
 
 const Queue& CudaStream::queue() const {

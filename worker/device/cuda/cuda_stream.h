@@ -18,16 +18,25 @@ class CudaStream : public Stream {
   static absl::StatusOr<std::unique_ptr<CudaStream>> Make(int ordinal);
   ~CudaStream() override;
   absl::Status Synchronize() override;
+  int64_t Mark() override;
+  absl::Status WaitFor(int64_t mark) override;
 
   // Makes the stream's GPU the calling thread's.
   const Queue& queue() const;
+  // What is enqueued from now on runs after what is on `ahead` now.
+  cudaError_t Follow(CudaStream& ahead);
 
  private:
   explicit CudaStream(int ordinal) : ordinal_(ordinal) {}
+  // Of a call that waited and returned `error`.
+  absl::Status Outcome(cudaError_t error);
 
   const int ordinal_;
   std::string failure_;
   Queue queue_;
+  cudaEvent_t place_ = nullptr;      // in this stream
+  cudaEvent_t places_[kMarks] = {};  // of marks, mark m at m % kMarks
+  int64_t marks_ = 0;
 };
 
 // Where a call of the device enqueues; `stream` is one of its own.

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *shared = *scalars;  // perhaps from memory of the host: once a block
   __syncthreads();
   const StepScalars s = *shared;
+  if (s.apply == 0) return;
   const auto update = [&]<int kLanes>(int64_t i) {
     const Lanes<kLanes> g = LoadLanes<kLanes>(gradient + i);
     Lanes<kLanes> w = LoadLanes<kLanes>(parameters + i);
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(kThreads)
                  OptimizerSlots slots) {
   const UpdatePiece piece = pieces[blockIdx.x];
   const StepScalars s = *scalars;
+  if (s.apply == 0) return;
   coefficients.l2 = piece.l2;
   coefficients.weight_decay = piece.weight_decay;
   coefficients.rate_multiplier = piece.rate_multiplier;
@@ -235,7 +237,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A block of threads for each piece.
-__global__ void __launch_bounds__(kThreads) SumPieces(const DigestPiece* pieces, Digest* digests) {
+__global__ void __launch_bounds__(kThreads) SumPieces(const DigestPiece* pieces, Digest* digests,
+                                                      const StepScalars* scalars, int64_t ring) {
   const DigestPiece piece = pieces[blockIdx.x];
   Digest sum;
   const auto add = [&](int64_t i, float value) {
@@ -250,7 +253,9 @@ __global__ void __launch_bounds__(kThreads) SumPieces(const DigestPiece* pieces,
   }
   for (int64_t i = 4 * fours + threadIdx.x; i < piece.count; i += kThreads) add(i, piece.data[i]);
   sum = SumOfBlock(sum, SharedMemory<Digest>());
-  if (threadIdx.x == 0) digests[blockIdx.x] = sum;
+  if (threadIdx.x != 0) return;
+  const uint64_t place = scalars == nullptr ? 0 : scalars->step % static_cast<uint64_t>(ring);
+  digests[place * gridDim.x + blockIdx.x] = sum;
 }
 
 // ---- sums of columns.
@@ -484,10 +489,11 @@ void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor
          digest);
 }
 
-void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests) {
+void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests,
+                  const StepScalars* scalars, int64_t ring) {
   if (count == 0) return;
   Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), sizeof(Digest) * kThreads,
-         SumPieces, pieces, digests);
+         SumPieces, pieces, digests, scalars, ring);
 }
 
 void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const float* x, float* sums,

@@ -19,7 +19,8 @@ constexpr int64_t kBlockElements = 4096;  // wanted
 constexpr size_t kMostStagedBytes =
     40960;  // of a block's rows; longer ones are read where they are
 constexpr size_t kChangeBytes = 64;
-static_assert(sizeof(SampleChange) <= kChangeBytes);
+constexpr size_t kOffsetAt = kChangeBytes - sizeof(int64_t);  // in shared memory
+static_assert(sizeof(SampleChange) <= kOffsetAt);
 
 // b / 255 as the division rounds it, for each of the 256 values, without dividing: the product with
 // the rounded reciprocal, and one correction by what is left.
@@ -57,11 +58,18 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     GatherRows(Rows shape, const T* data, const int64_t* offsets, const float* __restrict__ mean,
                const float* __restrict__ inv_std, Augmentation augmentation, uint64_t step,
-               uint64_t first_position, float* __restrict__ out) {
+               uint64_t first_position, float* __restrict__ out, const int32_t* labels,
+               int32_t* labels_out) {
   SampleChange& drawn = *SharedMemory<SampleChange>();
   const int64_t sample = blockIdx.x / static_cast<unsigned>(shape.blocks);
   const int block = static_cast<int>(blockIdx.x % static_cast<unsigned>(shape.blocks));
   const int thread = static_cast<int>(threadIdx.x);
+  // Perhaps from memory of the host: once a block, while another warp draws.
+  int64_t& offset = *reinterpret_cast<int64_t*>(SharedMemory<unsigned char>() + kOffsetAt);
+  if (thread == kWarp) {
+    offset = offsets[sample];
+    if (block == 0 && labels_out != nullptr) labels_out[sample] = labels[sample];
+  }
   if (thread == 0) {
     drawn = DrawChange(augmentation, {shape.height, shape.width, shape.channels}, step,
                        first_position + static_cast<uint64_t>(sample));
@@ -76,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   const int row_elements = shape.width * shape.channels;
   const int y_begin = block * shape.block_rows;
   const int y_end = min(y_begin + shape.block_rows, shape.height);
-  const T* from = data + offsets[sample];
+  const T* from = data + offset;
   int from_begin = 0;  // the element of the sample that lies at `from`
   if (shape.staged) {
     const int begin = min(max(y_begin + shift_y, 0), shape.height) * row_elements;
@@ -135,7 +143,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void Run(const Queue& q, const SampleShape& shape, int64_t count, const T* data,
          const int64_t* offsets, const float* mean, const float* inv_std,
-         const Augmentation& augmentation, uint64_t step, uint64_t first_position, float* out) {
+         const Augmentation& augmentation, uint64_t step, uint64_t first_position, float* out,
+         const int32_t* labels, int32_t* labels_out) {
   const int64_t row = shape.width * shape.channels;
   const int64_t block_rows = std::clamp<int64_t>(kBlockElements / row, 1, shape.height);
   const size_t bytes = static_cast<size_t>(block_rows * row) * sizeof(T) + 16;
@@ -151,7 +160,9 @@ void Run(const Queue& q, const SampleShape& shape, int64_t count, const T* data,
   ForEachPart(count, rows.blocks, [&](int64_t first, int64_t samples) {
     Launch(q, dim3(static_cast<unsigned>(samples * rows.blocks)), dim3(kThreads), shared,
            GatherRows<T>, rows, data, offsets + first, mean, inv_std, augmentation, step,
-           first_position + static_cast<uint64_t>(first), out + first * shape.features());
+           first_position + static_cast<uint64_t>(first), out + first * shape.features(),
+           labels_out == nullptr ? nullptr : labels + first,
+           labels_out == nullptr ? nullptr : labels_out + first);
   });
 }
 
@@ -160,13 +171,14 @@ void Run(const Queue& q, const SampleShape& shape, int64_t count, const T* data,
 void GatherSamples(const Queue& q, const SampleShape& shape, int64_t count, SampleType type,
                    const void* data, const int64_t* offsets, const float* mean,
                    const float* inv_std, const Augmentation& augmentation, uint64_t step,
-                   uint64_t first_position, float* out) {
+                   uint64_t first_position, float* out, const int32_t* labels,
+                   int32_t* labels_out) {
   if (type == SampleType::kUint8) {
     Run(q, shape, count, static_cast<const uint8_t*>(data), offsets, mean, inv_std, augmentation,
-        step, first_position, out);
+        step, first_position, out, labels, labels_out);
   } else {
     Run(q, shape, count, static_cast<const float*>(data), offsets, mean, inv_std, augmentation,
-        step, first_position, out);
+        step, first_position, out, labels, labels_out);
   }
 }
 

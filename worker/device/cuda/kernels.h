@@ -62,7 +62,7 @@ void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
                       const float* m2, int64_t stride, float* merged_mean, float* merged_m2);
 void UpdateStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
                       int64_t most_channels, const Leaves& leaves, const float* records,
-                      int64_t stride, float* statistics);
+                      int64_t stride, const StepScalars* scalars, float* statistics);
 // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
 void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,
                            const float* m2, float momentum, float* running_mean,
@@ -143,9 +143,9 @@ void CountCorrect(const Queue& q, const Leaves& leaves, int64_t classes, const f
 // out {rows, classes}: 1 at the label, else 0.
 void OneHot(const Queue& q, int64_t rows, int64_t classes, const int32_t* labels, float* out);
 
-// ---- convolutions in fp32 (Conv2dShape without its bias, activation and precision): x {rows, h,
-// w, in}, w {out, kh, kw, in / groups}, y {rows, oh, ow, out}. A row of y or dx has the same bits
-// in any number of rows.
+// ---- convolutions (Conv2dShape without its bias and activation): x {rows, h, w, in}, w {out, kh,
+// kw, in / groups}, y {rows, oh, ow, out}. A row of y or dx has the same bits in any number of
+// rows. Those in bf16 that do not fit tensor cores are slow here.
 // y = x * w + bias (null: none), then relu where it says so.
 void ConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
                         const float* w, const float* bias, bool relu, float* y);
@@ -154,6 +154,21 @@ void ConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows
 // Each leaf's dw over its own rows; leaf l's at l * stride behind.
 void ConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
                                const float* x, const float* dy, float* dw, int64_t stride);
+
+// ---- convolutions in bf16 on tensor cores: factors are rounded to bf16 and nothing else is;
+// weights as PackTensorWeights has written them. `scratch` has TensorScratchBytes; both are aligned
+// to 16 bytes. As above for the rest.
+bool FitsTensorCores(const Conv2dShape& s);
+size_t PackedWeightBytes(const Conv2dShape& s);
+void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, void* packed);
+void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
+                              const void* packed, const float* bias, bool relu, float* y);
+void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
+                                    const float* dy, const void* packed, float* dx);
+size_t TensorScratchBytes(const Conv2dShape& s);
+void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
+                                     const float* x, const float* dy, float* dw, int64_t stride,
+                                     void* scratch);
 
 // ---- parts of dense layers, convolutions and LSTMs.
 // sums[c] = sum over a leaf's rows of x {leaves.begin[count], columns}; leaf l's at l * stride
@@ -203,19 +218,23 @@ void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag);
 // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
 void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
                       uint64_t first_index, Digest* digest);
-void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests);
+void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests,
+                  const StepScalars* scalars, int64_t ring);
+void Gate(const Queue& q, const StepGate& gate);
 
 // ---- samples.
 // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])
 // * inv_std[c], x = u8 / 255 or the float itself, of the samples that begin at elements
 // offsets[i] of `data`, each changed by what `augmentation` draws for `step` and position
-// first_position + i (worker/device/augment.h). On CUDA `data` is a set that is resident on the
+// first_position + i (worker/device/augment.h); and labels_out[i] = labels[i], where that is not
+// null. On CUDA `data` is a set that is resident on the
 // device, or registered host memory, and the draws are made in the kernel; it runs on the slot's
 // stream before the step and is not captured, so step and position are plain arguments.
 void GatherSamples(const Queue& q, const SampleShape& shape, int64_t count, SampleType type,
                    const void* data, const int64_t* offsets, const float* mean,
                    const float* inv_std, const Augmentation& augmentation, uint64_t step,
-                   uint64_t first_position, float* out);
+                   uint64_t first_position, float* out, const int32_t* labels = nullptr,
+                   int32_t* labels_out = nullptr);
 
 // out[i] = the canonical tree (worker/collective/tree.h) over parts 0..count-1 of parts[p][i], for
 // i in [0, n); one pass over memory. At most kMostParts; out may be one of the parts.

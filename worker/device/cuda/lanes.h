@@ -53,5 +53,11 @@ __device__ __forceinline__ uint32_t Bf16Of(float x) {
   if (x != x) return (bits >> 16) | 0x40u;
   return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
 }
+__device__ __forceinline__ float RoundedToBf16(float x) {
+  const uint32_t bits = Bf16Of(x) << 16;
+  float rounded;
+  __builtin_memcpy(&rounded, &bits, sizeof(rounded));
+  return rounded;
+}
 
 }  // namespace lockstep::device::cuda

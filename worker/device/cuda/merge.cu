@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     UpdateAll(const StatisticsSlice* slices, Leaves leaves, const float* records, int64_t stride,
-              float* statistics) {
+              const StepScalars* scalars, float* statistics) {
   const StatisticsSlice s = slices[blockIdx.y];
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= s.channels) return;
+  if (c >= s.channels || scalars->apply == 0) return;
   const float* mean = records + s.offset + c;
   const Record record = MergeTree(leaves, s.spatial, mean, mean + s.channels, stride);
   UpdateRunningAverage(record.count, record.mean, record.m2, s.momentum,
@@ -88,10 +88,10 @@ void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
 
 void UpdateStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
                       int64_t most_channels, const Leaves& leaves, const float* records,
-                      int64_t stride, float* statistics) {
+                      int64_t stride, const StepScalars* scalars, float* statistics) {
   if (count == 0) return;
   Launch(q, dim3(Blocks(most_channels), static_cast<unsigned>(count)), dim3(kThreads), 0, UpdateAll,
-         slices, leaves, records, stride, statistics);
+         slices, leaves, records, stride, scalars, statistics);
 }
 
 }  // namespace lockstep::device::cuda

@@ -9,8 +9,23 @@
 #include "worker/device/cuda/cuda_status.h"
 #include "worker/device/cuda/dnn.h"
 
+namespace lockstep::collective {
+const NcclModule* GetNcclModule();
+}
+
 namespace lockstep::device::cuda {
 namespace {
+
+// As nvidia-smi writes it.
+std::string UuidText(const cudaUUID_t& uuid) {
+  std::string text = "GPU";
+  for (int i = 0; i < 16; ++i) {
+    const bool dash = i == 0 || i == 4 || i == 6 || i == 8 || i == 10;
+    absl::StrAppend(&text, dash ? "-" : "",
+                    absl::Hex(static_cast<unsigned char>(uuid.bytes[i]), absl::kZeroPad2));
+  }
+  return text;
+}
 
 std::string CudaVersion(int version) {
   return version == 0 ? "" : absl::StrCat(version / 1000, ".", version % 1000 / 10);
@@ -26,6 +41,7 @@ GpuInfo DescribeGpu(int ordinal, int count) {
     return gpu;
   }
   gpu.name = properties.name;
+  gpu.uuid = UuidText(properties.uuid);
   gpu.major = properties.major;
   gpu.minor = properties.minor;
   gpu.multiprocessors = properties.multiProcessorCount;
@@ -78,8 +94,8 @@ CudaReport Report() {
 
 extern "C" __attribute__((visibility("default"))) const lockstep::device::CudaModule*
 lockstep_cuda_module() {
-  static const lockstep::device::CudaModule module = {LOCKSTEP_MODULE_BUILD,
-                                                      lockstep::device::cuda::MakeCudaDevice,
-                                                      lockstep::device::cuda::Report};
+  static const lockstep::device::CudaModule module = {
+      LOCKSTEP_MODULE_BUILD, lockstep::device::cuda::MakeCudaDevice, lockstep::device::cuda::Report,
+      lockstep::collective::GetNcclModule()};
   return &module;
 }

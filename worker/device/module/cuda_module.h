@@ -18,11 +18,16 @@
 #include "absl/status/statusor.h"
 #include "worker/device/device.h"
 
+namespace lockstep::collective {
+struct NcclModule;  // worker/collective/nccl_module.h
+}
+
 namespace lockstep::device {
 
 struct GpuInfo {
   int ordinal = 0;
   std::string name;          // "NVIDIA H200"
+  std::string uuid;          // no other has it: "GPU-1c6a..."
   int major = 0, minor = 0;  // compute capability
   int multiprocessors = 0;
   uint64_t memory_bytes = 0, free_bytes = 0;
@@ -42,12 +47,12 @@ struct CudaModule {
   const char* build = nullptr;
   absl::StatusOr<std::unique_ptr<Device>> (*make_device)(int ordinal) = nullptr;
   CudaReport (*report)() = nullptr;
+  const collective::NcclModule* nccl = nullptr;
 };
 inline constexpr char kCudaModuleSymbol[] = "lockstep_cuda_module";
 
-// Loads it, once for the process. Unimplemented: this build has none; NotFound: the module or a
-// library is missing, named with the folders that were searched; FailedPrecondition: it is of
-// another build.
+// Loads it, once for the process. NotFound: the module or a library is missing, named with the
+// folders that were searched; FailedPrecondition: it is of another build.
 absl::StatusOr<const CudaModule*> LoadCudaModule();
 
 // Where each library was found (a path, or "by the system's loader"), or "" and where not.

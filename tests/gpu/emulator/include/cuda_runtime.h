@@ -90,7 +90,8 @@ enum class Exchange {
   kShuffleXor,
   kBallot,
   kAny,
-  kAll
+  kAll,
+  kTogether
 };
 void BlockBarrier(Site site);
 // What the calling lane gets when all lanes of the mask have come.

@@ -1,0 +1,312 @@
+// The real programs on emulated GPUs: the promise on every placement and through deaths, and what
+// people read where a GPU cannot do what it is asked for.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <fstream>
+#include <regex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tests/cluster/programs.h"
+
+namespace lockstep {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ContainsRegex;
+using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
+
+constexpr char kFaults[] = "LOCKSTEP_EMULATOR_FAULTS";
+constexpr char kGpus[] = "LOCKSTEP_EMULATED_GPUS";
+// Of a member's process: more than the probe and some steps make, far fewer than kManySteps.
+constexpr char kLost[] = "lost-at=400";
+constexpr char kManySteps[] = "steps: 60, digest_every: 0";
+
+class EmulatedCluster : public ::testing::Test {
+ protected:
+  void SetUp() override { setenv("LOCKSTEP_CUDA_MODULE", LOCKSTEP_EMULATED_MODULE, 1); }
+  void TearDown() override {
+    for (const char* name : {"LOCKSTEP_CUDA_MODULE", kFaults, kGpus}) unsetenv(name);
+  }
+
+  // 6 steps an epoch, the last of 30 samples: 10 rows a shard, then three shards of 10 and three
+  // empty ones.
+  std::string Spec(const std::string& name, const std::string& train = "steps: 8") {
+    const std::string path = programs_.JoinedPath(name + ".yaml");
+    std::ofstream(path) << "name: " << name << R"(
+data: {path: /usr/share/datasets/fashion-mnist, train_samples: 330, validation_samples: 103}
+model: {preset: mlp, hidden: [16], sync: batch, dropout: 0.2}
+optimizer: {type: momentum, learning_rate: 0.05}
+checkpoint: {every_steps: 3}
+resources: {device: cuda}
+train: {batch: 60, shards: 6, evaluate: {batch: 50}, )"
+                        << train << "}\n";
+    return path;
+  }
+  // With few parameters and large activations.
+  std::string WideSpec() {
+    const std::string path = programs_.JoinedPath("wide.yaml");
+    std::ofstream(path) << R"(
+name: wide
+data: {path: /usr/share/datasets/fashion-mnist, train_samples: 8192, validation_samples: 64}
+model:
+  layers:
+    - {type: flatten}
+    - {type: dense, units: 8}
+    - {type: dense, units: 784}
+    - {type: tanh}
+    - {type: tanh}
+    - {type: dense, units: 10}
+optimizer: {type: sgd, learning_rate: 0.05}
+checkpoint: {every_epochs: 0}
+resources: {device: cuda}
+train: {batch: 8192, shards: 8, steps: 1, evaluate: {batch: 64}}
+)";
+    return path;
+  }
+  std::string Out(const std::string& name) const { return programs_.JoinedPath(name); }
+
+  Programs::Result Run(const std::string& spec, const std::string& out,
+                       const std::vector<std::string>& arguments = {}) {
+    std::vector<std::string> all = {"run", spec, "--out", Out(out), "-o", "json"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    return programs_.Lockstep(all);
+  }
+  nlohmann::json Result(const std::string& spec, const std::string& out,
+                        const std::vector<std::string>& arguments = {}) {
+    const Programs::Result result = Run(spec, out, arguments);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return result.json().is_object() ? result.json() : nlohmann::json::object();
+  }
+  // The one line that a run ends with that fails.
+  std::string Failure(const std::string& spec, const std::string& out,
+                      const std::vector<std::string>& arguments = {}) {
+    const Programs::Result result = Run(spec, out, arguments);
+    EXPECT_EQ(result.code, 1) << result.err;
+    EXPECT_EQ(ErrorLines(result.err), 1) << result.err;
+    const size_t begin = result.err.find("lockstep: ");
+    const std::string line = begin == std::string::npos
+                                 ? ""
+                                 : result.err.substr(begin, result.err.find('\n', begin) - begin);
+    std::printf("%s\n", line.c_str());
+    return line;
+  }
+  static void ExpectSameResult(const nlohmann::json& a, const nlohmann::json& b) {
+    for (const char* key :
+         {"state", "steps", "train", "validation", "parameter_digest", "state_digest"}) {
+      EXPECT_EQ(a.value(key, nlohmann::json()), b.value(key, nlohmann::json())) << key;
+    }
+    EXPECT_EQ(a.value("state", ""), "SUCCEEDED");
+  }
+
+  Programs programs_;
+};
+
+TEST_F(EmulatedCluster, EveryPlacementGivesTheResultOfOneSlot) {
+  const std::string spec = Spec("mlp");
+  const nlohmann::json one = Result(spec, "one");
+  ExpectSameResult(Result(spec, "slots", {"--slots", "2"}), one);
+  // Two that share a GPU, and three that have one each.
+  ExpectSameResult(Result(spec, "shared", {"--workers", "2"}), one);
+  setenv(kGpus, "3", 1);
+  ExpectSameResult(Result(spec, "three", {"--workers", "3"}), one);
+  EXPECT_THAT(Content(Out("three") + "/logs/worker-2.log"), HasSubstr("GPU 2: Emulated GPU 2, "));
+  // From the middle of the epoch.
+  ExpectSameResult(
+      Result(spec, "resumed",
+             {"--workers", "2", "--resume", Out("one") + "/checkpoints/step-00000003"}),
+      one);
+}
+
+TEST_F(EmulatedCluster, AKilledWorkerCostsNoBit) {
+  const std::string spec = Spec("mlp", kManySteps);
+  const nlohmann::json whole = Result(spec, "whole");
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda:1", {"--gpu", "0"});
+  programs_.StartWorker("w1", "cuda:1", {"--gpu", "1"});
+  programs_.WaitForWorkers(2);
+  const std::string job =
+      programs_.Submit(spec, {"--set", "resources.slots=2", "--out", Out("run")});
+  programs_.WaitForStep(job, 7);
+  programs_.worker("w1").Signal(SIGKILL);
+  const nlohmann::json end = programs_.End(job);
+  EXPECT_EQ(end["state"], "FAILED") << "it was over before";
+  EXPECT_THAT(end["reason"].get<std::string>(), HasSubstr("worker w1 (slot 0) lost at step "));
+  programs_.WaitForWorkers(1);
+  const std::string again = programs_.Submit(
+      spec, {"--set", "resources.slots=1", "--out", Out("run"), "--resume", Out("run")});
+  ExpectSameResult(programs_.End(again), whole);
+}
+
+TEST_F(EmulatedCluster, ShowsItsGpus) {
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda:2", {"--gpu", "1"});
+  programs_.WaitForWorkers(1);
+  EXPECT_THAT(programs_.Lockstep({"workers"}).out,
+              MatchesRegex("(.|\n)*w0 +IDLE +cuda: Emulated GPU 1, 4 GiB +2/2 (.|\n)*"));
+  const Programs::Result doctor = programs_.Lockstep({"doctor", "--device", "cuda"});
+  EXPECT_EQ(doctor.code, 0) << doctor.err;
+  EXPECT_THAT(doctor.out, HasSubstr("0  Emulated GPU 0  9.0"));
+  EXPECT_THAT(doctor.out, HasSubstr("1  Emulated GPU 1  9.0"));
+  EXPECT_THAT(doctor.out, HasSubstr("serves CUDA 13.0"));
+  EXPECT_THAT(doctor.out, HasSubstr("lockstep run deploy/jobs/mlp.yaml --device cuda"));
+}
+
+TEST_F(EmulatedCluster, AJobForGpusWaitsWhereThereAreNone) {
+  programs_.StartServer();
+  programs_.StartWorker("w0", 2);
+  programs_.WaitForWorkers(1);
+  const std::string job = programs_.Submit(Spec("mlp"));
+  const std::string reason = "waits for a worker of device cuda: none is connected; start one with";
+  EXPECT_EQ(programs_.Job(job)["state"], "QUEUED");
+  EXPECT_THAT(programs_.Job(job)["reason"].get<std::string>(), HasSubstr(reason));
+  EXPECT_THAT(programs_.Lockstep({"describe", job}).out, HasSubstr(reason));
+  EXPECT_THAT(programs_.Lockstep({"jobs"}).out, HasSubstr("waits for a worker of device cuda"));
+  programs_.StartWorker("w1", "cuda:1");
+  EXPECT_EQ(programs_.End(job)["state"], "SUCCEEDED");
+}
+
+TEST_F(EmulatedCluster, ADriverThatIsTooOld) {
+  setenv(kFaults, "driver=12040", 1);
+  EXPECT_THAT(
+      Failure(Spec("mlp"), "run"),
+      HasSubstr("the driver is too old: it serves CUDA 12.4, needed is 13.0 or later; update "
+                "the driver"));
+  const Programs::Result doctor = programs_.Lockstep({"doctor", "--device", "cuda"});
+  EXPECT_EQ(doctor.code, 1);
+  EXPECT_EQ(std::count(doctor.err.begin(), doctor.err.end(), '\n'), 1) << doctor.err;
+  EXPECT_THAT(doctor.err, HasSubstr("the NVIDIA driver is too old: it serves CUDA 12.4, needed is "
+                                    "13.0; update it to driver 580 or later"));
+  std::printf("%s", doctor.err.c_str());
+}
+
+TEST_F(EmulatedCluster, AGpuThatIsTooOld) {
+  setenv(kFaults, "architecture=7.0", 1);
+  const std::string problem =
+      "GPU 0 (Emulated GPU) has compute capability 7.0; needed: 8.0 (Ampere) or later; use another "
+      "GPU, or the CPU";
+  EXPECT_THAT(Failure(Spec("mlp"), "run"), HasSubstr(problem));
+  const Programs::Result doctor = programs_.Lockstep({"doctor", "--device", "cuda"});
+  EXPECT_EQ(doctor.code, 1);
+  EXPECT_EQ(std::count(doctor.err.begin(), doctor.err.end(), '\n'), 1) << doctor.err;
+  EXPECT_THAT(doctor.err, HasSubstr(problem));
+  std::printf("%s", doctor.err.c_str());
+}
+
+// In mid-run, to a worker of two; that worker begins anew, and serves what comes next.
+TEST_F(EmulatedCluster, ALostGpuIsNamedAndItsWorkerBeginsAnew) {
+  const std::string spec = Spec("mlp", kManySteps);
+  const nlohmann::json whole = Result(spec, "whole");
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda:1", {"--gpu", "0"});
+  programs_.StartWorker("w1", "cuda:1", {"--gpu", "1"},
+                        {absl::StrCat(kFaults, "=", kLost, " error=cudaErrorECCUncorrectable")});
+  programs_.WaitForWorkers(2);
+  const auto incarnation = [&] {
+    for (const nlohmann::json& worker : programs_.Lockstep({"workers", "-o", "json"}).json()) {
+      if (worker["name"] == "w1") return worker["incarnation"].dump();
+    }
+    return std::string();
+  };
+  const std::string before = incarnation();
+  const std::string slots = "resources.slots=2";
+  const std::string job = programs_.Submit(spec, {"--set", slots, "--out", Out("run")});
+  // What waits for slots is not given to a worker that is about to end.
+  const std::string next = programs_.Submit(spec, {"--set", slots, "--set", "train.steps=1"});
+  const nlohmann::json end = programs_.End(job);
+  EXPECT_EQ(end["state"], "FAILED");
+  const std::string reason = end["reason"];
+  std::printf("%s\n", reason.c_str());
+  EXPECT_THAT(
+      reason,
+      MatchesRegex("worker w1 \\(slot 0\\) failed at step [0-9]+: GPU 1 \\(Emulated GPU 1\\) "
+                   "is lost: uncorrectable ECC error encountered "
+                   "\\(cudaErrorECCUncorrectable\\); nvidia-smi and the kernel's log .*"));
+  EXPECT_EQ(programs_.End(next)["state"], "SUCCEEDED");
+  EXPECT_NE(incarnation(), before);
+  EXPECT_FALSE(programs_.worker("w1").Ended());
+  EXPECT_THAT(Content(programs_.WorkerLog("w1")),
+              HasSubstr("GPU 1 (Emulated GPU 1) is lost: uncorrectable ECC error encountered "
+                        "(cudaErrorECCUncorrectable)"));
+  EXPECT_THAT(Content(programs_.WorkerLog("w1")), HasSubstr("; this worker begins anew"));
+  // Its next life has the fault too.
+  programs_.worker("w1").Kill();
+  programs_.WaitForWorkers(1);
+  const std::string again = programs_.Submit(
+      spec, {"--set", "resources.slots=1", "--out", Out("run"), "--resume", Out("run")});
+  ExpectSameResult(programs_.End(again), whole);
+}
+
+TEST_F(EmulatedCluster, ALostGpuIsOneLineOfARun) {
+  setenv(kFaults, kLost, 1);
+  EXPECT_THAT(Failure(Spec("mlp", kManySteps), "run"),
+              AllOf(HasSubstr("worker worker-0 (slot 0) failed at step "),
+                    HasSubstr(": GPU 0 (Emulated GPU) is lost: an illegal memory access was "
+                              "encountered (cudaErrorIllegalAddress); nvidia-smi and")));
+}
+
+// What the message advises is followed, each advice by itself.
+TEST_F(EmulatedCluster, TooLittleMemoryIsRefusedWithAdviceThatHolds) {
+  const std::string spec = WideSpec();
+  setenv(kFaults, "memory=180000000", 1);
+  const std::string failure = Failure(spec, "run");
+  EXPECT_THAT(failure, HasSubstr("GPU 0 (Emulated GPU) has not enough memory: this needs "));
+  EXPECT_THAT(failure, HasSubstr("the plan of slot 0: activations of 8 shards (8192 samples at "
+                                 "once) "));
+  EXPECT_THAT(failure, HasSubstr(" of 171.7 MiB are free; "));
+  std::smatch advice;
+  ASSERT_TRUE(
+      std::regex_search(failure, advice, std::regex("(train.batch=[0-9]+) \\(now 8192\\)")));
+  EXPECT_EQ(Result(spec, "batch", {"--set", advice[1]})["state"], "SUCCEEDED");
+  ASSERT_TRUE(
+      std::regex_search(failure, advice, std::regex("(train.accumulate=[0-9]+) \\(now 1\\)")));
+  EXPECT_EQ(Result(spec, "accumulate", {"--set", advice[1]})["state"], "SUCCEEDED");
+  ASSERT_TRUE(std::regex_search(failure, advice, std::regex("([0-9]+) workers with a GPU each")));
+  setenv(kGpus, advice[1].str().c_str(), 1);
+  EXPECT_EQ(Result(spec, "workers", {"--workers", advice[1]})["state"], "SUCCEEDED");
+}
+
+// As much as is said to be missing is enough.
+TEST_F(EmulatedCluster, TooLittleMemoryIsNoMoreThanWhatIsMissing) {
+  const std::string spec = WideSpec();
+  constexpr double kMemory = 180'000'000, kMib = 1 << 20;
+  setenv(kFaults, absl::StrCat("memory=", static_cast<int64_t>(kMemory)).c_str(), 1);
+  const std::string failure = Failure(spec, "less", {"--slots", "2"});
+  std::smatch sizes;
+  ASSERT_TRUE(
+      std::regex_search(failure, sizes, std::regex("needs ([0-9.]+) MiB, ([0-9.]+) MiB of")));
+  const double missing = std::stod(sizes[1]) - std::stod(sizes[2]) + 0.2;  // they are rounded
+  setenv(kFaults, absl::StrCat("memory=", static_cast<int64_t>(kMemory + kMib * missing)).c_str(),
+         1);
+  EXPECT_EQ(Result(spec, "enough", {"--slots", "2"})["state"], "SUCCEEDED");
+}
+
+// What else is on the GPU may take it meanwhile.
+TEST_F(EmulatedCluster, AnAllocationThatFailsSaysWhatItWasFor) {
+  setenv(kFaults, "allocation=5", 1);
+  EXPECT_THAT(
+      Failure(Spec("mlp"), "run"),
+      ContainsRegex("no memory for the plan of slot 0: CUDA: allocating [0-9]+ bytes on GPU "
+                    "0 \\(Emulated GPU\\), of which [0-9]+ of 4294967296 are free "
+                    "\\(nvidia-smi shows who has the rest\\): out of memory"));
+}
+
+// A data set is copied to the GPU only where everything else has room beside it.
+TEST_F(EmulatedCluster, ADataSetDoesNotTakeTheRoomOfTheRest) {
+  setenv(kFaults, "memory=150000000", 1);
+  const std::string spec = Spec("mlp", "steps: 1");
+  EXPECT_EQ(Result(spec, "run", {"--set", "data.train_samples=60000"})["state"], "SUCCEEDED");
+}
+
+}  // namespace
+}  // namespace lockstep

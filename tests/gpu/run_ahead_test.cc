@@ -1,0 +1,54 @@
+// How seldom a training whose host runs ahead waits for the device, counted by the emulator.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "tests/gpu/emulator/emulator.h"
+#include "tests/train/members.h"
+
+namespace lockstep::train {
+namespace {
+
+emulator::Counters CountOf(int64_t steps) {
+  const std::string yaml = absl::StrCat(R"(
+data: {path: /usr/share/datasets/fashion-mnist, train_samples: 330, validation_samples: 50,
+       normalize: {mean: [0.286], std: [0.353]}}
+checkpoint: {every_epochs: 0}
+resources: {device: cuda}
+train: {batch: 60, shards: 8, evaluate: {batch: 50, every_epochs: 0}, steps: )",
+                                        steps, R"(}
+model:
+  layers:
+    - {name: flat, type: flatten}
+    - {name: dense1, type: dense, units: 16}
+    - {name: norm1, type: batch_norm, sync: batch}
+    - {name: relu1, type: relu}
+    - {name: drop1, type: dropout, rate: 0.2}
+    - {name: out, type: dense, units: 10}
+optimizer: {type: momentum, learning_rate: 0.05, clip_norm: 0.5}
+)");
+  const emulator::Counters before = emulator::Count();
+  AgreedDigest(RunMembers(yaml, {}));
+  emulator::Counters counters = emulator::Count();
+  counters.waits -= before.waits;
+  counters.launches -= before.launches;
+  counters.graph_launches -= before.graph_launches;
+  return counters;
+}
+
+TEST(RunAheadTest, TheHostSeldomWaits) {
+  constexpr int64_t kFew = 30, kMany = 70;
+  const emulator::Counters few = CountOf(kFew), many = CountOf(kMany);
+  // But the first of a full batch and the first of a short one.
+  EXPECT_EQ(few.graph_launches, kFew - 2);
+  EXPECT_EQ(many.graph_launches, kMany - 2);
+  // Every fourth step.
+  EXPECT_EQ(many.waits - few.waits, (kMany - kFew) / 4);
+  // Besides, the gather.
+  EXPECT_EQ(many.launches - few.launches, kMany - kFew);
+}
+
+}  // namespace
+}  // namespace lockstep::train

@@ -1,0 +1,456 @@
+#include "worker/collective/nccl_communicator.h"
+
+#include <cuda_runtime.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "absl/memory/memory.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/status_macros.h"
+#include "worker/device/cuda/cuda_status.h"
+#include "worker/device/cuda/cuda_stream.h"
+
+namespace lockstep::collective {
+namespace {
+
+constexpr absl::Duration kPoll = absl::Milliseconds(50);
+constexpr absl::Duration kGrace = absl::Seconds(3);         // to find out who is missing
+constexpr absl::Duration kMostAbort = absl::Seconds(30);    // that an abort may take
+constexpr absl::Duration kMostFarewell = absl::Seconds(5);  // that a finish may take
+// Of tickets whose operation is in its stream's order.
+constexpr uint64_t kInStream = uint64_t{1} << 63;
+
+std::string VersionText(int version) {
+  return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
+}
+
+}  // namespace
+
+NcclCommunicator::NcclCommunicator(const NcclApi& api, NcclOptions options,
+                                   std::unique_ptr<Communicator> host)
+    : api_(api), options_(std::move(options)), host_(std::move(host)) {}
+
+absl::StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Connect(
+    const NcclOptions& options, std::unique_ptr<Communicator> host, absl::Time deadline) {
+  ASSIGN_OR_RETURN(const NcclApi* api, FindNccl());
+  auto communicator = absl::WrapUnique(new NcclCommunicator(*api, options, std::move(host)));
+  RETURN_IF_ERROR(communicator->Initialize(deadline));
+  return communicator;
+}
+
+absl::Status NcclCommunicator::Initialize(absl::Time deadline) {
+  RETURN_IF_ERROR(device::cuda::ToStatus(cudaSetDevice(options_.gpu), "connecting over NCCL"));
+  if (options_.unique_id.size() != sizeof(ncclUniqueId)) {
+    return absl::InvalidArgumentError("the identifier of NCCL's communicator is damaged");
+  }
+  ncclUniqueId id;
+  std::copy(options_.unique_id.begin(), options_.unique_id.end(), id.internal);
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  ncclResult_t result = ncclInProgress;
+  {
+    absl::MutexLock lock(&calls_);
+    result = api_.CommInitRankConfig(&comm_, size(), id, rank(), &config);
+  }
+  while (result == ncclInProgress && absl::Now() < deadline) {
+    absl::SleepFor(absl::Milliseconds(1));
+    absl::MutexLock lock(&calls_);
+    const ncclResult_t asked = api_.CommGetAsyncError(comm_, &result);
+    if (asked != ncclSuccess) result = asked;
+  }
+  watcher_ = std::thread([this] { Watch(); });
+  if (result != ncclSuccess) {
+    const absl::Status problem =
+        result == ncclInProgress
+            ? absl::UnavailableError("NCCL did not connect the members in time")
+            : ToStatus(result, "connecting");
+    const absl::Status failure = NameMissing(problem);
+    Fail(failure);
+    return failure;
+  }
+  ASSIGN_OR_RETURN(float* const memory, TakeMemory(options_.memory_bytes));
+  memory_ = reinterpret_cast<std::byte*>(memory);
+  ASSIGN_OR_RETURN(staging_, TakeMemory(options_.staging_bytes));
+  return absl::OkStatus();
+}
+
+NcclCommunicator::~NcclCommunicator() {
+  {
+    absl::MutexLock lock(&mutex_);
+    closing_ = true;
+  }
+  if (watcher_.joinable()) {
+    bool watched;
+    {
+      absl::MutexLock lock(&mutex_);
+      mutex_.AwaitWithTimeout(absl::Condition(&watched_), kMostAbort);
+      watched = watched_;
+    }
+    if (!watched) {
+      std::fprintf(stderr,
+                   "NCCL's abort has not come back in %g s: this process ends, so that its GPU is "
+                   "free again\n",
+                   absl::ToDoubleSeconds(kMostAbort));
+      _exit(70);
+    }
+    watcher_.join();
+  }
+  cudaSetDevice(options_.gpu);
+  ncclComm_t comm = nullptr;
+  {
+    absl::MutexLock lock(&calls_);
+    comm = std::exchange(comm_, nullptr);
+  }
+  if (comm != nullptr) {
+    for (const auto& [memory, handle] : registered_) {
+      if (handle != nullptr) api_.CommDeregister(comm, handle);
+    }
+    ncclResult_t result = api_.CommFinalize(comm);
+    const absl::Time deadline = absl::Now() + kMostFarewell;
+    while (result == ncclInProgress && absl::Now() < deadline) {
+      absl::SleepFor(absl::Milliseconds(1));
+      if (api_.CommGetAsyncError(comm, &result) != ncclSuccess) break;
+    }
+    result == ncclSuccess ? api_.CommDestroy(comm) : api_.CommAbort(comm);
+  }
+  for (const auto& [memory, handle] : registered_) api_.MemFree(memory);
+}
+
+absl::StatusOr<float*> NcclCommunicator::TakeMemory(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  void* memory = nullptr;
+  ncclResult_t result = api_.MemAlloc(&memory, bytes);
+  if (result != ncclSuccess) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "NCCL: ", bytes,
+        " bytes of GPU memory for the exchange of gradients: ", api_.GetErrorString(result)));
+  }
+  registered_.emplace_back(memory, nullptr);
+  cudaError_t error = cudaMemset(memory, 0, bytes);
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  RETURN_IF_ERROR(device::cuda::ToStatus(error, "clearing the memory of the exchange"));
+  absl::MutexLock lock(&calls_);
+  if (comm_ == nullptr) return failure();
+  result = api_.CommRegister(comm_, memory, bytes, &registered_.back().second);
+  if (result != ncclSuccess && result != ncclInProgress) return ToStatus(result, "registering");
+  return static_cast<float*>(memory);
+}
+
+absl::StatusOr<void*> NcclCommunicator::Allocate(size_t bytes) {
+  constexpr size_t kAlignment = 64;
+  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t left = options_.memory_bytes - allocated_;
+  if (rounded < bytes || rounded > left) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("asked for ", bytes, " bytes of communicator memory, ", left, " of the ",
+                     options_.memory_bytes, " announced are left"));
+  }
+  void* const memory = memory_ + allocated_;
+  allocated_ += rounded;
+  return memory;
+}
+
+bool NcclCommunicator::Owns(const void* memory, int64_t bytes) const {
+  const auto* begin = static_cast<const std::byte*>(memory);
+  return bytes >= 0 && begin >= memory_ && begin <= memory_ + allocated_ &&
+         bytes <= memory_ + allocated_ - begin;
+}
+
+// ---- operations, in the order of a stream.
+
+absl::Status NcclCommunicator::Group(absl::FunctionRef<ncclResult_t(ncclComm_t)> calls) {
+  RETURN_IF_ERROR(failure());
+  ncclResult_t result;
+  {
+    absl::MutexLock lock(&calls_);
+    if (comm_ == nullptr) return failure();
+    result = api_.GroupStart();
+    if (result == ncclSuccess) {
+      result = calls(comm_);
+      const ncclResult_t ended = api_.GroupEnd();
+      if (result == ncclSuccess || result == ncclInProgress) result = ended;
+    }
+  }
+  // The stream may be touched again when the group is in it.
+  while (result == ncclInProgress) {
+    RETURN_IF_ERROR(failure());
+    absl::MutexLock lock(&calls_);
+    if (comm_ == nullptr) return failure();
+    const ncclResult_t asked = api_.CommGetAsyncError(comm_, &result);
+    if (asked != ncclSuccess) result = asked;
+  }
+  if (result == ncclSuccess) return absl::OkStatus();
+  const absl::Status failure = ToStatus(result, "enqueueing an exchange");
+  Fail(failure);
+  return failure;
+}
+
+absl::StatusOr<Ticket> NcclCommunicator::EnqueueExchange(
+    device::Stream* stream, Lane lane, absl::Span<const float* const> mine,
+    absl::Span<const int> parts, int64_t count, std::vector<std::vector<const float*>>* views) {
+  if (stream == nullptr || count < 0 || static_cast<int>(parts.size()) != size() ||
+      static_cast<size_t>(parts[rank()]) != mine.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("exchange of ", count, " elements: ", mine.size(), " parts offered, ",
+                     parts.size(), " members' numbers of parts given for ", size(),
+                     stream == nullptr ? " members, without a stream" : " members"));
+  }
+  for (const float* part : mine) {
+    if (Owns(part, count * static_cast<int64_t>(sizeof(float)))) continue;
+    return absl::InvalidArgumentError("a part of an exchange is not in memory of Allocate");
+  }
+  const auto begin = [&](int member) { return ChunkBegin(count, size(), member); };
+  const auto length = [&](int member) { return begin(member + 1) - begin(member); };
+  const int64_t own = length(rank());
+  int64_t staged = 0;
+  views->resize(size());
+  for (int member = 0; member < size(); ++member) {
+    std::vector<const float*>& view = (*views)[member];
+    view.clear();
+    for (int part = 0; part < parts[member]; ++part) {
+      if (member == rank()) {
+        view.push_back(mine[part] + begin(rank()));
+      } else {
+        view.push_back(staging_ + staged);
+        staged += own;
+      }
+    }
+  }
+  if (staged * sizeof(float) > options_.staging_bytes) {
+    return absl::ResourceExhaustedError(absl::StrCat("an exchange brings ", staged,
+                                                     " elements, announced were ",
+                                                     options_.staging_bytes, " bytes"));
+  }
+  const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
+  RETURN_IF_ERROR(Group([&](ncclComm_t comm) {
+    ncclResult_t result = ncclSuccess;
+    const auto note = [&result](ncclResult_t one) {
+      if (one != ncclSuccess && one != ncclInProgress) result = one;
+    };
+    for (int member = 0; member < size(); ++member) {
+      if (member == rank()) continue;
+      for (const float* part : mine) {
+        note(api_.Send(part + begin(member), length(member), ncclFloat, member, comm, queue));
+      }
+      for (const float* view : (*views)[member]) {
+        note(api_.Recv(const_cast<float*>(view), own, ncclFloat, member, comm, queue));
+      }
+    }
+    return result;
+  }));
+  sent_.exchange_bytes += mine.size() * (count - own) * sizeof(float);
+  return Ticket{lane, kInStream};
+}
+
+absl::StatusOr<Ticket> NcclCommunicator::EnqueueGather(device::Stream* stream, Lane lane,
+                                                       float* data, int64_t count, bool) {
+  if (stream == nullptr || count < 0 || !Owns(data, count * static_cast<int64_t>(sizeof(float)))) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "gather of ", count,
+        " elements: ", stream == nullptr ? "without a stream" : "not in memory of Allocate"));
+  }
+  const auto begin = [&](int member) { return ChunkBegin(count, size(), member); };
+  const int64_t own = begin(rank() + 1) - begin(rank());
+  const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
+  const bool equal = ChunkBegin(count, size(), 1) * size() == count;  // the first is the smallest
+  RETURN_IF_ERROR(Group([&](ncclComm_t comm) {
+    if (equal) return api_.AllGather(data + begin(rank()), data, own, ncclFloat, comm, queue);
+    ncclResult_t result = ncclSuccess;
+    const auto note = [&result](ncclResult_t one) {
+      if (one != ncclSuccess && one != ncclInProgress) result = one;
+    };
+    for (int member = 0; member < size(); ++member) {
+      if (member == rank()) continue;
+      note(api_.Send(data + begin(rank()), own, ncclFloat, member, comm, queue));
+      note(api_.Recv(data + begin(member), begin(member + 1) - begin(member), ncclFloat, member,
+                     comm, queue));
+    }
+    return result;
+  }));
+  sent_.gather_bytes += (size() - 1) * own * sizeof(float);
+  return Ticket{lane, kInStream};
+}
+
+absl::StatusOr<Ticket> NcclCommunicator::EnqueueAllGather(device::Stream* stream, Lane lane,
+                                                          const void* mine, size_t bytes,
+                                                          void* all) {
+  if (stream == nullptr) return host_->EnqueueAllGather(nullptr, lane, mine, bytes, all);
+  const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
+  RETURN_IF_ERROR(Group(
+      [&](ncclComm_t comm) { return api_.AllGather(mine, all, bytes, ncclInt8, comm, queue); }));
+  sent_.small_bytes += (size() - 1) * bytes;
+  return Ticket{lane, kInStream};
+}
+
+absl::StatusOr<Ticket> NcclCommunicator::EnqueueBroadcast(device::Stream* stream, Lane lane,
+                                                          int root, void* data, size_t bytes) {
+  if (stream == nullptr) return host_->EnqueueBroadcast(nullptr, lane, root, data, bytes);
+  if (root < 0 || root >= size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("broadcast from member ", root, ", accepted: 0 to ", size() - 1));
+  }
+  const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
+  RETURN_IF_ERROR(Group([&](ncclComm_t comm) {
+    return api_.Broadcast(data, data, bytes, ncclInt8, root, comm, queue);
+  }));
+  if (root == rank()) sent_.broadcast_bytes += (size() - 1) * bytes;
+  return Ticket{lane, kInStream};
+}
+
+absl::Status NcclCommunicator::Wait(const Ticket& ticket, absl::Time deadline) {
+  RETURN_IF_ERROR(failure());
+  if ((ticket.sequence & kInStream) != 0) return absl::OkStatus();
+  const absl::Status status = host_->Wait(ticket, deadline);
+  if (!status.ok()) Fail(status);
+  return status.ok() ? status : failure();
+}
+
+void NcclCommunicator::Expect(absl::Time deadline) {
+  absl::MutexLock lock(&mutex_);
+  expected_ = deadline;
+}
+
+absl::Status NcclCommunicator::Settle() {
+  absl::MutexLock lock(&mutex_);
+  expected_ = absl::InfiniteFuture();
+  return failure_;
+}
+
+void NcclCommunicator::Abort(const absl::Status& cause) {
+  Fail(absl::AbortedError(cause.message()));
+}
+
+Traffic NcclCommunicator::traffic() const {
+  Traffic traffic = host_->traffic();
+  traffic.exchange_bytes += sent_.exchange_bytes;
+  traffic.gather_bytes += sent_.gather_bytes;
+  traffic.small_bytes += sent_.small_bytes;
+  traffic.broadcast_bytes += sent_.broadcast_bytes;
+  return traffic;
+}
+
+// ---- failure.
+
+absl::Status NcclCommunicator::ToStatus(ncclResult_t result, absl::string_view what) {
+  std::string text = absl::StrCat("NCCL: ", what, ": ", api_.GetErrorString(result));
+  const char* const last = api_.GetLastError(nullptr);
+  if (last != nullptr && *last != '\0') absl::StrAppend(&text, " (", last, ")");
+  return result == ncclRemoteError || result == ncclSystemError ? absl::UnavailableError(text)
+                                                                : absl::InternalError(text);
+}
+
+void NcclCommunicator::Fail(const absl::Status& failure) {
+  absl::Status first;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (failure_.ok()) failure_ = failure;
+    first = failure_;
+  }
+  host_->Abort(first);
+}
+
+absl::Status NcclCommunicator::failure() const {
+  absl::MutexLock lock(&mutex_);
+  return failure_;
+}
+
+absl::Status NcclCommunicator::NameMissing(const absl::Status& problem) {
+  const char here = 1;
+  std::string all(size(), '\0');
+  // The host's lane of gradients is for this alone.
+  const auto ticket = host_->EnqueueAllGather(nullptr, Lane::kGradients, &here, 1, all.data());
+  const absl::Status answers =
+      ticket.ok() ? host_->Wait(*ticket, absl::Now() + kGrace) : ticket.status();
+  if (answers.ok()) {
+    return absl::Status(problem.code(), absl::StrCat(problem.message(), "; all members answer"));
+  }
+  return absl::Status(answers.code(), absl::StrCat(problem.message(), "; ", answers.message()));
+}
+
+void NcclCommunicator::Watch() {
+  cudaSetDevice(options_.gpu);
+  const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return closing_ || !failure_.ok();
+  };
+  for (;;) {
+    absl::Time expected;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (mutex_.AwaitWithTimeout(absl::Condition(&ended), kPoll)) break;
+      expected = expected_;
+    }
+    if (expected == absl::InfiniteFuture()) continue;
+    ncclResult_t state = ncclSuccess;
+    {
+      absl::MutexLock lock(&calls_);
+      const ncclResult_t asked = api_.CommGetAsyncError(comm_, &state);
+      if (asked != ncclSuccess) state = asked;
+    }
+    if (state != ncclSuccess && state != ncclInProgress) {
+      Fail(NameMissing(ToStatus(state, "exchanging gradients")));
+    } else if (absl::Now() > expected) {
+      Fail(NameMissing(absl::DeadlineExceededError("an exchange over NCCL has not ended in time")));
+    }
+  }
+  if (!failure().ok()) {
+    ncclComm_t comm = nullptr;
+    {
+      absl::MutexLock lock(&calls_);
+      comm = std::exchange(comm_, nullptr);
+    }
+    // May wait for graphs that captured it.
+    if (comm != nullptr) api_.CommAbort(comm);
+  }
+  absl::MutexLock lock(&mutex_);
+  watched_ = true;
+}
+
+// ---- the module.
+
+namespace {
+
+absl::StatusOr<std::string> Version() {
+  ASSIGN_OR_RETURN(const NcclApi* api, FindNccl());
+  int version = 0;
+  const ncclResult_t result = api->GetVersion(&version);
+  if (result == ncclSuccess) return VersionText(version);
+  return absl::InternalError(absl::StrCat("NCCL: its version: ", api->GetErrorString(result)));
+}
+
+absl::StatusOr<std::string> NewUniqueId() {
+  ASSIGN_OR_RETURN(const NcclApi* api, FindNccl());
+  ncclUniqueId id;
+  const ncclResult_t result = api->GetUniqueId(&id);
+  if (result == ncclSuccess) return std::string(id.internal, sizeof(id.internal));
+  return absl::InternalError(
+      absl::StrCat("NCCL: making an identifier: ", api->GetErrorString(result)));
+}
+
+void ShareGpu(const std::string& host) {
+  // As NCCL reads them, once.
+  setenv("NCCL_HOSTID", host.c_str(), 1);
+  for (const auto& [name, value] :
+       std::initializer_list<std::pair<const char*, const char*>>{{"NCCL_NET", "Socket"},
+                                                                  {"NCCL_SOCKET_IFNAME", "=lo"},
+                                                                  {"NCCL_ALGO", "Ring"},
+                                                                  {"NCCL_PROTO", "Simple"},
+                                                                  {"NCCL_MAX_CTAS", "2"},
+                                                                  {"NCCL_NVLS_ENABLE", "0"},
+                                                                  {"NCCL_RAS_ENABLE", "0"}}) {
+    setenv(name, value, 0);
+  }
+}
+
+}  // namespace
+
+const NcclModule* GetNcclModule() {
+  static const NcclModule module = {Version, NewUniqueId, ShareGpu, NcclCommunicator::Connect};
+  return &module;
+}
+
+}  // namespace lockstep::collective

@@ -1,0 +1,91 @@
+// The Communicator of GPU members: gradients over NCCL, small exchanges of the host's memory over
+// another Communicator of the same members.
+//
+// NCCL's communicator is nonblocking. A watching thread polls it while something is expected; where
+// that fails, a deadline passes, or Abort is called, in this order (NCCL 2.28's rules): nothing
+// more is enqueued, the watching thread aborts NCCL's communicator, by which what waits on a stream
+// for other members ends, so that streams can be synchronized and graphs destroyed, and the
+// destructor joins. An abort that hangs ends the process, since nothing else frees the GPU.
+//
+// Destroy what recorded its operations (graphs) before it.
+#pragma once
+
+#include <nccl.h>
+
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "worker/collective/nccl_api.h"
+#include "worker/collective/nccl_module.h"
+
+namespace lockstep::collective {
+
+class NcclCommunicator : public Communicator {
+ public:
+  static absl::StatusOr<std::unique_ptr<Communicator>> Connect(const NcclOptions& options,
+                                                               std::unique_ptr<Communicator> host,
+                                                               absl::Time deadline);
+  ~NcclCommunicator() override;
+
+  int rank() const override { return options_.rank; }
+  int size() const override { return static_cast<int>(options_.names.size()); }
+  bool on_device() const override { return true; }
+  absl::StatusOr<void*> Allocate(size_t bytes) override;
+  void* Peer(int, void*) override { return nullptr; }
+  absl::StatusOr<Ticket> EnqueueExchange(device::Stream* stream, Lane lane,
+                                         absl::Span<const float* const> mine,
+                                         absl::Span<const int> parts, int64_t count,
+                                         std::vector<std::vector<const float*>>* views) override;
+  absl::StatusOr<Ticket> EnqueueGather(device::Stream* stream, Lane lane, float* data,
+                                       int64_t count, bool delivered) override;
+  absl::StatusOr<Ticket> EnqueueAllGather(device::Stream* stream, Lane lane, const void* mine,
+                                          size_t bytes, void* all) override;
+  absl::StatusOr<Ticket> EnqueueBroadcast(device::Stream* stream, Lane lane, int root, void* data,
+                                          size_t bytes) override;
+  absl::Status Wait(const Ticket& ticket, absl::Time deadline) override;
+  void Expect(absl::Time deadline) override;
+  absl::Status Settle() override;
+  void Abort(const absl::Status& cause) override;
+  Traffic traffic() const override;
+
+ private:
+  NcclCommunicator(const NcclApi& api, NcclOptions options, std::unique_ptr<Communicator> host);
+
+  absl::Status Initialize(absl::Time deadline);
+  // Takes memory of the device that other members' GPUs may reach; zeroed.
+  absl::StatusOr<float*> TakeMemory(size_t bytes);
+  // Enqueues a group of calls, which together make one operation.
+  absl::Status Group(absl::FunctionRef<ncclResult_t(ncclComm_t)> calls);
+  absl::Status ToStatus(ncclResult_t result, absl::string_view what);
+  void Watch();
+  // Who does not answer, after `problem`.
+  absl::Status NameMissing(const absl::Status& problem);
+  void Fail(const absl::Status& failure);
+  absl::Status failure() const;
+  bool Owns(const void* memory, int64_t bytes) const;
+
+  const NcclApi& api_;
+  const NcclOptions options_;
+  const std::unique_ptr<Communicator> host_;
+  std::byte* memory_ = nullptr;
+  size_t allocated_ = 0;
+  float* staging_ = nullptr;
+  std::vector<std::pair<void*, void*>> registered_;  // memory, NCCL's handle or null
+  Traffic sent_;                                     // by the thread that enqueues
+
+  absl::Mutex calls_;  // held during a call of NCCL on the communicator
+  ncclComm_t comm_ ABSL_GUARDED_BY(calls_) = nullptr;
+
+  mutable absl::Mutex mutex_;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  absl::Time expected_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
+  bool closing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool watched_ ABSL_GUARDED_BY(mutex_) = false;  // the thread is done
+  std::thread watcher_;
+};
+
+}  // namespace lockstep::collective

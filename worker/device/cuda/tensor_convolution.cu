@@ -1,0 +1,783 @@
+// y and dx of convolutions in bf16 on tensor cores, as products of matrices that are not written
+// out (implicit GEMM): x and dy are fp32 in memory and are rounded on their way to shared memory,
+// weights when they are packed. The next tile is on its way while warps multiply the present one.
+//
+// Order, which is all that bits depend on: an element's terms run over (block of channels, kh, kw,
+// channel of the block), or over (kh, kw, channel) where channels are not by fours, as one chain of
+// the instruction's products. Tiles do not matter, nor how many rows there are.
+#include <algorithm>
+#include <type_traits>
+
+#include "worker/device/cuda/divisor.h"
+#include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/leaf_chunks.h"
+#include "worker/device/cuda/tensor_core.h"
+#include "worker/device/cuda/tensor_tiles.h"
+#include "worker/device/cuda/windows.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+// ---- the order of terms, and weights packed in it.
+
+// Terms come in quads of channels: those of the taps of a block of at most kDepth channels, then of
+// the next block, so that a block's pixels are read again while they are near. Channels that are
+// not by fours come one by one.
+struct Terms {
+  int groups, channels, features;  // of a group
+  int quads;                       // of a block, 1 << shift; 0: one by one
+  int shift;
+  int slots, slot_taps;  // sets of taps that phases meet, and their size, along each dimension
+  int steps;             // rows of terms in a slot
+  int padded;            // features of a group, to whole tiles
+  Divisor by_channels;
+  int64_t slot_bytes() const { return int64_t{steps} * padded * kRowBytes; }
+};
+
+template <class Factor>
+Terms TermsOf(const Windows& s, int64_t groups) {
+  const int channels = static_cast<int>(s.channels / groups);
+  const int features = static_cast<int>(s.features / groups);
+  Terms terms = {static_cast<int>(groups), channels, features, 0, 0, 0, 0, 0, 0, Divisor(channels)};
+  if (channels % 4 == 0) {
+    terms.shift = BlockShiftOf<Factor>(channels);
+    terms.quads = 1 << terms.shift;
+  }
+  terms.slots = std::min(s.kernel, s.tap_step);
+  terms.slot_taps = static_cast<int>(CeilDiv(s.kernel, s.tap_step));
+  const int64_t taps = int64_t{terms.slot_taps} * terms.slot_taps;
+  terms.steps = static_cast<int>(CeilDiv(taps * channels, Factor::kDepth));
+  terms.padded =
+      static_cast<int>(RoundUp(features, terms.quads == 0 ? std::min(FeaturesOfTile(features), 64)
+                                                          : FeaturesOfTile(features)));
+  return terms;
+}
+
+// Features stand in packed rows so that a lane gets four neighbours of its sums in two products.
+__device__ __forceinline__ int FeatureOfRow(int row) {
+  const int column = row % 8;
+  return row / 16 * 16 + column / 2 * 4 + column % 2 + row / 8 % 2 * 2;
+}
+
+// One of the two that PackWeights writes: {group, slot, step, row of a feature, term}.
+struct Packed {
+  Terms terms;
+  bool backward;
+  int tap_step;
+  void* to;
+};
+
+template <class Factor>
+__device__ __forceinline__ void PackQuad(const Packed& p, int kernel, const float* __restrict__ w,
+                                         int slot_of_group, uint32_t index) {
+  const Terms& t = p.terms;
+  const int slots = t.slots * t.slots;
+  if (slot_of_group >= t.groups * slots) return;
+  // Eight rows by eight quads: reads of either order are near each other, and so are writes.
+  const int low = static_cast<int>(index % (8 * Factor::kQuads));
+  const uint32_t high = index / (8 * Factor::kQuads), eights = static_cast<uint32_t>(t.padded) / 8;
+  const int row = static_cast<int>(high % eights) * 8 + low % 8;
+  const int step = static_cast<int>(high / eights), quad = low / 8;
+  if (step >= t.steps) return;
+  const int group = slot_of_group / slots, slot = slot_of_group % slots;
+  const int first_y = slot / t.slots, first_x = slot % t.slots;
+  const int taps_y = (kernel - first_y + p.tap_step - 1) / p.tap_step;
+  const int taps_x = (kernel - first_x + p.tap_step - 1) / p.tap_step;
+  const int feature = FeatureOfRow(row);
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int tap, channel;
+    if (t.quads == 0) {
+      const int term = step * Factor::kDepth + quad * 4 + i;
+      tap = term / t.channels;
+      channel = term % t.channels;
+      if (tap >= taps_y * taps_x) channel = t.channels;
+    } else {
+      const int at = step * Factor::kQuads + quad;
+      const int of_blocks = at >> t.shift;
+      tap = of_blocks % (taps_y * taps_x);
+      channel = ((of_blocks / (taps_y * taps_x) << t.shift) + (at & (t.quads - 1))) * 4 + i;
+    }
+    values[i] = 0;
+    if (channel >= t.channels || feature >= t.features) continue;
+    const int y = first_y + tap / taps_x * p.tap_step, x = first_x + tap % taps_x * p.tap_step;
+    // w {out, taps, in of a group}.
+    const int64_t out = p.backward ? group * t.channels + channel : group * t.features + feature;
+    const int in = p.backward ? feature : channel, ins = p.backward ? t.features : t.channels;
+    values[i] = __ldg(w + ((out * kernel + y) * kernel + x) * ins + in);
+  }
+  const int64_t at = (static_cast<int64_t>(slot_of_group) * t.steps + step) * t.padded + row;
+  static_cast<typename Factor::Quad*>(p.to)[at * Factor::kQuads + quad] =
+      Factor::Round(make_float4(values[0], values[1], values[2], values[3]));
+}
+
+template <class Factor>
+__global__ void __launch_bounds__(256)
+    PackWeights(Packed forward, Packed backward, int kernel, const float* __restrict__ w) {
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x;
+  if (blockIdx.z == 0) {
+    PackQuad<Factor>(forward, kernel, w, static_cast<int>(blockIdx.y), index);
+  } else {
+    PackQuad<Factor>(backward, kernel, w, static_cast<int>(blockIdx.y), index);
+  }
+}
+
+// ---- y and dx.
+
+// In a tile's row of kRowBytes, where its 16-byte pieces stand: eight rows of one piece, which an
+// instruction loads, are in different banks.
+__device__ __forceinline__ int PieceAt(int row, int piece) { return piece ^ (row >> 1 & 3); }
+
+// Writes a warp's sums with bias and relu. first_feature is of the group; element(row) is where a
+// row of the warp's begins in the result, below 0 where it is none.
+template <int kTilesDown, int kTilesAcross, class Element>
+__device__ __forceinline__ void Finish(const Windows& s, const Terms& terms, int group,
+                                       int first_feature, const float* __restrict__ bias, bool relu,
+                                       float* __restrict__ result,
+                                       const float (&sums)[kTilesDown][2 * kTilesAcross][4],
+                                       Element element) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  // A lane has four neighbours of two rows in each pair of products.
+#pragma unroll
+  for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = element(i * 16 + half * 8 + lane / 4);
+      if (at < 0) continue;
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        const int feature = first_feature + j * 16 + lane % 4 * 4;
+        const int left = terms.features - feature;
+        const int column = group * terms.features + feature;
+        float v[4] = {sums[i][2 * j][2 * half], sums[i][2 * j][2 * half + 1],
+                      sums[i][2 * j + 1][2 * half], sums[i][2 * j + 1][2 * half + 1]};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (bias != nullptr && n < left) v[n] = v[n] + __ldg(bias + column + n);
+          if (relu) v[n] = Relu(v[n]);
+        }
+        StoreFour(result + (at + column), s.wide_result, left, make_float4(v[0], v[1], v[2], v[3]));
+      }
+    }
+  }
+}
+
+template <int kPlaces, int kFeatures, int kDown, int kAcross>
+struct WindowTile {
+  static constexpr int kThreads = kDown * kAcross * kWarp;
+  static constexpr int kStage = (kPlaces + kFeatures) * kRowBytes;
+  static constexpr size_t kBytes = 2 * kStage + kPlaces * sizeof(int4);
+  // Of a multiprocessor: registers for so many.
+  static constexpr int kBlocks = kFeatures >= 128 ? 2 : kFeatures >= 32 ? 3 : 4;
+};
+
+// A block of kDown x kAcross warps makes kPlaces x kFeatures. kFlat: terms one by one.
+template <class Factor, int kPlaces, int kFeatures, int kDown, int kAcross, bool kFlat>
+__global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>::kThreads,
+                                  WindowTile<kPlaces, kFeatures, kDown, kAcross>::kBlocks)
+    MultiplyWindows(Windows s, Terms terms, bool backward, const float* __restrict__ source,
+                    const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
+                    float* __restrict__ result) {
+  using Tile = WindowTile<kPlaces, kFeatures, kDown, kAcross>;
+  constexpr int kThreads = Tile::kThreads, kStage = Tile::kStage, kQuads = Factor::kQuads;
+  constexpr int kRows = kPlaces * kQuads / kThreads;      // of the tile, that a thread loads from
+  constexpr int kRowsApart = kThreads / kQuads;           // from one to the next
+  constexpr int kPieces = kFeatures * 4;                  // of 16 bytes, of the weights' tile
+  constexpr int kTilesDown = kPlaces / kDown / 16;        // of the instruction, of a warp
+  constexpr int kTilesAcross = kFeatures / kAcross / 16;  // twice the instruction's
+  static_assert(kRowsApart % 8 == 0 && kPlaces % kRowsApart == 0);
+  char* const shared = SharedMemory<char>();
+  // By place: its window's begin in the source, the taps that are inside, its begin in the result.
+  int4* const places = reinterpret_cast<int4*>(shared + 2 * kStage);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+
+  const int phase_y = static_cast<int>(blockIdx.y), phase_x = static_cast<int>(blockIdx.z);
+  const Axis axis_y = backward ? AxisOf<true>(s, s.height, phase_y) : AxisOf<false>(s, s.height, 0);
+  const Axis axis_x = backward ? AxisOf<true>(s, s.width, phase_x) : AxisOf<false>(s, s.width, 0);
+  const int tiles_of_group = terms.padded / kFeatures;
+  const int tiles_of_places = tiles_of_group * terms.groups;
+  const int own_tile = static_cast<int>(blockIdx.x) % tiles_of_places;
+  const int group = own_tile / tiles_of_group;
+  const int first_feature = own_tile % tiles_of_group * kFeatures;  // of the group
+  const int first_place = static_cast<int>(blockIdx.x) / tiles_of_places * kPlaces;
+  const int all = s.rows * axis_y.count * axis_x.count;
+  if (first_place >= all) return;
+  source += group * terms.channels;
+
+  for (int i = thread; i < kPlaces; i += kThreads) {
+    int4 place = make_int4(0, 0, -1, 0);
+    uint32_t at = static_cast<uint32_t>(first_place + i);
+    if (first_place + i < all) {
+      const int x = static_cast<int>(at % static_cast<uint32_t>(axis_x.count));
+      at /= static_cast<uint32_t>(axis_x.count);
+      const int y = static_cast<int>(at % static_cast<uint32_t>(axis_y.count));
+      const int row = static_cast<int>(at / static_cast<uint32_t>(axis_y.count));
+      const int from_y = y * axis_y.scale + axis_y.begin, from_x = x * axis_x.scale + axis_x.begin;
+      place.x = ((row * s.source_height + from_y) * s.source_width + from_x) * s.channels;
+      for (int tap = 0; tap < axis_y.taps; ++tap) {
+        const bool inside = static_cast<unsigned>(from_y + tap * s.tap_move) <
+                            static_cast<unsigned>(s.source_height);
+        place.y |= inside ? 1 << tap : 0;
+      }
+      for (int tap = 0; tap < axis_x.taps; ++tap) {
+        const bool inside = static_cast<unsigned>(from_x + tap * s.tap_move) <
+                            static_cast<unsigned>(s.source_width);
+        place.y |= inside ? 1 << (tap + 16) : 0;
+      }
+      place.z = ((row * s.height + y * s.phases + phase_y) * s.width + x * s.phases + phase_x) *
+                s.features;
+    }
+    places[i] = place;
+  }
+  __syncthreads();
+
+  const int taps = axis_y.taps * axis_x.taps;
+  const int steps = (taps * terms.channels + Factor::kDepth - 1) / Factor::kDepth;
+  const int slot = axis_y.first * terms.slots + axis_x.first;
+  if (steps > 0) {
+    weights += ((static_cast<int64_t>(group) * terms.slots * terms.slots + slot) * terms.steps *
+                    terms.padded +
+                first_feature) *
+               4;
+  }
+
+  // This thread loads one quad of some rows, in each step.
+  const int own_row = thread / kQuads, own_quad = thread % kQuads;
+  int begin[kRows], inside[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int4 place = places[own_row + i * kRowsApart];
+    begin[i] = place.x;
+    inside[i] = place.y;
+  }
+  // Of the next step: the quad's tap and channel, or its first term.
+  int tap_y = 0, tap_x = 0, channel = 0, term = own_quad * 4;
+  const auto move_by = [&](int count) {  // of taps
+    tap_x += count;
+    while (tap_x >= axis_x.taps) {
+      tap_x -= axis_x.taps;
+      if (++tap_y < axis_y.taps) continue;
+      tap_y = 0;
+      channel += 4 << terms.shift;
+    }
+  };
+  if (!kFlat && steps > 0) {
+    channel = (own_quad & (terms.quads - 1)) * 4;
+    move_by(own_quad >> terms.shift);
+  }
+
+  float4 next[kRows];
+  const auto load_by = [&](auto is_wide) {
+    if constexpr (kFlat) {
+      int moves[4], bits[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t tap = static_cast<uint32_t>(term + j);
+        const int c = static_cast<int>(terms.by_channels.TakeRemainder(tap));
+        const int y = static_cast<int>(tap) / axis_x.taps;
+        const int x = static_cast<int>(tap) - y * axis_x.taps;
+        moves[j] = (y * s.source_width + x) * s.tap_move * s.channels + c;
+        bits[j] = static_cast<int>(tap) < taps ? 1 << y | 1 << (x + 16) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const auto element = [&](int j) {
+          return (inside[i] & bits[j]) == bits[j] ? __ldg(source + (begin[i] + moves[j])) : 0.0f;
+        };
+        next[i] = make_float4(element(0), element(1), element(2), element(3));
+      }
+    } else {
+      constexpr bool kWide = decltype(is_wide)::value;
+      const int move = (tap_y * s.source_width + tap_x) * s.tap_move * s.channels + channel;
+      const int bits = channel < terms.channels ? 1 << tap_y | 1 << (tap_x + 16) : -1;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        next[i] = LoadFour<kWide>(source + (begin[i] + move), (inside[i] & bits) == bits ? 4 : 0);
+      }
+    }
+  };
+  const auto load = [&](int step, char* stage) {
+    char* const to = stage + kPlaces * kRowBytes;
+    const uint4* const from = weights + static_cast<int64_t>(step) * terms.padded * 4;
+#pragma unroll
+    for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
+      const int piece = thread + i * kThreads;
+      if (kPieces % kThreads != 0 && piece >= kPieces) continue;
+      CopyInBackground(to + (piece / 4 * 4 + PieceAt(piece / 4, piece % 4)) * 16, from + piece);
+    }
+    if (kFlat || !s.wide) {
+      load_by(std::false_type());
+    } else {
+      load_by(std::true_type());
+    }
+    if constexpr (kFlat) {
+      term += Factor::kDepth;
+    } else {
+      move_by(kQuads >> terms.shift);
+    }
+  };
+  using Quad = typename Factor::Quad;
+  const int own_bytes = own_quad * static_cast<int>(sizeof(Quad));
+  const int store_at = own_row * kRowBytes + PieceAt(own_row, own_bytes / 16) * 16 + own_bytes % 16;
+  const auto store = [&](char* stage) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      *reinterpret_cast<Quad*>(stage + store_at + i * kRowsApart * kRowBytes) =
+          Factor::Round(next[i]);
+    }
+  };
+
+  // A row of either tile that this lane names to the instruction that loads.
+  const int warp_down = warp % kDown * (kPlaces / kDown);
+  const int warp_across = warp / kDown * (kFeatures / kAcross);
+  const int down_row = warp_down + lane % 16, across_row = warp_across + lane / 16 * 8 + lane % 8;
+  const int down_at = down_row * kRowBytes + PieceAt(down_row, lane / 16) * 16;
+  const int across_at =
+      kPlaces * kRowBytes + across_row * kRowBytes + PieceAt(across_row, lane / 8 % 2) * 16;
+  float sums[kTilesDown][2 * kTilesAcross][4] = {};
+  const auto multiply = [&](const char* stage) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 down[kTilesDown], across[kTilesAcross];
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+        down[i] = LoadMatrices(stage + (down_at ^ half * 32) + i * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        across[j] = LoadMatrices(stage + (across_at ^ half * 32) + j * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          Factor::Multiply(sums[i][2 * j], down[i], across[j].x, across[j].y);
+          Factor::Multiply(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
+        }
+      }
+    }
+  };
+
+  if (steps > 0) {
+    load(0, shared);
+    store(shared);
+    WaitForCopies();
+    __syncthreads();
+  }
+  for (int step = 0; step < steps; ++step) {
+    char* const after = shared + ((step + 1) & 1) * kStage;
+    if (step + 1 < steps) load(step + 1, after);
+    multiply(shared + (step & 1) * kStage);
+    if (step + 1 < steps) store(after);
+    WaitForCopies();
+    __syncthreads();
+  }
+
+  Finish<kTilesDown, kTilesAcross>(s, terms, group, first_feature + warp_across, bias, relu, result,
+                                   sums, [&](int row) { return places[warp_down + row].z; });
+}
+
+template <int kPlaces, int kFeatures, int kDown, int kAcross, bool kFlat>
+void LaunchWindows(const Queue& q, const Windows& s, const Terms& terms, bool backward,
+                   const float* source, const uint4* weights, const float* bias, bool relu,
+                   float* result) {
+  using Tile = WindowTile<kPlaces, kFeatures, kDown, kAcross>;
+  // Of the first phase, the largest.
+  const int64_t places = int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases);
+  const int64_t tiles = CeilDiv(places, kPlaces) * (terms.padded / kFeatures) * terms.groups;
+  const uint32_t phases = static_cast<uint32_t>(s.phases);
+  Launch(q, dim3(static_cast<uint32_t>(tiles), phases, phases), dim3(Tile::kThreads), Tile::kBytes,
+         MultiplyWindows<Bf16, kPlaces, kFeatures, kDown, kAcross, kFlat>, s, terms, backward,
+         source, weights, bias, relu, result);
+}
+
+// ---- y and dx of convolutions that keep the size: place i of the result is the middle of its
+// window, pixel i of the source. The pixels round a tile's places are a run, of which a block of
+// channels is kept in shared memory, and every tap multiplies rows of it. In the order of
+// MultiplyWindows.
+
+template <int kFeatures, int kDown, int kAcross, int kHalves>
+struct RunTile {
+  static constexpr int kPlaces = 128;
+  static constexpr int kThreads = kDown * kAcross * kWarp;
+  static constexpr int kSteps = 128 / kFeatures;  // rows of terms of the weights, of a stage
+  static constexpr int kStage = kSteps * kFeatures * kRowBytes;
+  static constexpr int kBlocks = kFeatures >= 128                               ? 2
+                                 : kFeatures == 64 || kFeatures * kHalves == 64 ? 3
+                                 : kFeatures * kHalves == 16                    ? 5
+                                                                                : 4;
+  // Of a thread at once: of the first block's run, and of the next block's beside a stage.
+  static constexpr int kFirstLoads = kFeatures >= 64 ? 16 : 8;
+  static constexpr int kLoads = kFeatures >= 128 ? 2 : kFeatures == 64 ? 4 : 8;
+};
+
+// What of a run a shape makes, and its memory.
+struct Runs {
+  int pixels;           // of a run
+  int reach;            // pixels in front of the first place
+  int stages, buffers;  // of weights: in a block of channels, in memory
+  int loads;            // of a thread, of a run
+  int runs_at, zeros_at, taps_at, bytes;
+};
+
+// kHalves: of a row of terms, that a pixel's channels of a block fill.
+template <class Factor, int kFeatures, int kDown, int kAcross, int kHalves>
+__global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::kThreads,
+                                  RunTile<kFeatures, kDown, kAcross, kHalves>::kBlocks)
+    MultiplyRuns(Windows s, Terms terms, Runs runs, bool backward, const float* __restrict__ source,
+                 const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
+                 float* __restrict__ result) {
+  using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
+  constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kSteps = Tile::kSteps;
+  constexpr int kPixelBytes = kHalves * kRowBytes / 2, kPixelQuads = kHalves * Factor::kQuads / 2;
+  constexpr int kPieces = kFeatures * 4;  // of 16 bytes, of a row of terms of the weights
+  constexpr int kTilesDown = kPlaces / kDown / 16, kTilesAcross = kFeatures / kAcross / 16;
+  using Quad = typename Factor::Quad;
+  char* const shared = SharedMemory<char>();
+  char* const run = shared + runs.runs_at;
+  int* const inside_of = reinterpret_cast<int*>(shared + runs.taps_at);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  const int tiles_of_group = terms.padded / kFeatures;
+  const int tiles_of_places = tiles_of_group * terms.groups;
+  const int own_tile = static_cast<int>(blockIdx.x) % tiles_of_places;
+  const int group = own_tile / tiles_of_group;
+  const int first_feature = own_tile % tiles_of_group * kFeatures;  // of the group
+  const int first_place = static_cast<int>(blockIdx.x) / tiles_of_places * kPlaces;
+  const int all = s.rows * s.height * s.width;
+  const int first_pixel = first_place - runs.reach;
+  source += group * terms.channels;
+  weights += (static_cast<int64_t>(group) * terms.steps * terms.padded + first_feature) * 4;
+
+  const int taps = s.kernel * s.kernel;
+  const int blocks = terms.channels >> (terms.shift + 2);
+  const int steps_of_block = kHalves == 2 ? taps : (taps + 1) / 2;
+  const int stages = blocks * runs.stages;
+
+  // This thread's pieces of a stage of weights: `kStepsApart` steps or part of one from each other.
+  constexpr int kOfStep = kPieces > kThreads ? kPieces / kThreads : 1;
+  constexpr int kStepsApart = kPieces > kThreads ? 1 : kThreads / kPieces;
+  const int step_pieces = terms.padded * 4, own_step = thread / kPieces;
+  weights += own_step * step_pieces + thread % kPieces;
+  const int weights_at = (thread / 4 * 4 + PieceAt(thread / 4, thread % 4)) * 16;
+  const auto copy_weights = [&](int stage, int first_step, int steps) {
+    char* const to = shared + (stage & (runs.buffers - 1)) * Tile::kStage + weights_at;
+    const uint4* const from = weights + static_cast<int64_t>(first_step) * step_pieces;
+#pragma unroll
+    for (int i = 0; i < kSteps * kPieces / kThreads; ++i) {
+      const int step = i / kOfStep * kStepsApart;
+      if (step + own_step >= steps) continue;
+      CopyInBackground(to + i * kThreads * 16,
+                       from + (step * step_pieces + i % kOfStep * kThreads));
+    }
+  };
+  // Eight pixels of one piece, wherever they begin, are in different banks.
+  const auto at_pixel = [](int pixel, int piece) {
+    const int turned = kHalves == 2 ? piece ^ (pixel >> 1 & 3) : piece ^ (pixel >> 2 & 1);
+    return pixel * kPixelBytes + turned * 16;
+  };
+  // Loads `first` and on of this thread's, of the run of a block of channels.
+  constexpr int kPixelsApart = kThreads / kPixelQuads;  // which turns no piece
+  const int own_pixel = thread / kPixelQuads, own_quad = thread % kPixelQuads;
+  const int own_bytes = own_quad * static_cast<int>(sizeof(Quad));
+  char* const own_run = run + at_pixel(own_pixel, own_bytes / 16) + own_bytes % 16;
+  const auto load_run_by = [&](auto is_wide, auto& next, int block, int first, int count) {
+    constexpr int kCount = static_cast<int>(sizeof(next) / sizeof(next[0]));
+    const int pixel = own_pixel + first * kPixelsApart, at = first_pixel + pixel;
+    const int begin = at * s.channels + (block * kPixelQuads + own_quad) * 4;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool inside = i < count && pixel + i * kPixelsApart < runs.pixels &&
+                          static_cast<unsigned>(at + i * kPixelsApart) < static_cast<unsigned>(all);
+      next[i] = LoadFour<decltype(is_wide)::value>(source + (begin + i * kPixelsApart * s.channels),
+                                                   inside ? 4 : 0);
+    }
+  };
+  const auto load_run = [&](auto& next, int block, int first, int count) {
+    if (s.wide) {
+      load_run_by(std::true_type(), next, block, first, count);
+    } else {
+      load_run_by(std::false_type(), next, block, first, count);
+    }
+  };
+  const auto store_run = [&](const auto& next, int block, int first, int count) {
+    constexpr int kCount = static_cast<int>(sizeof(next) / sizeof(next[0]));
+    const int pixel = own_pixel + first * kPixelsApart;
+    char* const to = own_run + ((block & 1) * runs.pixels + first * kPixelsApart) * kPixelBytes;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= count || pixel + i * kPixelsApart >= runs.pixels) continue;
+      *reinterpret_cast<Quad*>(to + i * kPixelsApart * kPixelBytes) = Factor::Round(next[i]);
+    }
+  };
+  static_assert(kPixelsApart % 8 == 0);
+
+  copy_weights(0, 0, steps_of_block);
+  for (int first = 0; first < runs.loads; first += Tile::kFirstLoads) {
+    float4 next[Tile::kFirstLoads];
+    load_run(next, 0, first, runs.loads - first);
+    store_run(next, 0, first, runs.loads - first);
+  }
+  const int begin = backward ? s.padding : -s.padding;
+  {
+    static_assert(kThreads == kPlaces);
+    const uint32_t at = static_cast<uint32_t>(first_place + thread);
+    const int x = static_cast<int>(at % static_cast<uint32_t>(s.width)) + begin;
+    const int y =
+        static_cast<int>(at / static_cast<uint32_t>(s.width) % static_cast<uint32_t>(s.height)) +
+        begin;
+    int inside = 0;
+    for (int tap = 0; tap < s.kernel; ++tap) {
+      const int move = tap * s.tap_move;
+      if (static_cast<unsigned>(y + move) < static_cast<unsigned>(s.height)) inside |= 1 << tap;
+      if (static_cast<unsigned>(x + move) < static_cast<unsigned>(s.width)) {
+        inside |= 1 << (tap + 16);
+      }
+    }
+    inside_of[thread] = inside;
+  }
+  if (thread < kRowBytes / 4) reinterpret_cast<int*>(shared + runs.zeros_at)[thread] = 0;
+  WaitForCopies();
+  __syncthreads();
+
+  // The places, and the row of the weights, that this lane names to the instruction that loads.
+  const int warp_down = warp % kDown * (kPlaces / kDown);
+  const int warp_across = warp / kDown * (kFeatures / kAcross);
+  const int own_place = warp_down + lane % 16, own_piece = lane / 16;
+  int inside[kTilesDown];
+#pragma unroll
+  for (int i = 0; i < kTilesDown; ++i) inside[i] = inside_of[own_place + i * 16];
+  const int across_row = warp_across + lane / 16 * 8 + lane % 8;
+  const int across_at = across_row * kRowBytes + PieceAt(across_row, lane / 8 % 2) * 16;
+
+  float sums[kTilesDown][2 * kTilesAcross][4] = {};
+  int tap_y = 0, tap_x = 0;
+  const auto multiply = [&](int run_at, const char* stage) {
+    int down_at[kTilesDown];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half == 0 || kHalves == 1) {
+        const int move = ((begin + tap_y * s.tap_move) * s.width + begin + tap_x * s.tap_move) +
+                         runs.reach + own_place;
+        // Behind the last tap none is inside.
+        const int bits = tap_y < s.kernel ? 1 << tap_y | 1 << (tap_x + 16) : -1;
+#pragma unroll
+        for (int i = 0; i < kTilesDown; ++i) {
+          down_at[i] = (inside[i] & bits) == bits ? run_at + at_pixel(move + i * 16, own_piece)
+                                                  : runs.zeros_at + own_piece * 16;
+        }
+        if (++tap_x == s.kernel) {
+          tap_x = 0;
+          ++tap_y;
+        }
+      }
+      uint4 down[kTilesDown], across[kTilesAcross];
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+        const bool second = kHalves == 2 && half == 1;
+        down[i] = LoadMatrices(shared + (down_at[i] ^ (second ? 32 : 0)));
+      }
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        across[j] = LoadMatrices(stage + (across_at ^ half * 32) + j * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          Factor::Multiply(sums[i][2 * j], down[i], across[j].x, across[j].y);
+          Factor::Multiply(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
+        }
+      }
+    }
+  };
+
+  const int loads_of_stage = (runs.loads + runs.stages - 1) / runs.stages;
+  int block = 0, of_block = 0;  // the stage in its block
+  for (int stage = 0; stage < stages; ++stage) {
+    const bool last = of_block + 1 == runs.stages;
+    const int first_step = block * steps_of_block + of_block * kSteps;
+    const int left = steps_of_block - of_block * kSteps;  // steps, of the block
+    if (stage + 1 < stages) {
+      copy_weights(stage + 1, last ? (block + 1) * steps_of_block : first_step + kSteps,
+                   last ? steps_of_block : left - kSteps);
+    }
+    const int first_load = of_block * loads_of_stage;
+    const int loads = block + 1 < blocks ? min(loads_of_stage, runs.loads - first_load) : 0;
+    float4 next[Tile::kLoads] = {};
+    if (loads > 0) load_run(next, block + 1, first_load, loads);
+    const char* const now = shared + (stage & (runs.buffers - 1)) * Tile::kStage;
+    const int run_at = runs.runs_at + (block & 1) * (runs.pixels * kPixelBytes);
+    for (int step = 0; step < min(kSteps, left); ++step) {
+      multiply(run_at, now + step * kFeatures * kRowBytes);
+    }
+    if (loads > 0) store_run(next, block + 1, first_load, loads);
+    WaitForCopies();
+    __syncthreads();
+    ++of_block;
+    if (last) {
+      of_block = 0;
+      ++block;
+      tap_y = tap_x = 0;
+    }
+  }
+
+  Finish<kTilesDown, kTilesAcross>(s, terms, group, first_feature + warp_across, bias, relu, result,
+                                   sums, [&](int row) {
+                                     const int place = first_place + warp_down + row;
+                                     return place < all ? place * s.features : -1;
+                                   });
+}
+
+// Whether the shape, of Windows of one phase, goes by runs, and how.
+template <int kFeatures, int kDown, int kAcross, int kHalves>
+bool MakeRuns(const Windows& s, const Terms& terms, Runs* runs) {
+  using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
+  const int64_t reach = int64_t{s.padding} * (s.width + 1);
+  const int64_t pixels = Tile::kPlaces + 2 * reach;
+  const int taps = s.kernel * s.kernel;
+  const int steps = kHalves == 2 ? taps : (taps + 1) / 2,
+            blocks = terms.channels >> (terms.shift + 2);
+  runs->stages = static_cast<int>(CeilDiv(steps, Tile::kSteps));
+  runs->buffers = blocks * runs->stages > 1 ? 2 : 1;
+  runs->reach = static_cast<int>(reach);
+  const int64_t run_bytes = pixels * kHalves * kRowBytes / 2;
+  const int weight_bytes = runs->buffers * std::min(steps, Tile::kSteps) * kFeatures * kRowBytes;
+  const int64_t bytes = weight_bytes + (blocks > 1 ? 2 : 1) * run_bytes + kRowBytes +
+                        Tile::kPlaces * static_cast<int64_t>(sizeof(int));
+  if (bytes > kMostShared) return false;
+  runs->pixels = static_cast<int>(pixels);
+  runs->loads = static_cast<int>(CeilDiv(pixels * kHalves * Bf16::kQuads / 2, Tile::kThreads));
+  runs->runs_at = weight_bytes;
+  runs->zeros_at = static_cast<int>(bytes) - kRowBytes - Tile::kPlaces * 4;
+  runs->taps_at = static_cast<int>(bytes) - Tile::kPlaces * 4;
+  runs->bytes = static_cast<int>(bytes);
+  return blocks == 1 || CeilDiv(runs->loads, runs->stages) <= Tile::kLoads;
+}
+
+template <int kFeatures, int kDown, int kAcross, int kHalves>
+bool LaunchRuns(const Queue& q, const Windows& s, const Terms& terms, bool backward,
+                const float* source, const uint4* weights, const float* bias, bool relu,
+                float* result) {
+  using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
+  Runs runs;
+  if (!MakeRuns<kFeatures, kDown, kAcross, kHalves>(s, terms, &runs)) return false;
+  const int64_t places = int64_t{s.rows} * s.height * s.width;
+  const int64_t tiles = CeilDiv(places, Tile::kPlaces) * (terms.padded / kFeatures) * terms.groups;
+  Launch(q, dim3(static_cast<uint32_t>(tiles)), dim3(Tile::kThreads),
+         static_cast<size_t>(runs.bytes), MultiplyRuns<Bf16, kFeatures, kDown, kAcross, kHalves>, s,
+         terms, runs, backward, source, weights, bias, relu, result);
+  return true;
+}
+
+template <int kHalves>
+bool LaunchRunsOf(int tile, const Queue& q, const Windows& s, const Terms& terms, bool backward,
+                  const float* source, const uint4* weights, const float* bias, bool relu,
+                  float* result) {
+  const auto launch = tile == 16   ? LaunchRuns<16, 4, 1, kHalves>
+                      : tile == 32 ? LaunchRuns<32, 4, 1, kHalves>
+                      : tile == 64 ? LaunchRuns<64, 2, 2, kHalves>
+                                   : LaunchRuns<128, 2, 2, kHalves>;
+  return launch(q, s, terms, backward, source, weights, bias, relu, result);
+}
+
+// Any number of rows.
+void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward, int64_t rows,
+                        const float* source, const void* packed, const float* bias, bool relu,
+                        float* result) {
+  const Terms terms = TermsOf<Bf16>(s, groups);
+  const int64_t source_row = int64_t{s.source_height} * s.source_width * s.channels;
+  const int64_t result_row = int64_t{s.height} * s.width * s.features;
+  s.wide = TakenByFour(terms.channels, source);
+  s.wide_result = TakenByFour(terms.features, result);
+  const bool flat = terms.quads == 0;
+  const bool keeps_size =
+      s.stride == 1 && s.kernel > 1 && s.height == s.source_height && s.width == s.source_width;
+  const int tile = std::min(FeaturesOfTile(terms.features), flat ? 64 : 128);
+  const auto launch =
+      tile == 16 ? (flat ? LaunchWindows<128, 16, 4, 1, true> : LaunchWindows<128, 16, 4, 1, false>)
+      : tile == 32
+          ? (flat ? LaunchWindows<128, 32, 4, 1, true> : LaunchWindows<128, 32, 4, 1, false>)
+      : tile == 64
+          ? (flat ? LaunchWindows<128, 64, 2, 2, true> : LaunchWindows<128, 64, 2, 2, false>)
+          : LaunchWindows<128, 128, 2, 2, false>;
+  const int64_t most = std::max<int64_t>(1, kPartElements / std::max(source_row, result_row));
+  for (int64_t row = 0; row < rows; row += most) {
+    s.rows = static_cast<int>(std::min(most, rows - row));
+    const float* const from = source + row * source_row;
+    const uint4* const weights = static_cast<const uint4*>(packed);
+    float* const to = result + row * result_row;
+    const bool whole = terms.quads == Bf16::kQuads;
+    const bool half = terms.channels == Bf16::kDepth / 2;
+    const auto launch_runs = whole ? LaunchRunsOf<2> : LaunchRunsOf<1>;
+    const bool by_runs = keeps_size && (whole || half) &&
+                         launch_runs(tile, q, s, terms, backward, from, weights, bias, relu, to);
+    if (!by_runs) launch(q, s, terms, backward, from, weights, bias, relu, to);
+  }
+}
+
+struct Packing {
+  Terms forward, backward;
+};
+Packing PackingOf(const Conv2dShape& s) {
+  return {TermsOf<Bf16>(WindowsOf(s), s.groups), TermsOf<Bf16>(BackwardWindowsOf(s), s.groups)};
+}
+int64_t BytesOf(const Terms& terms) {
+  return terms.groups * terms.slots * terms.slots * terms.slot_bytes();
+}
+int64_t BackwardAt(const Packing& packing) { return RoundUp(BytesOf(packing.forward), 256); }
+
+}  // namespace
+
+bool FitsTensorCores(const Conv2dShape& s) {
+  if (s.kernel > kMostKernel || s.stride > 64) return false;
+  if (s.groups > 1 && std::min(s.in, s.out) / s.groups < 8) return false;  // mostly padding
+  const Packing packing = PackingOf(s);
+  for (const Terms* terms : {&packing.forward, &packing.backward}) {
+    constexpr int64_t kMostBytes = int64_t{1} << 33;
+    if (int64_t{terms->groups} * terms->slots * terms->slots > 65535) return false;
+    if (BytesOf(*terms) > kMostBytes) return false;
+  }
+  return true;
+}
+
+size_t PackedWeightBytes(const Conv2dShape& s) {
+  const Packing packing = PackingOf(s);
+  return static_cast<size_t>(BackwardAt(packing) + BytesOf(packing.backward));
+}
+
+void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, void* packed) {
+  const Packing packing = PackingOf(s);
+  const Packed forward = {packing.forward, false, 1, packed};
+  const Packed backward = {packing.backward, true, BackwardWindowsOf(s).tap_step,
+                           static_cast<char*>(packed) + BackwardAt(packing)};
+  const auto blocks_of = [](const Terms& terms) {
+    return static_cast<uint32_t>(CeilDiv(terms.slot_bytes(), 256 * sizeof(Bf16::Quad)));
+  };
+  const auto slots_of = [](const Terms& terms) {
+    return static_cast<uint32_t>(terms.groups * terms.slots * terms.slots);
+  };
+  const dim3 grid(std::max(blocks_of(packing.forward), blocks_of(packing.backward)),
+                  std::max(slots_of(packing.forward), slots_of(packing.backward)), 2);
+  Launch(q, grid, dim3(256), 0, PackWeights<Bf16>, forward, backward, static_cast<int>(s.kernel),
+         w);
+}
+
+void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
+                              const void* packed, const float* bias, bool relu, float* y) {
+  MultiplyAllWindows(q, WindowsOf(s), s.groups, false, rows, x, packed, bias, relu, y);
+}
+
+void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
+                                    const float* dy, const void* packed, float* dx) {
+  const void* const weights = static_cast<const char*>(packed) + BackwardAt(PackingOf(s));
+  MultiplyAllWindows(q, BackwardWindowsOf(s), s.groups, true, rows, dy, weights, nullptr, false,
+                     dx);
+}
+
+}  // namespace lockstep::device::cuda
