@@ -59,6 +59,8 @@ class Way:
             for _ in range(WARMUP):
                 step()
         torch.cuda.current_stream().wait_stream(side)
+        # A captured graph does not keep what it uses.
+        self.kept = (model, optimizer, step)
         self.run = step
         if way != "eager":
             self.graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@
 #include "absl/strings/str_split.h"
 #include "common/fs.h"
 #include "common/host.h"
+#include "worker/collective/nccl_module.h"
 #include "worker/device/cpu/cpu_device.h"
 
 namespace lockstep::machine {
@@ -105,6 +106,11 @@ ModuleFacts LookAtModule() {
   Dl_info info{};
   if (dladdr(*module, &info) != 0 && info.dli_fname != nullptr) facts.path = info.dli_fname;
   facts.report = (*module)->report();
+  if (!facts.report.gpus.empty()) {
+    if (const auto nccl = (*module)->nccl->version(); nccl.ok()) {
+      facts.report.nccl = absl::StrCat("nccl ", *nccl);
+    }
+  }
   return facts;
 }
 
