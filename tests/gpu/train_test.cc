@@ -26,6 +26,20 @@ struct Model {
   double tolerance;  // of a step's loss against the CPU's, relative
 };
 
+constexpr char kConvolutions[] = R"(
+model:
+  layers:
+    - {name: conv1, type: conv2d, filters: 8, kernel: 3, padding: 1, stride: 2, bias: false}
+    - {name: norm1, type: batch_norm}
+    - {name: relu1, type: relu}
+    - {name: conv2, type: conv2d, filters: 8, kernel: 3, padding: 1}
+    - {name: relu2, type: relu}
+    - {name: pool1, type: max_pool, kernel: 2, stride: 2}
+    - {name: flat, type: flatten}
+    - {name: out, type: dense, units: 10}
+optimizer: {type: momentum, learning_rate: 0.02}
+)";
+
 // Each of at most 50,000 parameters. 6 steps an epoch, the last of 30 samples: 8 or 7 rows a shard,
 // then 8, 8, 8, 6 and four empty shards.
 constexpr Model kModels[] = {
@@ -73,34 +87,8 @@ model:
 optimizer: {type: momentum, learning_rate: 0.05}
 )",
      2e-3},
-    {"cnn_bf16", R"(
-model:
-  layers:
-    - {name: conv1, type: conv2d, filters: 8, kernel: 3, padding: 1, stride: 2, bias: false}
-    - {name: norm1, type: batch_norm}
-    - {name: relu1, type: relu}
-    - {name: conv2, type: conv2d, filters: 8, kernel: 3, padding: 1}
-    - {name: relu2, type: relu}
-    - {name: pool1, type: max_pool, kernel: 2, stride: 2}
-    - {name: flat, type: flatten}
-    - {name: out, type: dense, units: 10}
-optimizer: {type: momentum, learning_rate: 0.02}
-)",
-     1e-2},
-    {"cnn_tf32", R"(
-model:
-  layers:
-    - {name: conv1, type: conv2d, filters: 8, kernel: 3, padding: 1, stride: 2, bias: false}
-    - {name: norm1, type: batch_norm}
-    - {name: relu1, type: relu}
-    - {name: conv2, type: conv2d, filters: 8, kernel: 3, padding: 1}
-    - {name: relu2, type: relu}
-    - {name: pool1, type: max_pool, kernel: 2, stride: 2}
-    - {name: flat, type: flatten}
-    - {name: out, type: dense, units: 10}
-optimizer: {type: momentum, learning_rate: 0.02}
-)",
-     2e-3},
+    {"cnn_bf16", kConvolutions, 1e-2},
+    {"cnn_tf32", kConvolutions, 2e-3},
 };
 
 // Fashion-MNIST of Debian's package, or MNIST on machines without it.
