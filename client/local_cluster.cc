@@ -48,13 +48,15 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(
                        cluster->address_,
                        "--slots",
                        absl::StrCat(options.device, ":", options.slots),
-                       "--gpu",
-                       absl::StrCat(i),
                        "--name",
                        name,
                        "--work-dir",
                        JoinPath(options.folder, name),
                        "--die-with-parent"};
+    // One worker has all GPUs; several share them.
+    if (options.workers > 1) {
+      spawn.arguments.insert(spawn.arguments.end(), {"--gpu", absl::StrCat(i)});
+    }
     spawn.log_path = JoinPath(options.folder, absl::StrCat("logs/", name, ".log"));
     ASSIGN_OR_RETURN(Child child, Child::Spawn(spawn));
     cluster->members_.push_back({name, std::move(child)});

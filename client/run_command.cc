@@ -13,6 +13,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "client/commands.h"
@@ -130,7 +131,12 @@ struct End {
 // Whether the coordinator knows that the job depends on this worker, and so will end it.
 bool Depends(const v1::Job& job, const std::string& worker) {
   return std::any_of(job.placement().begin(), job.placement().end(),
-                     [&](const v1::SlotPlacement& slot) { return slot.worker() == worker; });
+                     [&](const v1::SlotPlacement& slot) {
+                       // A process with several GPUs is a worker for each.
+                       absl::string_view name = slot.worker();
+                       return absl::ConsumePrefix(&name, worker) &&
+                              (name.empty() || absl::StartsWith(name, "-gpu"));
+                     });
 }
 
 // The main thread's part: signals, children, redrawing, until the job has ended.
@@ -196,10 +202,12 @@ End Supervise(LocalCluster& cluster, Follower& follower, Progress& progress, Int
   return end;
 }
 
-// Slots of each worker: given, or of a machine's cores, or one stream of a GPU.
+// Slots of each worker: given, or of a machine's cores, or as many GPUs as the spec asks for.
 int SlotsOf(const RunOptions& options, const v1::JobSpec& spec) {
   if (options.slots > 0) return options.slots;
-  return spec.resources().device() == "cuda" ? 1 : std::max(1, AvailableCores() / options.workers);
+  if (spec.resources().device() != "cuda") return std::max(1, AvailableCores() / options.workers);
+  const int wanted = spec.resources().has_slots() ? spec.resources().slots() : 1;
+  return std::max(1, (wanted + options.workers - 1) / options.workers);
 }
 
 absl::StatusOr<v1::JobSpec> LoadSpec(const RunOptions& options) {

@@ -3,6 +3,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
@@ -12,11 +13,13 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "absl/synchronization/mutex.h"
 #include "common/host.h"
 #include "common/status_macros.h"
 #include "spdlog/sinks/stdout_sinks.h"
@@ -43,7 +46,7 @@ struct Flags {
   std::string log_level = "info";
   std::string collective = "auto";
   int64_t flip_bit_at_step = 0;
-  int gpu = 0;
+  int gpu = -1;  // all
   bool insecure = false;
   bool explain = false;
   bool probe = false;
@@ -56,10 +59,15 @@ lockstep::train::GradientPath PathOf(const std::string& collective) {
   return collective == "nccl" ? GradientPath::kNccl : GradientPath::kHost;
 }
 
-// "cpu:4" -> 4 slots of device cpu. 0: malformed.
+// "cpu:4" -> 4 slots of device cpu; "cuda" -> kEveryGpu. 0: malformed.
+constexpr int kEveryGpu = -1;
 int ParseSlots(const std::string& text, std::string* device) {
   absl::string_view count = text;
   int slots = 0;
+  if (text == "cuda") {
+    *device = text;
+    return kEveryGpu;
+  }
   for (const char* kind : {"cpu", "cuda"}) {
     if (!absl::ConsumePrefix(&count, absl::StrCat(kind, ":"))) continue;
     *device = kind;
@@ -68,23 +76,44 @@ int ParseSlots(const std::string& text, std::string* device) {
   return 0;
 }
 
-// The GPU that this worker uses: where there are fewer than workers, they share.
-absl::StatusOr<lockstep::device::GpuInfo> ChooseGpu(int wanted) {
+// What one agent offers: slots of a GPU, where it has one.
+struct Share {
+  int slots = 0;
+  std::optional<lockstep::device::GpuInfo> gpu;
+};
+
+// `slots` spread over GPU `wanted`, or over all that can be used: one each, or where there are
+// fewer GPUs, streams of them.
+absl::StatusOr<std::vector<Share>> ShareGpus(int wanted, int slots) {
   ASSIGN_OR_RETURN(const lockstep::device::CudaModule* module, lockstep::device::LoadCudaModule());
   const lockstep::device::CudaReport report = module->report();
   if (report.gpus.empty()) return absl::FailedPreconditionError(report.problem);
-  const int chosen = wanted % static_cast<int>(report.gpus.size());
-  const lockstep::device::GpuInfo& gpu = report.gpus[chosen];
-  if (!gpu.cannot_use.empty()) {
+  std::vector<lockstep::device::GpuInfo> gpus;
+  if (wanted >= 0) {
+    const int chosen = wanted % static_cast<int>(report.gpus.size());
+    if (chosen != wanted) {
+      spdlog::warn("there is no GPU {}; this worker shares GPU {} with another", wanted, chosen);
+    }
+    gpus = {report.gpus[chosen]};
+  } else {
+    for (const lockstep::device::GpuInfo& gpu : report.gpus) {
+      if (gpu.cannot_use.empty()) gpus.push_back(gpu);
+    }
+    if (gpus.empty()) gpus = {report.gpus.front()};
+  }
+  if (!gpus.front().cannot_use.empty()) {
     return absl::FailedPreconditionError(
-        absl::StrCat(gpu.cannot_use, "; use another GPU, or the CPU (--device cpu)"));
+        absl::StrCat(gpus.front().cannot_use, "; use another GPU, or the CPU (--device cpu)"));
   }
-  if (chosen != wanted) {
-    spdlog::warn("there is no GPU {}; this worker shares GPU {} with another", wanted, chosen);
+  if (slots == kEveryGpu) slots = static_cast<int>(gpus.size());
+  const int shares = std::min(slots, static_cast<int>(gpus.size()));
+  std::vector<Share> all;
+  for (int i = 0; i < shares; ++i) {
+    all.push_back({slots * (i + 1) / shares - slots * i / shares, gpus[i]});
+    spdlog::info("GPU {}: {}, {} of {} MiB free", gpus[i].ordinal, gpus[i].name,
+                 gpus[i].free_bytes >> 20, gpus[i].memory_bytes >> 20);
   }
-  spdlog::info("GPU {}: {}, {} of {} MiB free", chosen, gpu.name, gpu.free_bytes >> 20,
-               gpu.memory_bytes >> 20);
-  return gpu;
+  return all;
 }
 
 // One generation of a job as the agent sees it, on MemberJob.
@@ -113,8 +142,8 @@ class TrainJob : public lockstep::agent::Job {
   _exit(1);
 }
 
-int Serve(const Flags& flags, char** arguments, int slots, const std::string& device,
-          const std::optional<lockstep::device::GpuInfo>& gpu) {
+lockstep::agent::AgentOptions OptionsOf(const Flags& flags, const std::string& device,
+                                        const Share& share) {
   lockstep::agent::AgentOptions options;
   options.coordinator = flags.coordinator;
   options.insecure = flags.insecure;
@@ -122,17 +151,23 @@ int Serve(const Flags& flags, char** arguments, int slots, const std::string& de
   options.host = lockstep::HostName();
   options.host_id = flags.host_id;
   options.advertise = flags.advertise;
-  options.slots = slots;
+  options.slots = share.slots;
   options.device = device;
-  if (gpu.has_value()) {
+  if (share.gpu.has_value()) {
     options.gpu.emplace();
-    options.gpu->set_name(gpu->name);
-    options.gpu->set_memory_bytes(gpu->memory_bytes);
-    options.gpu->set_ordinal(gpu->ordinal);
-    options.gpu->set_uuid(gpu->uuid);
+    options.gpu->set_name(share.gpu->name);
+    options.gpu->set_memory_bytes(share.gpu->memory_bytes);
+    options.gpu->set_ordinal(share.gpu->ordinal);
+    options.gpu->set_uuid(share.gpu->uuid);
   }
   options.version = LOCKSTEP_VERSION;
+  return options;
+}
 
+// One process for a machine: a GPU is an address space of its own, so each has an agent, which the
+// coordinator takes for a worker. Agents end together.
+int Serve(const Flags& flags, char** arguments, const std::string& device,
+          const std::vector<Share>& shares) {
   // Signals are taken by a thread of their own, so that handlers may lock.
   sigset_t signals;
   sigemptyset(&signals);
@@ -141,38 +176,65 @@ int Serve(const Flags& flags, char** arguments, int slots, const std::string& de
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
 
-  const auto factory = [&](const lockstep::v1::Prepare& prepare, lockstep::agent::Outbox& outbox) {
-    lockstep::train::MemberOptions member;
-    member.prepare = prepare;
-    member.host = lockstep::HostName();
-    member.address = prepare.members(prepare.rank()).address();
-    // Checkpoints are named to people on other hosts: by absolute paths.
-    member.work_dir = std::filesystem::absolute(flags.work_dir);
-    member.version = LOCKSTEP_VERSION;
-    member.data_path = flags.data;
-    member.gpu = gpu.has_value() ? gpu->ordinal : 0;
-    member.gradients = PathOf(flags.collective);
-    member.flip_bit_at_step = flags.flip_bit_at_step;
-    member.send = [&outbox](lockstep::v1::WorkerMessage message) {
-      outbox.Send(std::move(message));
+  const auto factory_of = [&](const Share& share) {
+    return [&flags, gpu = share.gpu.has_value() ? share.gpu->ordinal : 0](
+               const lockstep::v1::Prepare& prepare, lockstep::agent::Outbox& outbox) {
+      lockstep::train::MemberOptions member;
+      member.prepare = prepare;
+      member.host = lockstep::HostName();
+      member.address = prepare.members(prepare.rank()).address();
+      // Checkpoints are named to people on other hosts: by absolute paths.
+      member.work_dir = std::filesystem::absolute(flags.work_dir);
+      member.version = LOCKSTEP_VERSION;
+      member.data_path = flags.data;
+      member.gpu = gpu;
+      member.gradients = PathOf(flags.collective);
+      member.flip_bit_at_step = flags.flip_bit_at_step;
+      member.send = [&outbox](lockstep::v1::WorkerMessage message) {
+        outbox.Send(std::move(message));
+      };
+      return std::make_unique<TrainJob>(std::move(member));
     };
-    return std::make_unique<TrainJob>(std::move(member));
   };
-  Agent agent(options, factory);
-  std::thread([&agent, signals] {
+  std::vector<std::unique_ptr<Agent>> agents;
+  for (const Share& share : shares) {
+    lockstep::agent::AgentOptions options = OptionsOf(flags, device, share);
+    if (shares.size() > 1) absl::StrAppend(&options.name, "-gpu", share.gpu->ordinal);
+    agents.push_back(std::make_unique<Agent>(std::move(options), factory_of(share)));
+  }
+  const auto shut_down = [&agents] {
+    for (const auto& agent : agents) agent->Shutdown();
+  };
+  std::thread([&shut_down, signals] {
     int signal = 0;
     sigwait(&signals, &signal);
     spdlog::info("stopping on signal {}", signal);
-    agent.Shutdown();
+    shut_down();
     // A second signal, or a job that does not let go, ends the process all the same.
     timespec patience{.tv_sec = 3, .tv_nsec = 0};
     sigtimedwait(&signals, nullptr, &patience);
     _exit(1);
   }).detach();
-  const absl::Status status = agent.Run();
-  if (absl::IsAborted(status)) BeginAnew(arguments, status);
-  if (!status.ok()) {
-    std::cerr << "lockstep-worker: " << status.message() << std::endl;
+  absl::Mutex mutex;
+  absl::Status first;  // that an agent ended with
+  const auto run = [&](Agent& agent) {
+    const absl::Status status = agent.Run();
+    if (status.ok()) return;
+    if (absl::IsAborted(status)) BeginAnew(arguments, status);
+    {
+      absl::MutexLock lock(&mutex);
+      if (first.ok()) first = status;
+    }
+    shut_down();
+  };
+  std::vector<std::thread> threads;
+  for (size_t i = 1; i < agents.size(); ++i) {
+    threads.emplace_back([&run, agent = agents[i].get()] { run(*agent); });
+  }
+  run(*agents.front());
+  for (std::thread& thread : threads) thread.join();
+  if (!first.ok()) {
+    std::cerr << "lockstep-worker: " << first.message() << std::endl;
     _exit(1);
   }
   std::cout.flush();
@@ -190,11 +252,11 @@ int main(int argc, char** argv) {
   app.add_option("--coordinator", flags.coordinator, "host:port of lockstep-server")
       ->capture_default_str();
   app.add_option("--slots", flags.slots,
-                 "what to offer: cpu:N, N slots of one thread each; cuda:N, N streams of one GPU")
+                 "what to offer: cpu:N, N slots of one thread each; cuda, a slot on every GPU; "
+                 "cuda:N, N slots spread over the GPUs")
       ->capture_default_str();
-  app.add_option("--gpu", flags.gpu, "which GPU cuda slots are of")
-      ->check(CLI::Range(0, 1023))
-      ->capture_default_str();
+  app.add_option("--gpu", flags.gpu, "the only GPU to use (default: all)")
+      ->check(CLI::Range(0, 1023));
   app.add_option("--name", flags.name, "unique among the workers of a coordinator")
       ->capture_default_str();
   app.add_option("--host-id", flags.host_id,
@@ -272,7 +334,7 @@ int main(int argc, char** argv) {
   const int slots = ParseSlots(flags.slots, &device);
   if (slots == 0) {
     std::cerr << "lockstep-worker: --slots " << flags.slots
-              << ": accepted: cpu:N or cuda:N with N from 1 to 1024" << std::endl;
+              << ": accepted: cuda, and cpu:N or cuda:N with N from 1 to 1024" << std::endl;
     return 2;
   }
   unsigned char address[sizeof(in6_addr)];
@@ -282,15 +344,15 @@ int main(int argc, char** argv) {
               << ": accepted: an IP address such as 10.0.0.2 (no name, no port)" << std::endl;
     return 2;
   }
-  std::optional<lockstep::device::GpuInfo> gpu;
+  std::vector<Share> shares = {{slots, std::nullopt}};
   if (device == "cuda") {
-    absl::StatusOr<lockstep::device::GpuInfo> chosen = ChooseGpu(flags.gpu);
-    if (!chosen.ok()) {
-      std::cerr << "lockstep-worker: --slots " << flags.slots << ": " << chosen.status().message()
+    absl::StatusOr<std::vector<Share>> shared = ShareGpus(flags.gpu, slots);
+    if (!shared.ok()) {
+      std::cerr << "lockstep-worker: --slots " << flags.slots << ": " << shared.status().message()
                 << std::endl;
       return 1;
     }
-    gpu = *std::move(chosen);
+    shares = *std::move(shared);
   }
-  return Serve(flags, argv, slots, device, gpu);
+  return Serve(flags, argv, device, shares);
 }

@@ -118,6 +118,16 @@ TEST_F(EmulatedCluster, EveryPlacementGivesTheResultOfOneSlot) {
   setenv(kGpus, "3", 1);
   ExpectSameResult(Result(spec, "three", {"--workers", "3"}), one);
   EXPECT_THAT(Content(Out("three") + "/logs/worker-2.log"), HasSubstr("GPU 2: Emulated GPU 2, "));
+  // One process that has a GPU for each slot, and one that has more slots than GPUs.
+  ExpectSameResult(Result(spec, "process", {"--set", "resources.slots=3"}), one);
+  const std::string log = Content(Out("process") + "/logs/worker-0.log");
+  for (const char* gpu : {"GPU 0: Emulated", "GPU 1: Emulated", "GPU 2: Emulated"}) {
+    EXPECT_THAT(log, HasSubstr(gpu));
+  }
+  EXPECT_THAT(log, HasSubstr("rank 2 of 3: shards 4 to 5 on 1 slot"));
+  setenv(kGpus, "2", 1);
+  ExpectSameResult(Result(spec, "streams", {"--slots", "3"}), one);
+  EXPECT_THAT(Content(Out("streams") + "/logs/worker-0.log"), HasSubstr("on 2 slots"));
   // From the middle of the epoch.
   ExpectSameResult(
       Result(spec, "resumed",
@@ -150,9 +160,14 @@ TEST_F(EmulatedCluster, ShowsItsGpus) {
   setenv(kGpus, "2", 1);
   programs_.StartServer();
   programs_.StartWorker("w0", "cuda:2", {"--gpu", "1"});
-  programs_.WaitForWorkers(1);
+  programs_.StartWorker("all", "cuda");
+  programs_.WaitForWorkers(3);
   EXPECT_THAT(programs_.Lockstep({"workers"}).out,
               MatchesRegex("(.|\n)*w0 +IDLE +cuda: Emulated GPU 1, 4 GiB +2/2 (.|\n)*"));
+  for (const char* one : {"all-gpu0 +IDLE +cuda: Emulated GPU 0, 4 GiB +1/1",
+                          "all-gpu1 +IDLE +cuda: Emulated GPU 1, 4 GiB +1/1"}) {
+    EXPECT_THAT(programs_.Lockstep({"workers"}).out, ContainsRegex(one));
+  }
   const Programs::Result doctor = programs_.Lockstep({"doctor", "--device", "cuda"});
   EXPECT_EQ(doctor.code, 0) << doctor.err;
   EXPECT_THAT(doctor.out, HasSubstr("0  Emulated GPU 0  9.0"));

@@ -44,7 +44,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Connect(
 }
 
 absl::Status NcclCommunicator::Initialize(absl::Time deadline) {
-  RETURN_IF_ERROR(device::cuda::ToStatus(cudaSetDevice(options_.gpu), "connecting over NCCL"));
+  RETURN_IF_ERROR(
+      device::cuda::ToStatus(device::cuda::UseGpu(options_.gpu), "connecting over NCCL"));
   if (options_.unique_id.size() != sizeof(ncclUniqueId)) {
     return absl::InvalidArgumentError("the identifier of NCCL's communicator is damaged");
   }
@@ -100,7 +101,7 @@ NcclCommunicator::~NcclCommunicator() {
     }
     watcher_.join();
   }
-  cudaSetDevice(options_.gpu);
+  device::cuda::UseGpu(options_.gpu);
   ncclComm_t comm = nullptr;
   {
     absl::MutexLock lock(&calls_);
@@ -373,7 +374,7 @@ absl::Status NcclCommunicator::NameMissing(const absl::Status& problem) {
 }
 
 void NcclCommunicator::Watch() {
-  cudaSetDevice(options_.gpu);
+  device::cuda::UseGpu(options_.gpu);
   const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return closing_ || !failure_.ok();
   };

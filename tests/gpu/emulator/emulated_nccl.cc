@@ -196,10 +196,13 @@ void Run(Link& link, const std::vector<Transfer>& transfers) {
     }
     if (polled.empty()) return;
     if (link.state != ncclSuccess) {  // until somebody aborts it
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      Pause();
       continue;
     }
-    if (poll(polled.data(), polled.size(), 10) <= 0) continue;
+    if (poll(polled.data(), polled.size(), 0) <= 0) {
+      Pause();
+      continue;
+    }
     for (size_t i = 0; i < polled.size(); ++i) {
       const int peer = ranks[i];
       bool good = true;

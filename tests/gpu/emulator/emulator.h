@@ -15,7 +15,8 @@
 //    both are followed by guard bytes that are checked. While no emulated work runs, device memory
 //    cannot be touched: the host crashes that tries.
 //
-// Thread-safe. All work runs under one lock, on the thread that waits for it.
+// Thread-safe. All work runs under one lock, on the thread that waits for it; no two operations of
+// a stream at once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -78,6 +79,8 @@ void LoseDevice(int device, int64_t launches, cudaError_t error = cudaErrorIlleg
 // ---- for code that stands in for a vendor's library.
 // Runs `work`, which may touch device memory, on the stream: captured and replayed like a kernel.
 cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work);
+// Within such work that waits for what another thread of the process enqueued: lets that run.
+void Pause();
 
 // ---- for tests.
 // Whether the guard bytes around a device allocation are what they were (always, under ASan).

@@ -1,7 +1,8 @@
 // The CUDA runtime of the emulator: devices, memory, lazy streams, events, graphs and faults.
 //
 // Two locks. `mutex` guards all state and is held briefly. `running` is held by whoever runs queued
-// work or opens device memory, and may be held long; it is taken first.
+// work or opens device memory, and may be held long; it is taken first. Work that waits for other
+// threads' lets go of it meanwhile (Pause).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -68,6 +69,7 @@ struct Stream {
   bool blocking = false;  // with the null stream
   bool null = false;
   std::deque<Operation> queue;
+  bool busy = false;  // what was at its front runs, and may be in Pause
   std::shared_ptr<Capture> capture;
   std::vector<int> captured_last;  // nodes that what comes next must wait for
 };
@@ -189,11 +191,20 @@ void Begin(Emulator& e, const Options& options) {
 // Device memory may be touched while one of these lives. Takes `running`.
 class Running {
  public:
-  Running() : lock_(E().running) {}
+  Running() : lock_(E().running), outer_(current_) { current_ = this; }
   ~Running() {
-    if (open_ && E().options.protect) {
-      for (Device& device : E().devices) device.arena->Close();
-    }
+    current_ = outer_;
+    Close();
+  }
+  // Lets others have it for a moment.
+  static void Pause() {
+    Running& self = *current_;
+    const bool open = self.open_;
+    self.Close();
+    self.lock_.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+    self.lock_.lock();
+    if (open) self.Open();
   }
   void Open() {
     if (open_) return;
@@ -202,9 +213,20 @@ class Running {
   }
 
  private:
-  std::lock_guard<std::mutex> lock_;
+  void Close() {
+    if (open_ && E().options.protect) {
+      for (Device& device : E().devices) device.arena->Close();
+    }
+    open_ = false;
+  }
+
+  static thread_local Running* current_;
+  std::unique_lock<std::mutex> lock_;
+  Running* const outer_;
   bool open_ = false;
 };
+
+thread_local Running* Running::current_ = nullptr;
 
 // ---- errors of the calls.
 
@@ -311,13 +333,21 @@ void RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& reco
   while (!record->done) {
     Operation operation;
     std::shared_ptr<Stream> stream;
-    bool lost;
+    bool lost = false, busy;
     {
       const std::lock_guard<std::mutex> lock(e.mutex);
       stream = record->stream;
-      operation = std::move(stream->queue.front());
-      stream->queue.pop_front();
-      lost = e.devices[stream->device].lost != cudaSuccess;
+      busy = stream->busy;
+      if (!busy) {
+        operation = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        lost = e.devices[stream->device].lost != cudaSuccess;
+        stream->busy = true;
+      }
+    }
+    if (busy) {  // by another thread
+      Running::Pause();
+      continue;
     }
     switch (operation.kind) {
       case Operation::Kind::kWork:
@@ -337,6 +367,8 @@ void RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& reco
         break;
       }
     }
+    const std::lock_guard<std::mutex> lock(e.mutex);
+    stream->busy = false;
   }
 }
 
@@ -626,6 +658,8 @@ bool FailsNow(int* countdown) { return *countdown > 0 && --*countdown == 0; }
 }  // namespace
 
 // ---- controls.
+
+void Pause() { Running::Pause(); }
 
 void Configure(const Options& options) {
   Emulator& e = E();

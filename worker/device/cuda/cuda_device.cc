@@ -89,7 +89,7 @@ class CudaDevice : public Device {
     return CudaStream::Make(ordinal_);
   }
   absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) override {
-    cudaSetDevice(ordinal_);
+    UseGpu(ordinal_);
     void* data = nullptr;
     cudaError_t error = cudaMalloc(&data, bytes);
     if (error != cudaSuccess) {
@@ -107,14 +107,14 @@ class CudaDevice : public Device {
     return memory;
   }
   Room room() override {
-    cudaSetDevice(ordinal_);
+    UseGpu(ordinal_);
     Room room;
     if (cudaMemGetInfo(&room.free, &room.total) != cudaSuccess) return {};
     return room;
   }
   size_t stream_bytes() const override { return kWorkspaceBytes; }
   absl::Status Check() override {
-    cudaError_t error = cudaSetDevice(ordinal_);
+    cudaError_t error = UseGpu(ordinal_);
     if (error == cudaSuccess) error = cudaStreamQuery(cudaStreamLegacy);
     if (error == cudaSuccess || error == cudaErrorNotReady) return absl::OkStatus();
     return absl::InternalError(
@@ -122,7 +122,7 @@ class CudaDevice : public Device {
                      "); nvidia-smi and the kernel's log (dmesg, Xid) say whether it is broken"));
   }
   absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
-    cudaSetDevice(ordinal_);
+    UseGpu(ordinal_);
     void* data = nullptr;
     const cudaError_t error = cudaHostAlloc(&data, bytes, cudaHostAllocPortable);
     if (error != cudaSuccess) {
@@ -134,7 +134,7 @@ class CudaDevice : public Device {
   }
   absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
                                                        size_t spare) override {
-    cudaSetDevice(ordinal_);
+    UseGpu(ordinal_);
     size_t free = 0, total = 0;
     cudaError_t error = cudaMemGetInfo(&free, &total);
     if (error != cudaSuccess) return ToStatus(error, "asking for free memory");
@@ -463,7 +463,7 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
   if (ordinal < 0 || ordinal >= count) {
     return absl::NotFoundError(absl::StrCat("there is no GPU ", ordinal, "; GPUs here: ", count));
   }
-  error = cudaSetDevice(ordinal);
+  error = UseGpu(ordinal);
   if (error != cudaSuccess) return ToStatus(error, absl::StrCat("using GPU ", ordinal));
   cudaDeviceProp properties;
   error = cudaGetDeviceProperties(&properties, ordinal);

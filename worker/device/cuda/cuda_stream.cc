@@ -7,10 +7,18 @@
 
 namespace lockstep::device::cuda {
 
+cudaError_t UseGpu(int ordinal) {
+  thread_local int current = -1;
+  if (current == ordinal) return cudaSuccess;
+  const cudaError_t error = cudaSetDevice(ordinal);
+  current = error == cudaSuccess ? ordinal : -1;
+  return error;
+}
+
 absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal) {
   auto stream = absl::WrapUnique(new CudaStream(ordinal));
   stream->queue_.failure = &stream->failure_;
-  cudaError_t error = cudaSetDevice(ordinal);
+  cudaError_t error = UseGpu(ordinal);
   if (error == cudaSuccess) {
     error = cudaStreamCreateWithFlags(&stream->queue_.stream, cudaStreamNonBlocking);
   }
@@ -27,7 +35,7 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal) {
 
 CudaStream::~CudaStream() {
   if (queue_.stream == nullptr) return;
-  cudaSetDevice(ordinal_);
+  UseGpu(ordinal_);
   cudaStreamSynchronize(queue_.stream);
   cudaFree(queue_.workspace);
   if (place_ != nullptr) cudaEventDestroy(place_);
@@ -64,11 +72,7 @@ cudaError_t CudaStream::Follow(CudaStream& ahead) {
 }
 
 const Queue& CudaStream::queue() const {
-  thread_local int current = -1;
-  if (current != ordinal_) {
-    cudaSetDevice(ordinal_);
-    current = ordinal_;
-  }
+  static_cast<void>(UseGpu(ordinal_));  // what fails, the call that follows returns
   return queue_;
 }
 

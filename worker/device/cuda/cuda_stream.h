@@ -12,6 +12,10 @@
 
 namespace lockstep::device::cuda {
 
+// Makes GPU `ordinal` the calling thread's. Whoever in this process drives several GPUs from a
+// thread goes through it, since it knows what it did last.
+cudaError_t UseGpu(int ordinal);
+
 class CudaStream : public Stream {
  public:
   // On GPU `ordinal`.
