@@ -22,8 +22,8 @@ namespace {
 std::string Encode(const Scenario& s) {
   std::ostringstream out;
   out << s.size << ' ' << s.bucket_bytes << ' ' << s.steps << ' ' << static_cast<int>(s.presence)
-      << ' ' << s.seed << ' ' << s.victim << ' ' << s.signal << ' ' << s.victim_step << ' '
-      << s.deadline_ms << ' ' << s.gpus << ' ' << s.members.size();
+      << ' ' << s.exact << ' ' << s.seed << ' ' << s.victim << ' ' << s.signal << ' '
+      << s.victim_step << ' ' << s.deadline_ms << ' ' << s.gpus << ' ' << s.members.size();
   for (const ScenarioMember& member : s.members) {
     out << ' ' << member.host << ' ' << member.gpu << ' ' << member.address << ' '
         << member.bounds.size();
@@ -37,8 +37,8 @@ Scenario Decode(const std::string& text) {
   Scenario s;
   int presence = 0;
   size_t members = 0, bounds = 0;
-  in >> s.size >> s.bucket_bytes >> s.steps >> presence >> s.seed >> s.victim >> s.signal >>
-      s.victim_step >> s.deadline_ms >> s.gpus >> members;
+  in >> s.size >> s.bucket_bytes >> s.steps >> presence >> s.exact >> s.seed >> s.victim >>
+      s.signal >> s.victim_step >> s.deadline_ms >> s.gpus >> members;
   s.presence = static_cast<Presence>(presence);
   s.members.resize(members);
   for (ScenarioMember& member : s.members) {

@@ -159,7 +159,8 @@ class GpuSlot {
 };
 
 absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, CanonicalAllReduce& reduce,
-                     device::Device& device, std::vector<uint64_t>* digests) {
+                     device::Device& device, Communicator* communicator,
+                     std::vector<uint64_t>* digests) {
   const std::vector<int>& bounds = s.members[rank].bounds;
   auto stream = device.MakeStream();
   if (!stream.ok()) return stream.status();
@@ -200,6 +201,8 @@ absl::Status RunSlot(const Scenario& s, int rank, int slot, Team& team, Canonica
     }
     if (rank == s.victim && step == s.victim_step && slot == 0) raise(s.signal);
     status = reduce.Finish(slot, **stream, deadline);
+    if (status.ok() && s.gpus) status = (*stream)->Synchronize();
+    if (status.ok() && s.gpus && communicator->on_device()) status = communicator->Settle();
     if (!status.ok()) return status;
 
     std::vector<Record> records(bounds[slot + 1] - bounds[slot]);
@@ -242,6 +245,7 @@ Placement Scenario::placement() const {
   placement.leaves = leaves();
   for (const ScenarioMember& member : members) placement.bounds.push_back(member.bounds);
   placement.interleaved = interleaved;
+  placement.exact = exact;
   return placement;
 }
 
@@ -290,7 +294,8 @@ Outcome RunMember(const Scenario& s, int rank, Communicator* communicator) {
   std::vector<std::thread> threads;
   for (int slot = 0; slot < slots; ++slot) {
     threads.emplace_back([&, slot] {
-      statuses[slot] = RunSlot(s, rank, slot, team, **reduce, **device, &digests[slot]);
+      statuses[slot] =
+          RunSlot(s, rank, slot, team, **reduce, **device, communicator, &digests[slot]);
     });
   }
   for (std::thread& thread : threads) thread.join();

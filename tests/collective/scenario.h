@@ -31,6 +31,7 @@ struct Scenario {
   int steps = 2;
   Presence presence = Presence::kAll;
   int interleaved = 1;  // of the placement; RunThreads only
+  bool exact = true;    // of the placement
   uint64_t seed = 1;
   // Member `victim` sends itself `signal` in the middle of step `victim_step`; the others then have
   // `deadline_ms` (else a minute).

@@ -71,6 +71,25 @@ TEST(Nccl, SendsExactlyARingsBytesWhereChunksAreEqual) {
   }
 }
 
+// All members have the same sum, and it is not the tree's.
+TEST(Nccl, ALibrarysSumIsTheSameEverywhere) {
+  for (const int leaves : {10, 200}) {  // 200: more than a call sums
+    for (const Presence presence : {Presence::kAll, Presence::kShort}) {
+      Scenario scenario = OnGpus(EvenScenario(leaves, 2, 1, 3000));
+      scenario.presence = presence;
+      scenario.exact = false;
+      scenario.bucket_bytes = 5000;
+      scenario.steps = 3;
+      const std::vector<Outcome> outcomes = RunProcesses(scenario);
+      for (const Outcome& outcome : outcomes) {
+        ASSERT_TRUE(outcome.status.ok()) << outcome.status;
+        EXPECT_EQ(outcome.digests, outcomes[0].digests);
+      }
+      EXPECT_NE(outcomes[0].digests, Expected(scenario));
+    }
+  }
+}
+
 void ExpectVictimNamed(Scenario scenario, int signal) {
   scenario.victim = 1;
   scenario.signal = signal;

@@ -31,6 +31,9 @@ struct Placement {
   int leaves = 0;
   std::vector<std::vector<int>> bounds;
   int interleaved = 1;  // the order in which a slot writes its leaves (tree.h, WriteOrder)
+  // False: members on devices may be summed by their library (NCCL) in any order, so that bits
+  // follow the placement.
+  bool exact = true;
 };
 
 struct Bucket {
@@ -76,7 +79,8 @@ class CanonicalAllReduce {
   virtual void EndPass(int /*slot*/, device::Stream& /*stream*/) {}
   virtual void Repeated(int /*slot*/) {}
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot
-  // may read all of it.
+  // may read all of it. On a device it does so in the order of the stream, and where the
+  // Communicator is on_device too, if that then settles.
   virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) = 0;
   virtual const float* result() const = 0;
 

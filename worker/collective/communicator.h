@@ -12,12 +12,13 @@
 // On CPUs `stream` is ignored: shared memory posts flags and peers read each other's memory without
 // a copy; Gloo posts sends and receives on unbound buffers.
 //
-// Where on_device() (NCCL), Allocate gives memory of the device, and operations that are given a
-// stream take and leave such memory in the order of that stream, also while it is being recorded:
-// Wait has nothing to do for them. EnqueueExchange is a group of ncclSend and ncclRecv of chunks
-// into staging memory of the Communicator, to which `views` point at once, until the next exchange
-// on the stream; EnqueueGather is ncclAllGather (equal chunks) or such a group. What is given no
-// stream is between the hosts, as on CPUs.
+// Where on_device() (NCCL, which has a communicator of its own for each lane), Allocate gives
+// memory of the device, and operations that are given a stream take and leave such memory in the
+// order of that stream, also while it is being recorded: Wait has nothing to do for them.
+// EnqueueExchange is a group of ncclSend and ncclRecv of chunks into staging memory of the
+// Communicator, to which `views` point at once, until the next exchange on the stream;
+// EnqueueGather is ncclAllGather (equal chunks) or such a group. What is given no stream is between
+// the hosts, as on CPUs.
 //
 // Thread safety: one thread at a time per lane; Abort from any thread, any number of times.
 #pragma once
@@ -96,6 +97,18 @@ class Communicator {
   virtual absl::StatusOr<Ticket> EnqueueBroadcast(device::Stream* stream, Lane lane, int root,
                                                   void* data, size_t bytes) = 0;
 
+  // ---- where on_device(): of any memory of the device, in the order of the stream.
+  // In place: `data` has a block of every member, m's at bytes [bounds[m], bounds[m + 1]); ours is
+  // filled before, all are afterwards.
+  virtual absl::StatusOr<Ticket> EnqueueGatherBlocks(device::Stream& stream, Lane lane, void* data,
+                                                     absl::Span<const int64_t> bounds);
+  // data {count} becomes the sum over the members, added in whatever order the library likes.
+  virtual absl::StatusOr<Ticket> EnqueueLibrarySum(device::Stream& stream, Lane lane, float* data,
+                                                   int64_t count);
+  // A failure sets `word`, host-visible memory that kernels read, before it makes what waits for
+  // other members on streams end; null: none is there any more.
+  virtual void PoisonOnFailure(uint32_t* /*word*/) {}
+
   // Returns when the operation (and so all before it on its lane) is complete.
   virtual absl::Status Wait(const Ticket& ticket, absl::Time deadline) = 0;
 
@@ -112,5 +125,14 @@ class Communicator {
 
   virtual Traffic traffic() const = 0;
 };
+
+inline absl::StatusOr<Ticket> Communicator::EnqueueGatherBlocks(device::Stream&, Lane, void*,
+                                                                absl::Span<const int64_t>) {
+  return absl::UnimplementedError("blocks are gathered on devices alone");
+}
+inline absl::StatusOr<Ticket> Communicator::EnqueueLibrarySum(device::Stream&, Lane, float*,
+                                                              int64_t) {
+  return absl::UnimplementedError("a library sums on devices alone");
+}
 
 }  // namespace lockstep::collective

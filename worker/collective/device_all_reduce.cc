@@ -113,6 +113,10 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
 
   absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) override {
     Slot& s = slots_[slot];
+    if (overlaps_) {
+      for (; next_ >= 0; --next_) ExchangeBucket(s, stream, buckets_[next_]);
+      return failure();
+    }
     const bool alone = members_ == 1 && slots_count_ == 1;
     // Other streams' leaves are there only when those have run.
     if (!alone) RETURN_IF_ERROR(stream.Synchronize());
@@ -248,6 +252,7 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
 
   // From our leaves to everybody's sum, in the order of the stream.
   void ExchangeBucket(Slot& s, device::Stream& stream, const Bucket& bucket) {
+    if (!placement_.exact) return SumBucket(s, stream, bucket);
     std::vector<const float*> mine;
     for (const Node& node : member_parts_[rank_]) {
       float* const offered = offered_[mine.size()];
@@ -277,6 +282,27 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     const auto gathered =
         communicator_->EnqueueGather(&stream, Lane::kGradients, gathered_ + bucket.begin, count);
     if (!gathered.ok()) static_cast<void>(Fail(gathered.status()));
+  }
+
+  // The same in the library's order.
+  void SumBucket(Slot& s, device::Stream& stream, const Bucket& bucket) {
+    float* const out = gathered_ + bucket.begin;
+    const int64_t count = bucket.end - bucket.begin;
+    std::vector<const float*> parts;
+    bool any = false;
+    for (int leaf = bounds_.front(); leaf < bounds_.back(); ++leaf) {
+      if (s.present[leaf] != 0) parts.push_back(LeafVector(leaf) + bucket.begin);
+      if (parts.empty() ||
+          (leaf + 1 < bounds_.back() && parts.size() < device::Device::kMostParts)) {
+        continue;
+      }
+      device_.TreeSum(stream, count, parts, out);
+      any = true;
+      parts = {out};  // before the next leaves
+    }
+    if (!any) device_.Zero(stream, out, sizeof(float) * static_cast<size_t>(count));
+    const auto summed = communicator_->EnqueueLibrarySum(stream, Lane::kGradients, out, count);
+    if (!summed.ok()) static_cast<void>(Fail(summed.status()));
   }
 
   absl::Status FinishOnDevice(Slot& s, device::Stream& stream) {

@@ -37,6 +37,7 @@ absl::StatusOr<const NcclApi*> Load() {
   find("ncclSend", &api->Send);
   find("ncclRecv", &api->Recv);
   find("ncclAllGather", &api->AllGather);
+  find("ncclAllReduce", &api->AllReduce);
   find("ncclBroadcast", &api->Broadcast);
   find("ncclMemAlloc", &api->MemAlloc);
   find("ncclMemFree", &api->MemFree);

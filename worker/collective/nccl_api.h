@@ -25,6 +25,7 @@ struct NcclApi {
   decltype(&ncclSend) Send;
   decltype(&ncclRecv) Recv;
   decltype(&ncclAllGather) AllGather;
+  decltype(&ncclAllReduce) AllReduce;
   decltype(&ncclBroadcast) Broadcast;
   decltype(&ncclMemAlloc) MemAlloc;
   decltype(&ncclMemFree) MemFree;

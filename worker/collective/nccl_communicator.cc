@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
@@ -24,6 +25,8 @@ constexpr absl::Duration kMostAbort = absl::Seconds(30);    // that an abort may
 constexpr absl::Duration kMostFarewell = absl::Seconds(5);  // that a finish may take
 // Of tickets whose operation is in its stream's order.
 constexpr uint64_t kInStream = uint64_t{1} << 63;
+// What Allocate gives is exchanged on this lane.
+constexpr int kRegisters = static_cast<int>(Lane::kGradients);
 
 std::string VersionText(int version) {
   return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
@@ -46,23 +49,25 @@ absl::StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Connect(
 absl::Status NcclCommunicator::Initialize(absl::Time deadline) {
   RETURN_IF_ERROR(
       device::cuda::ToStatus(device::cuda::UseGpu(options_.gpu), "connecting over NCCL"));
-  if (options_.unique_id.size() != sizeof(ncclUniqueId)) {
-    return absl::InvalidArgumentError("the identifier of NCCL's communicator is damaged");
+  if (options_.unique_id.size() != kLanes * sizeof(ncclUniqueId)) {
+    return absl::InvalidArgumentError("the identifiers of NCCL's communicators are damaged");
   }
-  ncclUniqueId id;
-  std::copy(options_.unique_id.begin(), options_.unique_id.end(), id.internal);
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 0;
-  ncclResult_t result = ncclInProgress;
-  {
-    absl::MutexLock lock(&calls_);
-    result = api_.CommInitRankConfig(&comm_, size(), id, rank(), &config);
-  }
-  while (result == ncclInProgress && absl::Now() < deadline) {
-    absl::SleepFor(absl::Milliseconds(1));
-    absl::MutexLock lock(&calls_);
-    const ncclResult_t asked = api_.CommGetAsyncError(comm_, &result);
-    if (asked != ncclSuccess) result = asked;
+  ncclResult_t result = ncclSuccess;
+  for (int lane = 0; lane < kLanes && result == ncclSuccess; ++lane) {
+    ncclUniqueId id;
+    const char* const bytes = options_.unique_id.data() + lane * sizeof(id);
+    std::copy(bytes, bytes + sizeof(id), id.internal);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    {
+      absl::MutexLock lock(&calls_);
+      result = api_.CommInitRankConfig(&comms_[lane], size(), id, rank(), &config);
+    }
+    while (result == ncclInProgress && absl::Now() < deadline) {
+      absl::SleepFor(absl::Milliseconds(1));
+      absl::MutexLock lock(&calls_);
+      result = AskFor(comms_[lane]);
+    }
   }
   watcher_ = std::thread([this] { Watch(); });
   if (result != ncclSuccess) {
@@ -102,14 +107,12 @@ NcclCommunicator::~NcclCommunicator() {
     watcher_.join();
   }
   device::cuda::UseGpu(options_.gpu);
-  ncclComm_t comm = nullptr;
-  {
-    absl::MutexLock lock(&calls_);
-    comm = std::exchange(comm_, nullptr);
-  }
-  if (comm != nullptr) {
+  absl::MutexLock lock(&calls_);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const ncclComm_t comm = std::exchange(comms_[lane], nullptr);
+    if (comm == nullptr) continue;
     for (const auto& [memory, handle] : registered_) {
-      if (handle != nullptr) api_.CommDeregister(comm, handle);
+      if (handle != nullptr && lane == kRegisters) api_.CommDeregister(comm, handle);
     }
     ncclResult_t result = api_.CommFinalize(comm);
     const absl::Time deadline = absl::Now() + kMostFarewell;
@@ -136,8 +139,8 @@ absl::StatusOr<float*> NcclCommunicator::TakeMemory(size_t bytes) {
   if (error == cudaSuccess) error = cudaDeviceSynchronize();
   RETURN_IF_ERROR(device::cuda::ToStatus(error, "clearing the memory of the exchange"));
   absl::MutexLock lock(&calls_);
-  if (comm_ == nullptr) return failure();
-  result = api_.CommRegister(comm_, memory, bytes, &registered_.back().second);
+  if (comms_[kRegisters] == nullptr) return failure();
+  result = api_.CommRegister(comms_[kRegisters], memory, bytes, &registered_.back().second);
   if (result != ncclSuccess && result != ncclInProgress) return ToStatus(result, "registering");
   return static_cast<float*>(memory);
 }
@@ -164,15 +167,22 @@ bool NcclCommunicator::Owns(const void* memory, int64_t bytes) const {
 
 // ---- operations, in the order of a stream.
 
-absl::Status NcclCommunicator::Group(absl::FunctionRef<ncclResult_t(ncclComm_t)> calls) {
+ncclResult_t NcclCommunicator::AskFor(ncclComm_t comm) {
+  ncclResult_t state = ncclSuccess;
+  const ncclResult_t asked = api_.CommGetAsyncError(comm, &state);
+  return asked == ncclSuccess ? state : asked;
+}
+
+absl::Status NcclCommunicator::Group(Lane lane, absl::FunctionRef<ncclResult_t(ncclComm_t)> calls) {
   RETURN_IF_ERROR(failure());
+  const auto at = static_cast<size_t>(lane);
   ncclResult_t result;
   {
     absl::MutexLock lock(&calls_);
-    if (comm_ == nullptr) return failure();
+    if (comms_[at] == nullptr) return failure();
     result = api_.GroupStart();
     if (result == ncclSuccess) {
-      result = calls(comm_);
+      result = calls(comms_[at]);
       const ncclResult_t ended = api_.GroupEnd();
       if (result == ncclSuccess || result == ncclInProgress) result = ended;
     }
@@ -181,9 +191,8 @@ absl::Status NcclCommunicator::Group(absl::FunctionRef<ncclResult_t(ncclComm_t)>
   while (result == ncclInProgress) {
     RETURN_IF_ERROR(failure());
     absl::MutexLock lock(&calls_);
-    if (comm_ == nullptr) return failure();
-    const ncclResult_t asked = api_.CommGetAsyncError(comm_, &result);
-    if (asked != ncclSuccess) result = asked;
+    if (comms_[at] == nullptr) return failure();
+    result = AskFor(comms_[at]);
   }
   if (result == ncclSuccess) return absl::OkStatus();
   const absl::Status failure = ToStatus(result, "enqueueing an exchange");
@@ -228,7 +237,7 @@ absl::StatusOr<Ticket> NcclCommunicator::EnqueueExchange(
                                                      options_.staging_bytes, " bytes"));
   }
   const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
-  RETURN_IF_ERROR(Group([&](ncclComm_t comm) {
+  RETURN_IF_ERROR(Group(lane, [&](ncclComm_t comm) {
     ncclResult_t result = ncclSuccess;
     const auto note = [&result](ncclResult_t one) {
       if (one != ncclSuccess && one != ncclInProgress) result = one;
@@ -255,25 +264,63 @@ absl::StatusOr<Ticket> NcclCommunicator::EnqueueGather(device::Stream* stream, L
         "gather of ", count,
         " elements: ", stream == nullptr ? "without a stream" : "not in memory of Allocate"));
   }
-  const auto begin = [&](int member) { return ChunkBegin(count, size(), member); };
-  const int64_t own = begin(rank() + 1) - begin(rank());
-  const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
-  const bool equal = ChunkBegin(count, size(), 1) * size() == count;  // the first is the smallest
-  RETURN_IF_ERROR(Group([&](ncclComm_t comm) {
-    if (equal) return api_.AllGather(data + begin(rank()), data, own, ncclFloat, comm, queue);
+  std::vector<int64_t> bounds;
+  for (int member = 0; member <= size(); ++member) {
+    bounds.push_back(ChunkBegin(count, size(), member));
+  }
+  RETURN_IF_ERROR(GatherInPlace(*stream, lane, reinterpret_cast<std::byte*>(data), bounds,
+                                ncclFloat, sizeof(float)));
+  sent_.gather_bytes += (size() - 1) * (bounds[rank() + 1] - bounds[rank()]) * sizeof(float);
+  return Ticket{lane, kInStream};
+}
+
+absl::StatusOr<Ticket> NcclCommunicator::EnqueueGatherBlocks(device::Stream& stream, Lane lane,
+                                                             void* data,
+                                                             absl::Span<const int64_t> bounds) {
+  if (std::ssize(bounds) != size() + 1 || !std::is_sorted(bounds.begin(), bounds.end())) {
+    return absl::InvalidArgumentError("a gather of blocks that are not one of each member");
+  }
+  RETURN_IF_ERROR(
+      GatherInPlace(stream, lane, static_cast<std::byte*>(data), bounds, ncclInt8, /*bytes=*/1));
+  sent_.small_bytes += (size() - 1) * (bounds[rank() + 1] - bounds[rank()]);
+  return Ticket{lane, kInStream};
+}
+
+absl::Status NcclCommunicator::GatherInPlace(device::Stream& stream, Lane lane, std::byte* data,
+                                             absl::Span<const int64_t> bounds, ncclDataType_t type,
+                                             int64_t element_bytes) {
+  const cudaStream_t queue = device::cuda::QueueOf(stream).stream;
+  const auto length = [&](int member) { return bounds[member + 1] - bounds[member]; };
+  const auto at = [&](int member) { return data + bounds[member] * element_bytes; };
+  bool equal = true;
+  for (int member = 1; member < size(); ++member) equal = equal && length(member) == length(0);
+  return Group(lane, [&](ncclComm_t comm) {
+    if (equal) return api_.AllGather(at(rank()), at(0), length(0), type, comm, queue);
     ncclResult_t result = ncclSuccess;
     const auto note = [&result](ncclResult_t one) {
       if (one != ncclSuccess && one != ncclInProgress) result = one;
     };
     for (int member = 0; member < size(); ++member) {
       if (member == rank()) continue;
-      note(api_.Send(data + begin(rank()), own, ncclFloat, member, comm, queue));
-      note(api_.Recv(data + begin(member), begin(member + 1) - begin(member), ncclFloat, member,
-                     comm, queue));
+      if (length(rank()) > 0) {
+        note(api_.Send(at(rank()), length(rank()), type, member, comm, queue));
+      }
+      if (length(member) > 0)
+        note(api_.Recv(at(member), length(member), type, member, comm, queue));
     }
     return result;
+  });
+}
+
+absl::StatusOr<Ticket> NcclCommunicator::EnqueueLibrarySum(device::Stream& stream, Lane lane,
+                                                           float* data, int64_t count) {
+  const cudaStream_t queue = device::cuda::QueueOf(stream).stream;
+  RETURN_IF_ERROR(Group(lane, [&](ncclComm_t comm) {
+    return api_.AllReduce(data, data, count, ncclFloat, ncclSum, comm, queue);
   }));
-  sent_.gather_bytes += (size() - 1) * own * sizeof(float);
+  // As a ring does it, in each direction.
+  sent_.exchange_bytes += count * sizeof(float) * (size() - 1) / size();
+  sent_.gather_bytes += count * sizeof(float) * (size() - 1) / size();
   return Ticket{lane, kInStream};
 }
 
@@ -282,8 +329,9 @@ absl::StatusOr<Ticket> NcclCommunicator::EnqueueAllGather(device::Stream* stream
                                                           void* all) {
   if (stream == nullptr) return host_->EnqueueAllGather(nullptr, lane, mine, bytes, all);
   const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
-  RETURN_IF_ERROR(Group(
-      [&](ncclComm_t comm) { return api_.AllGather(mine, all, bytes, ncclInt8, comm, queue); }));
+  RETURN_IF_ERROR(Group(lane, [&](ncclComm_t comm) {
+    return api_.AllGather(mine, all, bytes, ncclInt8, comm, queue);
+  }));
   sent_.small_bytes += (size() - 1) * bytes;
   return Ticket{lane, kInStream};
 }
@@ -296,7 +344,7 @@ absl::StatusOr<Ticket> NcclCommunicator::EnqueueBroadcast(device::Stream* stream
         absl::StrCat("broadcast from member ", root, ", accepted: 0 to ", size() - 1));
   }
   const cudaStream_t queue = device::cuda::QueueOf(*stream).stream;
-  RETURN_IF_ERROR(Group([&](ncclComm_t comm) {
+  RETURN_IF_ERROR(Group(lane, [&](ncclComm_t comm) {
     return api_.Broadcast(data, data, bytes, ncclInt8, root, comm, queue);
   }));
   if (root == rank()) sent_.broadcast_bytes += (size() - 1) * bytes;
@@ -349,10 +397,17 @@ void NcclCommunicator::Fail(const absl::Status& failure) {
   absl::Status first;
   {
     absl::MutexLock lock(&mutex_);
+    if (poison_ != nullptr) std::atomic_ref<uint32_t>(*poison_).store(1);
     if (failure_.ok()) failure_ = failure;
     first = failure_;
   }
   host_->Abort(first);
+}
+
+void NcclCommunicator::PoisonOnFailure(uint32_t* word) {
+  absl::MutexLock lock(&mutex_);
+  poison_ = word;
+  if (poison_ != nullptr && !failure_.ok()) std::atomic_ref<uint32_t>(*poison_).store(1);
 }
 
 absl::Status NcclCommunicator::failure() const {
@@ -389,8 +444,9 @@ void NcclCommunicator::Watch() {
     ncclResult_t state = ncclSuccess;
     {
       absl::MutexLock lock(&calls_);
-      const ncclResult_t asked = api_.CommGetAsyncError(comm_, &state);
-      if (asked != ncclSuccess) state = asked;
+      for (const ncclComm_t comm : comms_) {
+        if (state == ncclSuccess || state == ncclInProgress) state = AskFor(comm);
+      }
     }
     if (state != ncclSuccess && state != ncclInProgress) {
       Fail(NameMissing(ToStatus(state, "exchanging gradients")));
@@ -399,13 +455,15 @@ void NcclCommunicator::Watch() {
     }
   }
   if (!failure().ok()) {
-    ncclComm_t comm = nullptr;
+    Comms comms;
     {
       absl::MutexLock lock(&calls_);
-      comm = std::exchange(comm_, nullptr);
+      comms = std::exchange(comms_, {});
     }
-    // May wait for graphs that captured it.
-    if (comm != nullptr) api_.CommAbort(comm);
+    // May wait for graphs that captured them.
+    for (const ncclComm_t comm : comms) {
+      if (comm != nullptr) api_.CommAbort(comm);
+    }
   }
   absl::MutexLock lock(&mutex_);
   watched_ = true;
@@ -425,11 +483,17 @@ absl::StatusOr<std::string> Version() {
 
 absl::StatusOr<std::string> NewUniqueId() {
   ASSIGN_OR_RETURN(const NcclApi* api, FindNccl());
-  ncclUniqueId id;
-  const ncclResult_t result = api->GetUniqueId(&id);
-  if (result == ncclSuccess) return std::string(id.internal, sizeof(id.internal));
-  return absl::InternalError(
-      absl::StrCat("NCCL: making an identifier: ", api->GetErrorString(result)));
+  std::string ids;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    ncclUniqueId id;
+    const ncclResult_t result = api->GetUniqueId(&id);
+    if (result != ncclSuccess) {
+      return absl::InternalError(
+          absl::StrCat("NCCL: making an identifier: ", api->GetErrorString(result)));
+    }
+    ids.append(id.internal, sizeof(id.internal));
+  }
+  return ids;
 }
 
 void ShareGpu(const std::string& host) {

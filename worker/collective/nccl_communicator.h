@@ -1,17 +1,19 @@
 // The Communicator of GPU members: gradients over NCCL, small exchanges of the host's memory over
 // another Communicator of the same members.
 //
-// NCCL's communicator is nonblocking. A watching thread polls it while something is expected; where
-// that fails, a deadline passes, or Abort is called, in this order (NCCL 2.28's rules): nothing
-// more is enqueued, the watching thread aborts NCCL's communicator, by which what waits on a stream
-// for other members ends, so that streams can be synchronized and graphs destroyed, and the
-// destructor joins. An abort that hangs ends the process, since nothing else frees the GPU.
+// NCCL's communicators, one for each lane, are nonblocking. A watching thread polls them while
+// something is expected; where one fails, a deadline passes, or Abort is called, in this order
+// (NCCL 2.28's rules): the gate is poisoned and nothing more is enqueued, the watching thread
+// aborts NCCL's communicators, by which what waits on a stream for other members ends, so that
+// streams can be synchronized and graphs destroyed, and the destructor joins. An abort that hangs
+// ends the process, since nothing else frees the GPU.
 //
 // Destroy what recorded its operations (graphs) before it.
 #pragma once
 
 #include <nccl.h>
 
+#include <array>
 #include <memory>
 #include <string>
 #include <thread>
@@ -46,6 +48,11 @@ class NcclCommunicator : public Communicator {
                                           size_t bytes, void* all) override;
   absl::StatusOr<Ticket> EnqueueBroadcast(device::Stream* stream, Lane lane, int root, void* data,
                                           size_t bytes) override;
+  absl::StatusOr<Ticket> EnqueueGatherBlocks(device::Stream& stream, Lane lane, void* data,
+                                             absl::Span<const int64_t> bounds) override;
+  absl::StatusOr<Ticket> EnqueueLibrarySum(device::Stream& stream, Lane lane, float* data,
+                                           int64_t count) override;
+  void PoisonOnFailure(uint32_t* word) override;
   absl::Status Wait(const Ticket& ticket, absl::Time deadline) override;
   void Expect(absl::Time deadline) override;
   absl::Status Settle() override;
@@ -59,7 +66,14 @@ class NcclCommunicator : public Communicator {
   // Takes memory of the device that other members' GPUs may reach; zeroed.
   absl::StatusOr<float*> TakeMemory(size_t bytes);
   // Enqueues a group of calls, which together make one operation.
-  absl::Status Group(absl::FunctionRef<ncclResult_t(ncclComm_t)> calls);
+  absl::Status Group(Lane lane, absl::FunctionRef<ncclResult_t(ncclComm_t)> calls);
+  // In place, as EnqueueGatherBlocks, of elements of a type.
+  absl::Status GatherInPlace(device::Stream& stream, Lane lane, std::byte* data,
+                             absl::Span<const int64_t> bounds, ncclDataType_t type,
+                             int64_t element_bytes);
+  // What a communicator says of itself.
+  ncclResult_t AskFor(ncclComm_t comm) ABSL_EXCLUSIVE_LOCKS_REQUIRED(calls_);
+  using Comms = std::array<ncclComm_t, kLanes>;
   absl::Status ToStatus(ncclResult_t result, absl::string_view what);
   void Watch();
   // Who does not answer, after `problem`.
@@ -77,11 +91,12 @@ class NcclCommunicator : public Communicator {
   std::vector<std::pair<void*, void*>> registered_;  // memory, NCCL's handle or null
   Traffic sent_;                                     // by the thread that enqueues
 
-  absl::Mutex calls_;  // held during a call of NCCL on the communicator
-  ncclComm_t comm_ ABSL_GUARDED_BY(calls_) = nullptr;
+  absl::Mutex calls_;                         // held during a call of NCCL on a communicator
+  Comms comms_ ABSL_GUARDED_BY(calls_) = {};  // by lane
 
   mutable absl::Mutex mutex_;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  uint32_t* poison_ ABSL_GUARDED_BY(mutex_) = nullptr;
   absl::Time expected_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
   bool watched_ ABSL_GUARDED_BY(mutex_) = false;  // the thread is done

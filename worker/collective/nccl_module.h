@@ -16,7 +16,7 @@ namespace lockstep::collective {
 struct NcclOptions {
   int rank = 0;
   std::vector<std::string> names;  // of the members, for messages
-  std::string unique_id;           // of this generation, from one member
+  std::string unique_id;           // NcclModule::new_unique_id of one member, of this generation
   int gpu = 0;
   size_t memory_bytes = 0;   // that Allocate gives in all
   size_t staging_bytes = 0;  // of what one exchange brings from others
@@ -25,7 +25,7 @@ struct NcclOptions {
 struct NcclModule {
   // "2.28.9". NotFound where its library was not.
   absl::StatusOr<std::string> (*version)();
-  // Opaque bytes that make a communicator, once.
+  // Opaque bytes that make a communicator (NCCL's, one for each lane), once.
   absl::StatusOr<std::string> (*new_unique_id)();
   // Before the first of the calls below: several members have the same GPU, which NCCL allows only
   // to what it takes for different hosts. `host` must differ among them. Slow; for correctness.

@@ -96,6 +96,7 @@ struct StepGate {
   int levels = 0;  // 0: there is one value or, `squares` null, none
   int32_t level_groups[kMostLevels] = {0};
   const LeafResult* results = nullptr;  // of all leaves, in order
+  const uint32_t* poison = nullptr;     // null, or a word of the host's: not 0 closes the gate
   int leaves = 0;                       // at most kMostLeaves
   double clip_norm = 0;                 // 0: none
   int64_t ring = 1;

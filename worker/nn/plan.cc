@@ -28,10 +28,11 @@ struct Plan::Impl {
   int64_t widest_norm = 0;
   std::unique_ptr<device::Memory> arena, scratch, moments, sums, merged_moments, merged_sums,
       results, flag;
+  std::unique_ptr<device::Memory> packed;  // of all shards what one exchange is about; or null
   // What the host reads of moments and sums; null where it can read those themselves.
   std::unique_ptr<device::Memory> host_moments, host_sums;
-  // Where a local TrainStep leaves its results, which the host neither reads nor clears: what a
-  // program's kernels leave alone they always do. Null where the host addresses all memory.
+  // Where a TrainStep on the device leaves its results, which the host neither reads nor clears:
+  // what a program's kernels leave alone they always do. Null where the host addresses all memory.
   std::unique_ptr<device::Memory> device_results;
   std::unique_ptr<Executor> train, inference;  // train is null in a plan for evaluation
   Merged merged;
@@ -63,7 +64,8 @@ struct Plan::Impl {
   ShardResult* result(int position) const {
     return static_cast<ShardResult*>(results->data()) + position;
   }
-  absl::Status Bind(absl::Span<const ShardInput> shards, bool training, bool local = false);
+  absl::Status Bind(absl::Span<const ShardInput> shards, bool training,
+                    const MomentExchange::Batch* batch = nullptr, bool stepping = false);
   void BindJoint(size_t shards) {
     joint = Joint::Of(absl::MakeConstSpan(frames.data(), shards),
                       spec::ElementCount(program->graph().data_shape), context.leaves_stay);
@@ -72,7 +74,9 @@ struct Plan::Impl {
                            MomentExchange& exchange);
   absl::Status RunCalls(Executor& executor, int calls, absl::Span<const ShardInput> shards,
                         MomentExchange* exchange);
-  void MergeHere(const MomentsSlice& slice, bool moments, absl::Span<const ShardInput> shards);
+  absl::Status MergeOnDevice(const MomentsSlice& slice, bool moments, size_t shards,
+                             MomentExchange& exchange);
+  absl::Status GatherAll(MomentExchange& exchange);
   void ShowMoments(size_t shards);
   absl::Status RunTraining(absl::Span<const ShardInput> shards, MomentExchange& exchange);
   absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
@@ -116,7 +120,7 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   if (p.options.evaluation_rows == 0) p.options.evaluation_rows = options.max_rows;
   if (p.options.together == 0) p.options.together = static_cast<int>(options.shards.size());
   const int shards = static_cast<int>(options.shards.size());
-  const size_t positions = static_cast<size_t>(std::max(shards, 1));
+  const size_t positions = static_cast<size_t>(std::max({shards, options.batch_shards, 1}));
   for (const MomentsSlice& slice : program->moments()) {
     p.widest_norm = std::max(p.widest_norm, slice.channels);
   }
@@ -145,6 +149,9 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
     ASSIGN_OR_RETURN(p.host_moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
     ASSIGN_OR_RETURN(p.host_sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
     ASSIGN_OR_RETURN(p.device_results, device.Allocate(sizeof(ShardResult) * positions));
+    if (options.batch_shards > shards && program->has_synchronized_norm()) {
+      ASSIGN_OR_RETURN(p.packed, device.Allocate(AtLeastOne(sums * positions)));
+    }
   }
   ASSIGN_OR_RETURN(p.results, device.AllocateHostVisible(sizeof(ShardResult) * positions));
   ASSIGN_OR_RETURN(p.flag, device.AllocateHostVisible(sizeof(uint32_t)));
@@ -167,7 +174,14 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
 }
 
 // Gives each shard its memory.
-absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training, bool local) {
+absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training,
+                              const MomentExchange::Batch* batch, bool stepping) {
+  const int first = batch == nullptr ? 0 : batch->first;
+  const int most = std::max({static_cast<int>(options.shards.size()), options.batch_shards, 1});
+  if (batch != nullptr && (batch->shards.count > most || first + std::ssize(shards) > most)) {
+    return absl::InternalError(
+        fmt::format("a batch of {} shards for a plan of {}", batch->shards.count, most));
+  }
   const size_t count = training ? options.together : options.shards.size();
   if (shards.size() > count) {
     return absl::InternalError(fmt::format("{} shards for a plan of {}", shards.size(), count));
@@ -184,10 +198,11 @@ absl::Status Plan::Impl::Bind(absl::Span<const ShardInput> shards, bool training
     frame.arena = static_cast<uint8_t*>(arena->data());
     frame.first_row = first_row;
     first_row += shards[i].rows;
-    frame.moments = moments->floats() + static_cast<int64_t>(i) * program->moments_size();
-    frame.sums = sums->floats() + static_cast<int64_t>(i) * sums_size();
-    if (local && device_results != nullptr) {
-      frame.result = static_cast<ShardResult*>(device_results->data()) + i;
+    const int64_t place = first + static_cast<int64_t>(i);
+    frame.moments = moments->floats() + place * program->moments_size();
+    frame.sums = sums->floats() + place * sums_size();
+    if (stepping && batch != nullptr && device_results != nullptr) {
+      frame.result = static_cast<ShardResult*>(device_results->data()) + place;
     } else {
       frame.result = result(static_cast<int>(i));
       *frame.result = ShardResult();
@@ -201,9 +216,8 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
                                      MomentExchange& exchange) {
   const MomentsSlice& slice = program->moments()[segment.moments];
   const bool moments = segment.exchange == Exchange::kMoments;
-  if (!device->host_addressable() && exchange.IsLocal()) {
-    MergeHere(slice, moments, shards);
-    return absl::OkStatus();
+  if (!device->host_addressable() && exchange.OnDevice() != nullptr) {
+    return MergeOnDevice(slice, moments, shards.size(), exchange);
   }
   const size_t bytes = sizeof(float) * 2 * static_cast<size_t>(slice.channels);
   for (size_t i = 0; i < shards.size(); ++i) {
@@ -228,27 +242,52 @@ absl::Status Plan::Impl::RunExchange(const Segment& segment, absl::Span<const Sh
   return absl::OkStatus();
 }
 
-// An exchange in which nobody else takes part, on the device.
-void Plan::Impl::MergeHere(const MomentsSlice& slice, bool moments,
-                           absl::Span<const ShardInput> shards) {
-  const int count = static_cast<int>(shards.size());
-  if (!moments) {
-    std::vector<const float*>& sums_of = records;
-    for (int i = 0; i < count; ++i) sums_of[i] = frames[i].sums;
-    device->TreeSum(*context.stream, 2 * slice.channels,
-                    absl::MakeConstSpan(sums_of.data(), shards.size()), merged.sums);
-    return;
+// An exchange on the device: records of all shards are brought together, and merged here.
+absl::Status Plan::Impl::MergeOnDevice(const MomentsSlice& slice, bool of_moments, size_t shards,
+                                       MomentExchange& exchange) {
+  const MomentExchange::Batch& batch = *exchange.OnDevice();
+  const int64_t size = 2 * slice.channels;
+  int64_t stride = of_moments ? program->moments_size() : sums_size();
+  float* all = of_moments ? moments->floats() + slice.offset : sums->floats();
+  if (batch.elsewhere) {
+    device::StridedCopy pack;
+    pack.size[2] = size;
+    pack.from[2] = pack.to[2] = 1;
+    pack.from_row = stride;
+    pack.to_row = size;
+    if (shards > 0) {
+      device->CopyStrided(*context.stream, pack, static_cast<int64_t>(shards),
+                          all + batch.first * stride, packed->floats() + batch.first * size);
+    }
+    all = packed->floats();
+    stride = size;
+    RETURN_IF_ERROR(exchange.Gather(all, sizeof(float) * static_cast<size_t>(size)));
   }
   device::Leaves leaves;
-  leaves.count = count;
-  for (int i = 0; i < count; ++i) {
-    leaves.begin[i + 1] = leaves.begin[i] + shards[i].rows * slice.spatial;
+  leaves.count = batch.shards.count;
+  if (!of_moments) {
+    std::vector<const float*> parts;
+    for (int i = 0; i < leaves.count; ++i) parts.push_back(all + i * stride);
+    device->TreeSum(*context.stream, size, parts, merged.sums);
+    return absl::OkStatus();
   }
-  const float* mean = frames[0].moments + slice.offset;
+  for (int i = 1; i <= leaves.count; ++i) {
+    leaves.begin[i] = batch.shards.begin[i] * slice.spatial;
+  }
   float* merged_mean = merged.moments + slice.offset;
-  device->MergeLeafMoments(*context.stream, slice.channels, leaves, mean, mean + slice.channels,
-                           program->moments_size(), merged_mean, merged_mean + slice.channels);
-  merged.rows[&slice - program->moments().data()] = leaves.total() / slice.spatial;
+  device->MergeLeafMoments(*context.stream, slice.channels, leaves, all, all + slice.channels,
+                           stride, merged_mean, merged_mean + slice.channels);
+  merged.rows[&slice - program->moments().data()] = batch.shards.total();
+  return absl::OkStatus();
+}
+
+// What a step came to, of all shards of the batch.
+absl::Status Plan::Impl::GatherAll(MomentExchange& exchange) {
+  if (!exchange.OnDevice()->elsewhere) return absl::OkStatus();
+  RETURN_IF_ERROR(exchange.Gather(device_results->data(), sizeof(ShardResult)));
+  if (program->moments_size() == 0) return absl::OkStatus();
+  return exchange.Gather(moments->data(),
+                         sizeof(float) * static_cast<size_t>(program->moments_size()));
 }
 
 // The first `calls`, in the order that their memory is planned for.
@@ -279,7 +318,7 @@ absl::Status Plan::Impl::RunCalls(Executor& executor, int calls,
 // The host reads them after Synchronize.
 void Plan::Impl::ShowMoments(size_t shards) {
   if (host_moments == nullptr || shards == 0 || program->moments_size() == 0) return;
-  device->Copy(*context.stream, moments->data(), host_moments->data(),
+  device->Copy(*context.stream, frames[0].moments, host_moments->data(),
                sizeof(float) * static_cast<size_t>(program->moments_size()) * shards);
 }
 
@@ -289,13 +328,13 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
                              MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true, exchange.IsLocal()));
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true, exchange.OnDevice(), /*stepping=*/true));
   p.context = {&stream, &state, scalars, 1.0f / static_cast<float>(batch), &sink};
   p.context.leaves_stay = sink.LeavesStay();
   for (size_t i = 0; i < shards.size(); ++i) p.frames[i].leaf = sink.Leaf(shards[i].shard);
   p.BindJoint(shards.size());
   const bool repeats = !p.device->host_addressable() && sink.LeavesStay() && !shards.empty() &&
-                       (exchange.IsLocal() || !p.program->has_synchronized_norm());
+                       (exchange.OnDevice() != nullptr || !p.program->has_synchronized_norm());
   if (!repeats) return p.RunTraining(shards, exchange);
   Impl::Ran* const before = p.FindRan(shards);
   if (before == nullptr) return p.RunTraining(shards, exchange);  // once as it is
@@ -312,7 +351,11 @@ absl::Status Plan::Impl::RunTraining(absl::Span<const ShardInput> shards,
                                      MomentExchange& exchange) {
   const int calls = static_cast<int>(train->lowering().calls.size());
   RETURN_IF_ERROR(RunCalls(*train, calls, shards, &exchange));
-  if (!exchange.IsLocal()) ShowMoments(shards.size());
+  if (exchange.OnDevice() != nullptr) {
+    RETURN_IF_ERROR(GatherAll(exchange));
+  } else {
+    ShowMoments(shards.size());
+  }
   context.sink->EndPass();
   return absl::OkStatus();
 }
@@ -344,7 +387,7 @@ absl::Status Plan::GatherMoments(device::Stream& stream, optim::FlatState& state
                                  absl::Span<const ShardInput> shards, MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true, exchange.OnDevice()));
   p.context = {&stream, &state, scalars, 0, nullptr};
   p.BindJoint(shards.size());
   RETURN_IF_ERROR(p.RunCalls(*p.train, p.train->lowering().forward_calls, shards, &exchange));
@@ -389,7 +432,7 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
                                                 MomentExchange& exchange) {
   Impl& p = *impl_;
   if (p.train == nullptr) return absl::InternalError("a training step of a plan for evaluation");
-  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true));
+  RETURN_IF_ERROR(p.Bind(shards, /*training=*/true, exchange.OnDevice()));
   p.context = {&stream, &state, scalars, 0, nullptr};
   std::string first_parameter;
   for (const optim::TensorView& tensor : p.program->parameters().tensors) {

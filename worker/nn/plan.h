@@ -112,10 +112,18 @@ class MomentExchange {
                                                absl::Span<const ShardInput> shards,
                                                absl::Span<const float* const> records,
                                                int64_t* rows) = 0;
-  // The shards of every call are all of the batch's, in order, at most device::kMostLeaves: a plan
-  // may merge them itself. On a device whose memory the host does not address, nothing of a
-  // training step is then for the host, and none waits for it.
-  virtual bool IsLocal() const { return false; }
+  // Where nothing of a training step is for the host, on a device whose memory it does not address:
+  // all shards of the batch at hand, which the plan then merges itself (rows; at most
+  // device::kMostLeaves), the first of the call's among them, and whether others are elsewhere.
+  struct Batch {
+    device::Leaves shards;
+    int first = 0;
+    bool elsewhere = false;
+  };
+  virtual const Batch* OnDevice() const { return nullptr; }
+  // Of shards elsewhere: in place, `records` {Batch's shards, bytes} has those of the call's;
+  // behind it on the stream, all. Collective.
+  virtual absl::Status Gather(void* /*records*/, size_t /*bytes*/) { return absl::OkStatus(); }
 };
 
 // Per shard results of a step or evaluation batch, in host-visible memory of the plan.
@@ -129,6 +137,7 @@ class Plan {
     int64_t max_rows = 0;         // of a shard
     int64_t evaluation_rows = 0;  // of a shard in evaluation; 0: max_rows
     int together = 0;             // most shards of one TrainStep; 0: all
+    int batch_shards = 0;         // of all slots, where MomentExchange::OnDevice; 0: its own
     bool training = true;         // false: evaluation only
     uint64_t seed = 0;            // of the job, for dropout
   };
@@ -153,14 +162,14 @@ class Plan {
   void Evaluate(device::Stream& stream, optim::FlatState& state,
                 absl::Span<const ShardInput> shards);
 
-  // Of the last call, by position in its `shards`; not of a TrainStep whose exchange is local.
+  // Of the last call, by position in its `shards`; not of a TrainStep on the device.
   const ShardResult& result(int position) const;
   // The moments record (Program::moments()) of a shard of the last TrainStep or GatherMoments, for
-  // the host when the stream is synchronized; not of a TrainStep whose exchange is local.
+  // the host when the stream is synchronized; not of a TrainStep on the device.
   const float* moments(int position) const;
-  // The same in memory of the device, Program::moments_size() floats a position, of any.
+  // Of a TrainStep on the device (MomentExchange::OnDevice), in its memory, of all shards of the
+  // batch: moments, Program::moments_size() floats a shard; and results.
   const float* device_moments() const;
-  // Of TrainSteps whose exchange is local, in memory of the device.
   const ShardResult* device_results() const;
 
   // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of

@@ -277,6 +277,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
       nn::Plan::Options options;
       for (int shard = bounds_[i]; shard < bounds_[i + 1]; ++shard) options.shards.push_back(shard);
+      if (collective::UsesNccl(Rendezvous())) options.batch_shards = shards_;
       options.max_rows = rows.training;
       options.evaluation_rows = rows.evaluation;
       if (accumulate_ > 1 && !interleaved()) options.together = 1;
@@ -471,6 +472,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     v1::CheckpointManifest from;
     RETURN_IF_ERROR(ShareState(start.source_rank(), &from));
     RETURN_IF_ERROR(MakeLoop(from));
+    RETURN_IF_ERROR(Meet());
     {
       absl::MutexLock lock(&mutex_);
       running_ = loop_.get();
@@ -486,6 +488,18 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     absl::MutexLock lock(&mutex_);
     running_ = nullptr;
     return failure_;
+  }
+
+  // Allocating and freeing may wait for the other GPUs of the process, where kernels of NCCL that
+  // run already would wait for ours: nobody begins before all have their memory.
+  absl::Status Meet() {
+    if (!communicator_->on_device()) return absl::OkStatus();
+    const char here = 1;
+    std::string all(communicator_->size(), '\0');
+    ASSIGN_OR_RETURN(const collective::Ticket ticket,
+                     communicator_->EnqueueAllGather(nullptr, collective::Lane::kGradients, &here,
+                                                     sizeof(here), all.data()));
+    return communicator_->Wait(ticket, absl::Now() + kShareTimeout);
   }
 
   void RunSlot(int slot) {
@@ -573,6 +587,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     StepLoop::Options o;
     o.rank = options_.prepare.rank();
     o.bounds = bounds_;
+    for (const v1::Member& m : options_.prepare.members()) {
+      o.members.emplace_back(m.bounds().begin(), m.bounds().end());
+    }
     o.shards = shards_;
     o.accumulate = accumulate_;
     o.interleaved = interleaved();

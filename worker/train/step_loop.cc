@@ -36,6 +36,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   // What a failed loop has left on the device has run before it goes.
   ~Slot() override {
     if (stream != nullptr) stream->Synchronize().IgnoreError();
+    if (loop->parts_.communicator != nullptr) loop->parts_.communicator->PoisonOnFailure(nullptr);
   }
 
   // ---- nn::GradientSink
@@ -61,9 +62,19 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   void Repeated() override {
     if (loop->options_.accumulate == 1) loop->parts_.all_reduce->Repeated(index);
   }
-  bool IsLocal() const override { return loop->runs_ahead(); }
 
   // ---- nn::MomentExchange
+  const Batch* OnDevice() const override { return loop->runs_ahead() ? &batch : nullptr; }
+  absl::Status Gather(void* records, size_t bytes) override {
+    std::vector<int64_t> bounds;
+    for (const std::vector<int>& member : loop->options_.members) {
+      bounds.push_back(std::min(member.front(), batch.shards.count) * static_cast<int64_t>(bytes));
+    }
+    bounds.push_back(batch.shards.count * static_cast<int64_t>(bytes));
+    return loop->parts_.communicator
+        ->EnqueueGatherBlocks(*stream, collective::Lane::kMoments, records, bounds)
+        .status();
+  }
   absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
                                        absl::Span<const nn::ShardInput> shards,
                                        absl::Span<const float* const> leaf_records,
@@ -108,6 +119,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     device::StepScalars scalars[kMostAhead];   // by step
     device::StepOutcome outcomes[kMostAhead];  // by step
     uint32_t non_finite = 0;
+    uint32_t poison = 0;  // of the gate
   };
   std::unique_ptr<device::Memory> shared_memory, digests_memory;
   Shared* shared = nullptr;
@@ -160,6 +172,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   int64_t& MarkOf(int64_t of) { return marks[of / kAsksEvery % (kMostAhead / kAsksEvery)]; }
   int64_t device_step = 0;  // that device_scalars are of when what is enqueued has run
   device::StepGate gate;
+  Batch batch;           // at hand
   absl::Status updated;  // what Update returned within a pass
   Trailer collected;     // of the step whose outcome was taken last
 };
@@ -168,8 +181,7 @@ StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
     : options_(std::move(options)),
       parts_(std::move(parts)),
       checkpoints_(checkpoints),
-      alone_(parts_.team->slots() == 1 &&
-             (parts_.communicator == nullptr || parts_.communicator->size() == 1)),
+      runs_ahead_(CanRunAhead()),
       tensor_digests_(parts_.state->named().size()),
       epoch_(options_.epoch),
       last_epoch_(options_.last_epoch),
@@ -255,6 +267,10 @@ absl::Status StepLoop::MakeGate(Slot& slot) {
   parts_.device->Copy(*slot.stream, &open, slot.gated_scalars, sizeof(open));
   parts_.norm->Describe(&slot.gate);
   slot.gate.results = slot.plan->device_results();
+  if (parts_.communicator != nullptr) {
+    parts_.communicator->PoisonOnFailure(&slot.shared->poison);
+    slot.gate.poison = &slot.shared->poison;
+  }
   slot.gate.clip_norm = options_.clip_norm;
   slot.gate.ring = slot.ring;
   slot.gate.prepared = slot.shared->scalars;
@@ -328,7 +344,8 @@ absl::Status StepLoop::NextShards(Slot& slot) {
         0;
   }
   TakeMicrobatches(slot, *batch);
-  slot.EnqueuedOf(slot.step) = {batch->samples, stop_requested_, false};
+  ASSIGN_OR_RETURN(const bool stop, AgreeToStop(slot));
+  slot.EnqueuedOf(slot.step) = {batch->samples, stop, false};
   slot.scalars = slot.ScalarsOf(slot.step);
   parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
   ShowScalars(slot);
@@ -364,6 +381,18 @@ void StepLoop::TakeMicrobatches(Slot& slot, const data::Batch& batch) {
     return true;
   };
   const auto end_pass = [&] { slot.passes.push_back(static_cast<int>(slot.leaves.size())); };
+  if (runs_ahead()) {
+    device::Leaves& shards = slot.batch.shards;
+    shards.count = 0;
+    for (int shard = 0; shard < options_.shards; ++shard) {
+      const int64_t rows = Microbatch(batch.samples, shard, 0).count;
+      if (rows == 0) break;  // nor has any behind it
+      shards.begin[shard + 1] = shards.begin[shard] + rows;
+      shards.count = shard + 1;
+    }
+    slot.batch.first = std::min(slot.first_shard, shards.count);
+    slot.batch.elsewhere = members() > 1;
+  }
   if (options_.accumulate == 1 || options_.interleaved) {
     // No shard has more microbatches than the first.
     for (int m = 0; m < options_.accumulate && Microbatch(batch.samples, 0, m).count > 0; ++m) {
@@ -458,13 +487,13 @@ void StepLoop::MergeRecords(const Slot& slot, void* left, const void* right) con
 absl::Status StepLoop::Gate(Slot& slot) {
   if (runs_ahead()) {
     parts_.norm->SumForGate(*parts_.device, *slot.stream, parts_.all_reduce->result());
-    slot.gate.leaves = static_cast<int>(slot.leaves.size());
+    slot.gate.leaves = slot.batch.shards.count;
     parts_.device->Gate(*slot.stream, slot.gate);
     return absl::OkStatus();
   }
   const int k = parts_.team->slots();
   parts_.norm->Sum(*parts_.device, *slot.stream, slot.index, k, parts_.all_reduce->result());
-  RETURN_IF_ERROR(slot.stream->Synchronize());
+  RETURN_IF_ERROR(Synchronize(slot));
   std::atomic<uint32_t>& latch = non_finite_[slot.step % 2];
   if (!std::isfinite(slot.trailer->loss_sum) || !parts_.norm->IsFinite(slot.index, k)) latch = 1;
   RETURN_IF_ERROR(Barrier(slot));
@@ -495,16 +524,11 @@ void StepLoop::Optimize(Slot& slot) {
 void StepLoop::UpdateStatistics(Slot& slot) {
   const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
   if (runs_ahead()) {
-    device::Leaves leaves;
-    leaves.count = static_cast<int>(slot.leaves.size());
-    for (int i = 0; i < leaves.count; ++i) {
-      leaves.begin[i + 1] = leaves.begin[i] + slot.leaves[i].rows;
-    }
     return parts_.device->UpdateStatistics(
         *slot.stream, slot.statistics_count,
         static_cast<const device::StatisticsSlice*>(slot.statistics_table->data()), widest_norm_,
-        leaves, slot.plan->device_moments(), parts_.program->moments_size(), slot.gated_scalars,
-        parts_.state->statistics());
+        slot.batch.shards, slot.plan->device_moments(), parts_.program->moments_size(),
+        slot.gated_scalars, parts_.state->statistics());
   }
   const float* merged = OnDevice(slot, reinterpret_cast<const float*>(slot.trailer + 1));
   float* statistics = parts_.state->statistics();
@@ -549,7 +573,7 @@ absl::Status StepLoop::Commit(Slot& slot) {
 absl::Status StepLoop::Collect(Slot& slot) {
   int64_t last = slot.step;
   if (StateIsLookedAt(slot)) {
-    RETURN_IF_ERROR(slot.stream->Synchronize());
+    RETURN_IF_ERROR(Synchronize(slot));
   } else {
     Slot::Enqueued& enqueued = slot.EnqueuedOf(slot.step);
     enqueued.digested = DigestDue(slot.step);
@@ -560,6 +584,7 @@ absl::Status StepLoop::Collect(Slot& slot) {
     if (slot.step - slot.committed < kMostAhead) return absl::OkStatus();
     last = (slot.committed / kAsksEvery + 1) * kAsksEvery;
     RETURN_IF_ERROR(slot.stream->WaitFor(slot.MarkOf(last)));
+    RETURN_IF_ERROR(Settle());  // what a failure has poisoned came to nothing
   }
   while (slot.committed < last) {
     RETURN_IF_ERROR(TakeOutcome(slot, slot.committed + 1));
@@ -579,7 +604,7 @@ absl::Status StepLoop::TakeOutcome(Slot& slot, int64_t step) {
   slot.collected = {enqueued.samples, outcome.loss_sum, outcome.correct, enqueued.stop ? 1 : 0};
   slot.trailer = &slot.collected;
   slot.gradient_norm = outcome.gradient_norm;
-  for (int shard = 0; shard < options_.shards; ++shard) {
+  for (int shard = slot.first_shard; shard < slot.first_shard + slot.shard_count; ++shard) {
     if (Microbatch(enqueued.samples, shard, 0).count > 0) ++shard_steps_[shard];
   }
   if (outcome.applied == 0) return MakeAgain(slot, step);
@@ -598,7 +623,7 @@ absl::Status StepLoop::MakeAgain(Slot& slot, int64_t step) {
   slot.step = step;
   RETURN_IF_ERROR(NextShards(slot));
   RETURN_IF_ERROR(ForwardBackward(slot));
-  RETURN_IF_ERROR(slot.stream->Synchronize());
+  RETURN_IF_ERROR(Synchronize(slot));
   return NameNonFinite(slot);
 }
 
@@ -647,9 +672,10 @@ absl::Status StepLoop::GatherPopulation(Slot& slot) {
     int begin = 0;
     for (const int end : slot.passes) {
       const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
+      ExpectOthers();
       RETURN_IF_ERROR(
           slot.plan->GatherMoments(*slot.stream, *parts_.state, slot.device_scalars, leaves, slot));
-      RETURN_IF_ERROR(slot.stream->Synchronize());
+      RETURN_IF_ERROR(Synchronize(slot));
       for (size_t i = 0; i < leaves.size(); ++i) {
         uint8_t* record = record_of(leaves[i].shard - slot.first_leaf);
         const bool first = reinterpret_cast<const Trailer*>(record)->rows == 0;
@@ -900,6 +926,7 @@ absl::Status StepLoop::NameNonFinite(Slot& slot) {
   int begin = 0;
   for (const int end : slot.passes) {
     const auto leaves = absl::MakeConstSpan(slot.leaves).subspan(begin, end - begin);
+    ExpectOthers();
     ASSIGN_OR_RETURN(
         const std::string found,
         slot.plan->FindNonFinite(*slot.stream, *parts_.state, slot.device_scalars, leaves, slot));
@@ -907,6 +934,7 @@ absl::Status StepLoop::NameNonFinite(Slot& slot) {
                                     std::find(order.begin(), order.end(), found) - order.begin());
     begin = end;
   }
+  RETURN_IF_ERROR(Synchronize(slot));
   RETURN_IF_ERROR(Barrier(slot));
   int64_t first = static_cast<int64_t>(order.size());
   for (const auto& other : slots_) first = std::min(first, other->blamed);
@@ -944,9 +972,39 @@ absl::Status StepLoop::Barrier(const Slot& slot) {
   return parts_.team->Barrier(slot.index, Deadline());
 }
 
-bool StepLoop::runs_ahead() const {
-  return alone_ && !parts_.device->host_addressable() && options_.accumulate == 1 &&
-         options_.shards <= device::kMostLeaves;
+// The same on all members.
+bool StepLoop::CanRunAhead() const {
+  if (parts_.device->host_addressable() || options_.accumulate > 1 ||
+      options_.shards > device::kMostLeaves || parts_.team->slots() > 1) {
+    return false;
+  }
+  return members() == 1 ||
+         (parts_.communicator->on_device() &&
+          std::all_of(options_.members.begin(), options_.members.end(),
+                      [](const std::vector<int>& slots) { return slots.size() == 2; }));
+}
+
+void StepLoop::ExpectOthers() {
+  if (members() > 1) parts_.communicator->Expect(Deadline());
+}
+absl::Status StepLoop::Settle() {
+  return members() > 1 ? parts_.communicator->Settle() : absl::OkStatus();
+}
+absl::Status StepLoop::Synchronize(Slot& slot) {
+  RETURN_IF_ERROR(slot.stream->Synchronize());
+  return Settle();
+}
+
+// Whether the step at hand is the last. Where the host runs ahead it does not see the trailer in
+// time, so that members ask each other.
+absl::StatusOr<bool> StepLoop::AgreeToStop(Slot& slot) {
+  const char mine = stop_requested_ ? 1 : 0;
+  if (!runs_ahead() || members() == 1) return mine != 0;
+  if (slot.step % kAsksEvery != 0) return false;
+  ASSIGN_OR_RETURN(const void* all,
+                   parts_.all_reduce->AllGather(slot.index, &mine, sizeof(mine), Deadline()));
+  const char* const asked = static_cast<const char*>(all);
+  return std::any_of(asked, asked + members(), [](char stop) { return stop != 0; });
 }
 
 // The step's scalars as they are now, to the kernels behind this.

@@ -6,11 +6,13 @@
 // decision: the reduced gradient and loss are finite and nobody has aborted; only then do
 // optimizer, statistics and version move.
 //
-// Where one slot has all leaves, on a device whose memory the host does not address, the gate is on
-// the device: a step is enqueued whole, as one recording once it has run before, and the host runs
-// ahead by at most kMostAhead steps. What steps came to is collected behind them, in order. A latch
-// that is closed stays closed, so that steps behind one that is not finite change nothing; and
-// before anything looks at the state, all that were enqueued have run.
+// On a device whose memory the host does not address, where every member is one slot and members
+// exchange on their devices, the gate is on the device too: a step is enqueued whole, as one
+// recording once it has run before, and the host runs ahead by at most kMostAhead steps. What steps
+// came to is collected behind them, in order. A latch that is closed stays closed, so that steps
+// behind one that is not finite change nothing, nor those that a failure has poisoned; and before
+// anything looks at the state, all that were enqueued have run. Members' hosts agree on a stop
+// every kAsksEvery steps.
 //
 // Member holds what the slots of one address space share; each slot owns its Plan, stream and
 // StepScalars. Thread safety: Run is called once by each slot's thread; Stop and Abort by any
@@ -63,8 +65,9 @@ class StepLoop {
   // All borrowed but the options' values; the recorder is null but at rank 0.
   struct Options {
     int rank = 0;
-    std::vector<int> bounds;   // slot i has shards [bounds[i], bounds[i+1])
-    int shards = 0;            // of the job
+    std::vector<int> bounds;                // slot i has shards [bounds[i], bounds[i+1])
+    std::vector<std::vector<int>> members;  // the same of all; empty: there is one
+    int shards = 0;                         // of the job
     int accumulate = 1;        // microbatches of a shard; leaf = shard * accumulate + microbatch
     bool interleaved = false;  // a microbatch of all shards together, then the next
     RunLength length;
@@ -175,14 +178,21 @@ class StepLoop {
   void SummarizeTraining();  // the result's train score from the epochs' sums
   absl::Time Deadline() const { return absl::Now() + options_.collective_timeout; }
 
+  int members() const { return parts_.communicator == nullptr ? 1 : parts_.communicator->size(); }
+  // Everything of a step lies on devices, which decide it themselves.
+  bool runs_ahead() const { return runs_ahead_; }
+  bool CanRunAhead() const;
+  // What other members' devices are waited for on, until Synchronize.
+  void ExpectOthers();
+  absl::Status Settle();
+  absl::Status Synchronize(Slot& slot);
+  absl::StatusOr<bool> AgreeToStop(Slot& slot);
+
   const Options options_;
   const Parts parts_;
   CheckpointSink* const checkpoints_;
-  // One slot has all leaves of the job: nothing is exchanged with anybody.
-  const bool alone_;
+  const bool runs_ahead_;
   int64_t widest_norm_ = 0;  // channels
-  // Everything of a step lies on the device, which decides it itself.
-  bool runs_ahead() const;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::atomic<bool> stop_requested_{false};
   std::atomic<uint32_t> non_finite_[2] = {0, 0};  // by parity of the step

@@ -22,6 +22,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -64,10 +65,14 @@ struct Transfer {
   char* data = nullptr;
   size_t bytes = 0;
 };
+struct Operation {
+  cudaStream_t stream = nullptr;    // one for each communicator
+  std::vector<Transfer> transfers;  // in the order of the calls
+  std::vector<std::function<void()>> behind;
+};
 struct Group {
   int depth = 0;
-  // In the order of the calls; one stream for each communicator.
-  std::map<ncclComm*, std::pair<cudaStream_t, std::vector<Transfer>>> operations;
+  std::map<ncclComm*, Operation> operations;
 };
 Group& ThreadGroup() {
   thread_local Group group;
@@ -217,15 +222,19 @@ void Run(Link& link, const std::vector<Transfer>& transfers) {
   }
 }
 
-ncclResult_t Add(ncclComm_t comm, cudaStream_t stream, std::vector<Transfer> transfers) {
+ncclResult_t Add(ncclComm_t comm, cudaStream_t stream, std::vector<Transfer> transfers,
+                 std::function<void()> behind = nullptr) {
   if (comm->link->state != ncclSuccess) return comm->link->state;
   Group& group = ThreadGroup();
   const bool alone = group.depth == 0;
   if (alone) ncclGroupStart();
-  auto& [on, all] = group.operations[comm];
-  if (!all.empty() && on != stream) Fatal("NCCL: a group of one communicator on two streams");
-  on = stream;
-  all.insert(all.end(), transfers.begin(), transfers.end());
+  Operation& all = group.operations[comm];
+  if (!all.transfers.empty() && all.stream != stream) {
+    Fatal("NCCL: a group of one communicator on two streams");
+  }
+  all.stream = stream;
+  all.transfers.insert(all.transfers.end(), transfers.begin(), transfers.end());
+  if (behind) all.behind.push_back(std::move(behind));
   return alone ? ncclGroupEnd() : ncclSuccess;
 }
 
@@ -329,10 +338,11 @@ ncclResult_t ncclGroupEnd() {
   if (--group.depth > 0) return ncclSuccess;
   cudaError_t error = cudaSuccess;
   for (auto& [comm, operation] : group.operations) {
-    auto& [stream, transfers] = operation;
-    const cudaError_t one =
-        lockstep::emulator::Enqueue(stream, [link = comm->link, moves = std::move(transfers)] {
-          lockstep::emulator::Run(*link, moves);
+    const cudaError_t one = lockstep::emulator::Enqueue(
+        operation.stream, [link = comm->link, all = std::move(operation)] {
+          lockstep::emulator::Run(*link, all.transfers);
+          if (link->aborted) return;
+          for (const auto& work : all.behind) work();
         });
     if (error == cudaSuccess) error = one;
   }
@@ -361,6 +371,28 @@ ncclResult_t ncclAllGather(const void* from, void* to, size_t count, ncclDataTyp
     transfers.push_back({false, peer, static_cast<char*>(to) + peer * bytes, bytes});
   }
   return Add(comm, stream, std::move(transfers));
+}
+
+// Not in the order of ranks: nobody may count on that.
+ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataType_t type,
+                           ncclRedOp_t operation, ncclComm_t comm, cudaStream_t stream) {
+  if (type != ncclFloat || operation != ncclSum) return ncclInvalidArgument;
+  const int ranks = comm->link->ranks;
+  auto* mine = static_cast<char*>(const_cast<void*>(from));
+  const auto all = std::make_shared<std::vector<float>>(count * ranks);
+  std::vector<Transfer> transfers;
+  for (int peer = 0; peer < ranks; ++peer) {
+    transfers.push_back({true, peer, mine, count * sizeof(float)});
+    transfers.push_back(
+        {false, peer, reinterpret_cast<char*>(all->data() + peer * count), count * sizeof(float)});
+  }
+  return Add(comm, stream, std::move(transfers), [all, to, count, ranks] {
+    for (size_t i = 0; i < count; ++i) {
+      float sum = (*all)[(ranks - 1) * count + i];
+      for (int peer = ranks - 2; peer >= 0; --peer) sum += (*all)[peer * count + i];
+      static_cast<float*>(to)[i] = sum;
+    }
+  });
 }
 
 ncclResult_t ncclBroadcast(const void* from, void* to, size_t count, ncclDataType_t type, int root,
@@ -401,11 +433,11 @@ namespace lockstep::collective {
 
 absl::StatusOr<const NcclApi*> FindNccl() {
   static const NcclApi api = {
-      ncclGetVersion,   ncclGetUniqueId,  ncclCommInitRankConfig, ncclCommGetAsyncError,
-      ncclCommFinalize, ncclCommDestroy,  ncclCommAbort,          ncclGetErrorString,
-      ncclGetLastError, ncclGroupStart,   ncclGroupEnd,           ncclSend,
-      ncclRecv,         ncclAllGather,    ncclBroadcast,          ncclMemAlloc,
-      ncclMemFree,      ncclCommRegister, ncclCommDeregister};
+      ncclGetVersion,   ncclGetUniqueId, ncclCommInitRankConfig, ncclCommGetAsyncError,
+      ncclCommFinalize, ncclCommDestroy, ncclCommAbort,          ncclGetErrorString,
+      ncclGetLastError, ncclGroupStart,  ncclGroupEnd,           ncclSend,
+      ncclRecv,         ncclAllGather,   ncclAllReduce,          ncclBroadcast,
+      ncclMemAlloc,     ncclMemFree,     ncclCommRegister,       ncclCommDeregister};
   return &api;
 }
 

@@ -458,7 +458,8 @@ class CpuDevice : public Device {
     }
     outcome.loss_sum = SumByTree(losses, gate.leaves);
     const bool finite = IsFinite(outcome.loss_sum) && IsFinite(outcome.gradient_norm);
-    outcome.applied = finite ? gate.update->apply : 0;
+    const bool poisoned = gate.poison != nullptr && *gate.poison != 0;
+    outcome.applied = finite && !poisoned ? gate.update->apply : 0;
     const auto place = static_cast<int64_t>(outcome.step % static_cast<uint64_t>(gate.ring));
     *gate.update = gate.prepared[place];
     gate.update->gradient_scale =

@@ -35,12 +35,15 @@ __global__ void __launch_bounds__(kThreads) Decide(StepGate gate, double* values
   StepScalars scalars;
   uint64_t step = 0, place = 0;
   uint64_t latch = 0;
+  uint32_t poison = 0;
   if (warp == 0) {
     if (lane == 0) {
       step = gate.current->step;
       place = step % static_cast<uint64_t>(gate.ring);
       scalars = gate.prepared[place];
       latch = gate.update->apply;
+      // The host may be setting it.
+      if (gate.poison != nullptr) poison = *static_cast<const volatile uint32_t*>(gate.poison);
     }
     if (lane < gate.leaves) {
       loss = gate.results[lane].loss_sum;
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) Decide(StepGate gate, double* values
   if (threadIdx.x != 0) return;
   const double norm = from == nullptr ? 0.0 : __builtin_sqrt(*from);
   const bool finite = IsFinite(loss) && IsFinite(norm);
-  scalars.apply = finite ? latch : 0;
+  scalars.apply = finite && poison == 0 ? latch : 0;
   scalars.gradient_scale = static_cast<float>(ClipScale(norm, gate.clip_norm));
   *gate.update = scalars;
   gate.current->step = step + 1;
