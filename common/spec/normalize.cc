@@ -303,6 +303,7 @@ MaybeProblem CompleteTrain(const SourceMap& sources, v1::TrainSpec* train) {
   if (train->precision().empty()) train->set_precision("fp32");
   if (!train->has_seed()) train->set_seed(1);
   if (!train->has_digest_every()) train->set_digest_every(1);
+  if (!train->has_exact()) train->set_exact(true);
   v1::EvaluateSpec* evaluate = train->mutable_evaluate();
   CompleteInterval(evaluate);
   if (!evaluate->has_batch()) evaluate->set_batch(train->batch());
@@ -334,6 +335,14 @@ MaybeProblem CheckPrecision(const v1::JobSpec& spec) {
       fmt::format("tf32 is computed by GPUs, and resources.device is {}; accepted there: "
                   "fp32, bf16",
                   spec.resources().device())};
+}
+
+MaybeProblem CheckExact(const v1::JobSpec& spec) {
+  if (spec.train().exact() || spec.resources().device() == "cuda") return std::nullopt;
+  return Problem{"train.exact",
+                 fmt::format("false gives GPUs a faster sum of gradients, and resources.device is "
+                             "{}; accepted there: true",
+                             spec.resources().device())};
 }
 
 void CompleteCheckpoint(v1::CheckpointSpec* checkpoint) {
@@ -374,6 +383,7 @@ MaybeProblem Complete(const SourceMap& sources, v1::JobSpec* spec, Graph* graph)
   CompleteCheckpoint(spec->mutable_checkpoint());
   LOCKSTEP_RETURN_IF_PROBLEM(CompleteResources(spec->train().shards(), spec->mutable_resources()));
   LOCKSTEP_RETURN_IF_PROBLEM(CheckPrecision(*spec));
+  LOCKSTEP_RETURN_IF_PROBLEM(CheckExact(*spec));
   return MakeGraph(*spec, CompleteLayerList(*spec), LayerSource(!spec->model().preset().empty()),
                    graph);
 }

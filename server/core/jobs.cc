@@ -130,17 +130,20 @@ void Core::SendPrepare(JobEntry& job) {
 std::string Core::CompareReady(const JobEntry& job) const {
   const std::vector<Member>& members = job.generation->members;
   const Member& first = members[0];
+  const v1::TrainSpec& train = job.record.job.spec().train();
+  const bool exact = !train.has_exact() || train.exact();  // a job of an older version has none
   for (const Member& member : members) {
     if (member.ready->data_digest() != first.ready->data_digest()) {
       return absl::StrCat("worker ", member.place.worker, " has other data than worker ",
                           first.place.worker, ": digest ", member.ready->data_digest(), " against ",
                           first.ready->data_digest(), "; every worker must read the same files");
     }
-    if (member.ready->fingerprint() != first.ready->fingerprint()) {
-      return absl::StrCat("worker ", member.place.worker, " computes otherwise than worker ",
-                          first.place.worker, ": fingerprint ", member.ready->fingerprint(),
-                          " against ", first.ready->fingerprint(),
-                          "; the workers of a job must have the same kind of device");
+    if (exact && member.ready->fingerprint() != first.ready->fingerprint()) {
+      return absl::StrCat(
+          "worker ", member.place.worker, " computes otherwise than worker ", first.place.worker,
+          ": fingerprint ", member.ready->fingerprint(), " against ", first.ready->fingerprint(),
+          "; the workers of a job must have the same kind of device, unless its spec says "
+          "train.exact: false");
     }
   }
   return "";

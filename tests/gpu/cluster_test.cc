@@ -135,6 +135,48 @@ TEST_F(EmulatedCluster, EveryPlacementGivesTheResultOfOneSlot) {
       one);
 }
 
+TEST_F(EmulatedCluster, ALibrarysSumsAreNearTheTrees) {
+  const std::string spec = Spec("mlp");
+  setenv(kGpus, "3", 1);
+  const nlohmann::json exact = Result(spec, "exact", {"--set", "resources.slots=3"});
+  const nlohmann::json other =
+      Result(spec, "other", {"--set", "resources.slots=3", "--set", "train.exact=false"});
+  EXPECT_EQ(other["state"], "SUCCEEDED");
+  EXPECT_NE(other["state_digest"], exact["state_digest"]);
+  EXPECT_NEAR(other["train"]["loss"].get<double>(), exact["train"]["loss"].get<double>(), 1e-5);
+  EXPECT_THAT(Content(Out("other") + "/logs/worker-0.log"), HasSubstr("train.exact is false"));
+}
+
+// On every member at the same step, which names the first of them all.
+TEST_F(EmulatedCluster, WhatIsNotFiniteHasOneNameOnEveryPlacement) {
+  const std::string spec = Spec("mlp", kManySteps);
+  const std::vector<std::string> fast = {"--set", "optimizer.learning_rate=1000000"};
+  setenv(kGpus, "2", 1);
+  std::vector<std::string> found;
+  for (const char* slots : {"1", "2"}) {
+    std::vector<std::string> arguments = fast;
+    arguments.insert(arguments.end(), {"--set", absl::StrCat("resources.slots=", slots)});
+    const std::string line = Failure(spec, absl::StrCat("fast", slots), arguments);
+    const size_t at = line.find("slot 0: step ");
+    found.push_back(at == std::string::npos ? line : line.substr(at, line.find("; the step") - at));
+  }
+  EXPECT_THAT(found[0], HasSubstr("is not finite; the first tensor that is not finite is "));
+  EXPECT_EQ(found[0], found[1]);
+}
+
+TEST_F(EmulatedCluster, AStopIsOfOneStepEverywhere) {
+  const std::string spec = Spec("mlp", "steps: 100000, digest_every: 0");
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda");
+  programs_.WaitForWorkers(2);
+  const std::string job =
+      programs_.Submit(spec, {"--set", "resources.slots=2", "--out", Out("run")});
+  programs_.WaitForStep(job, 7);
+  EXPECT_EQ(programs_.Lockstep({"cancel", job}).code, 0);
+  EXPECT_EQ(programs_.End(job)["state"], "CANCELLED");
+}
+
 TEST_F(EmulatedCluster, AKilledWorkerCostsNoBit) {
   const std::string spec = Spec("mlp", kManySteps);
   const nlohmann::json whole = Result(spec, "whole");

@@ -76,10 +76,12 @@ class CoreHarness {
   }
 
   // Submits a job of `slots` slots (0: not given) and 8 shards, stores it, and returns its id.
+  bool exact = true;  // of the jobs submitted
   std::string SubmitJob(int slots, const std::string& resume_from = "") {
     v1::SubmitJobRequest request;
     request.mutable_spec()->set_name("fashion");
     request.mutable_spec()->mutable_train()->set_shards(8);
+    if (!exact) request.mutable_spec()->mutable_train()->set_exact(false);
     if (slots > 0) request.mutable_spec()->mutable_resources()->set_slots(slots);
     request.set_resume_from(resume_from);
     const CallId call = Ask(Submit{0, request});

@@ -256,6 +256,18 @@ TEST_F(CoreTest, OtherDataOrAnotherDeviceFailsAndNamesBoth) {
   }
 }
 
+TEST_F(CoreTest, DevicesMayDifferWhereTheSpecSaysSo) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const StreamId w1 = AddWorker("w1", 1);
+  exact = false;
+  const std::string id = SubmitJob(2);
+  SayReady(w0, id);
+  v1::Ready ready = MakeReady(id);
+  ready.set_fingerprint("cuda sm_80");
+  Say(w1, ready);
+  EXPECT_EQ(job(id).state(), v1::RUNNING);
+}
+
 TEST_F(CoreTest, AMemberThatIsNeverReadyFailsTheJob) {
   const StreamId w0 = AddWorker("w0", 1);
   const StreamId w1 = AddWorker("w1", 1);

@@ -555,7 +555,7 @@ TEST(Override, RefusalsNameTheArgument) {
        std::string("trian: unknown field (did you mean \"train\"?); accepted: ") + kTop},
       {"train..batch=1",
        "train.: unknown field; accepted: batch, epochs, steps, shards, seed, evaluate, "
-       "digest_every, accumulate, precision"},
+       "digest_every, accumulate, precision, exact"},
       {"train.batch.x=1", "train.batch.x: train.batch has no fields; accepted: train.batch itself"},
       {"train.batch=", "train.batch: found nothing; accepted: an integer from 1 to 1048576"},
       {"train.batch=[1", "train.batch: not YAML: end of sequence flow not found (column 1)"},
@@ -564,7 +564,7 @@ TEST(Override, RefusalsNameTheArgument) {
        "data.shape: found more after the end of the first document; accepted: one document"},
       {"train=5",
        "train: found 5; accepted: a mapping of fields: batch, epochs, steps, shards, seed, "
-       "evaluate, digest_every, accumulate, precision"},
+       "evaluate, digest_every, accumulate, precision, exact"},
       {"model.layers.2.units=1", "model.layers: no element \"2\"; accepted: 0 to 1"},
       {"model.layers.-1.units=1", "model.layers: no element \"-1\"; accepted: 0 to 1"},
       {"model.layers.dense_2.units=1",
@@ -614,7 +614,7 @@ TEST(Normalize, FillsEveryDefault) {
     schedule { type: "constant" warmup_steps: 0 }
     train { batch: 128 epochs: 1 shards: 8 seed: 1
             evaluate { every_steps: 0 every_epochs: 1 batch: 128 } digest_every: 1
-            accumulate: 1, precision: "fp32" }
+            accumulate: 1, precision: "fp32" exact: true }
     checkpoint { every_steps: 0 every_epochs: 1 keep: 3 }
     resources { device: "cpu" })",
                                                             &expected));
@@ -786,7 +786,7 @@ TEST(Normalize, RefusesFieldsOfANewerVersion) {
   EXPECT_EQ(
       Normalize(spec).status().message(),
       "train: found field number 99, which this version does not know; accepted: batch, epochs, "
-      "steps, shards, seed, evaluate, digest_every, accumulate, precision");
+      "steps, shards, seed, evaluate, digest_every, accumulate, precision, exact");
 }
 
 TEST(ResolveDataPath, ResolvesRelativePathsBelowLockstepData) {

@@ -232,6 +232,9 @@ std::vector<Refusal> Refusals() {
       {"train.precision", "16", "found 16; accepted: fp32, tf32, bf16"},
       {"train.precision", "tf32",
        "tf32 is computed by GPUs, and resources.device is cpu; accepted there: fp32, bf16"},
+      {"train.exact", "false",
+       "false gives GPUs a faster sum of gradients, and resources.device is cpu; accepted there: "
+       "true"},
       {"train.evaluate", "5",
        "found 5; accepted: a mapping of fields: every_steps, every_epochs, batch"},
       {"train.evaluate.every_steps", "-1", Integer("-1", "0", kMany)},

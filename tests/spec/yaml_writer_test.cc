@@ -185,6 +185,7 @@ train:
   digest_every: 1
   accumulate: 1
   precision: fp32
+  exact: true
 checkpoint:
   every_steps: 0
   every_epochs: 1

@@ -105,6 +105,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
         absl::StrCat(device_->fingerprint(program_->precision()), ", probe ", *probe));
     ready.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
     ready.set_rendezvous(rendezvous_->bytes());
+    if (!spec_.train().exact() && prepare.rank() == 0) {
+      Log("INFO", "train.exact is false: the result's bits may be others on other GPUs");
+    }
     Log("INFO", absl::StrCat("rank ", prepare.rank(), " of ", prepare.members_size(), ": shards ",
                              bounds_.front(), " to ", bounds_.back() - 1, " on ", plans_.size(),
                              plans_.size() == 1 ? " slot; " : " slots; ", train_set_->samples(),
@@ -434,6 +437,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     const v1::Prepare& prepare = options_.prepare;
     placement_.leaves = shards_ * accumulate_;
     if (interleaved()) placement_.interleaved = accumulate_;
+    placement_.exact = spec_.train().exact();
     for (const v1::Member& m : prepare.members()) {
       placement_.bounds.emplace_back(m.bounds().begin(), m.bounds().end());
       for (int& bound : placement_.bounds.back()) bound *= accumulate_;
