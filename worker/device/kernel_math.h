@@ -33,18 +33,20 @@ LOCKSTEP_MATH bool IsNan(float a) { return a != a; }
 LOCKSTEP_MATH float Select(bool condition, float a, float b) { return condition ? a : b; }
 // To the nearest integer, ties to even; |x| < 2^22.
 LOCKSTEP_MATH float RoundToInt(float x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
-LOCKSTEP_MATH float PowerOfTwo(float n) {  // integral, -126 <= n <= 127
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  __builtin_memcpy(&power, &bits, 4);
-  return power;
-}
 // x * 2^n, rounded once, for integral n, |n| <= 252, and |x| of about 1; NaN for NaN.
 LOCKSTEP_MATH float ScaleByPowerOfTwo(float x, float n) {
-  if (IsNan(x)) return x;
-  // In two factors: 2^n itself may overflow or be subnormal.
-  const float half = RoundToInt(n * 0.5f);
-  return x * PowerOfTwo(half) * PowerOfTwo(n - half);
+  // The last bits of n + 1.5 * 2^23 are those of n as an integer: no conversion, which is slow on
+  // GPUs. They are moved into the exponent's place, of which nothing is left above.
+  const float shifted = n + 0x1.8p23f;
+  uint32_t whole;
+  __builtin_memcpy(&whole, &shifted, 4);
+  // In two factors: 2^n itself may overflow or be subnormal; the first product is exact.
+  const uint32_t half = whole >> 1, rest = whole - half;
+  const uint32_t half_bits = (half << 23) + 0x3F800000u, rest_bits = (rest << 23) + 0x3F800000u;
+  float half_power, rest_power;
+  __builtin_memcpy(&half_power, &half_bits, 4);
+  __builtin_memcpy(&rest_power, &rest_bits, 4);
+  return x * half_power * rest_power;  // a NaN stays one by whatever finite or infinite number
 }
 
 LOCKSTEP_MATH bool IsFinite(double x) { return x - x == 0.0; }

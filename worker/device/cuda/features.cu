@@ -1,6 +1,7 @@
 // Softmax and layer norm over the last dimension. A vector is one warp's, or where it is long one
 // block's; lane l of kThreads takes features 4 l .. 4 l + 3, then those 4 kThreads further, whether
-// or not they can be loaded at once; sums are in double, over lanes by a tree.
+// or not they can be loaded at once; sums are in double, over lanes by a tree. Where a lane's
+// features fit its registers they are read once, all of them before the first is needed.
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/lanes.h"
 #include "worker/device/cuda/launch.h"
@@ -27,13 +28,26 @@ struct Team {
       : vector(int64_t{blockIdx.x} * kVectors + static_cast<int>(threadIdx.x) / kThreads),
         lane(static_cast<int>(threadIdx.x) % kThreads) {}
 
-  // Calls body(first feature, how many of four).
-  template <class Body>
+  // Calls body(which of this lane's fours, its place behind the lane's first, how many of four).
+  // kHeld: the most fours of a lane, which are held in registers; 0: any, which are not.
+  template <int kHeld, class Body>
   __device__ __forceinline__ void ForEach(int features, Body body) const {
+    const int own = features - 4 * lane;  // from the lane's first on
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int i = 4 * h * kThreads;
+        if (i < own) body(h, i, kAligned ? 4 : min(4, own - i));
+      }
+    } else {
 #pragma unroll 1
-    for (int i = 4 * lane; i < features; i += 4 * kThreads) {
-      body(i, kAligned ? 4 : min(4, features - i));
+      for (int i = 0; i < own; i += 4 * kThreads) body(0, i, kAligned ? 4 : min(4, own - i));
     }
+  }
+  // Where a lane's first feature of its vector is.
+  template <class T>
+  __device__ __forceinline__ T* Begin(T* tensor, int features) const {
+    return tensor + (vector * features + 4 * lane);
   }
 
   // The result is in all lanes, and a barrier of the team is behind all that came before.
@@ -90,16 +104,45 @@ __device__ __forceinline__ void Store(float* p, const Lanes<4>& values, int coun
   }
 }
 
-template <int kThreads, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads)
+// A lane's features of one tensor: from registers, or read where they are.
+template <int kThreads, bool kAligned, int kHeld>
+struct Features {
+  __device__ __forceinline__ Features(const Team<kThreads, kAligned>& team, int features,
+                                      const float* from)
+      : p(from) {
+    if constexpr (kHeld > 0) {
+      team.template ForEach<kHeld>(
+          features, [&](int h, int i, int count) { held[h] = Load<kAligned>(p + i, count); });
+    }
+  }
+  __device__ __forceinline__ Lanes<4> At(int h, int i, int count) const {
+    if constexpr (kHeld > 0) {
+      return held[h];
+    } else {
+      return Load<kAligned>(p + i, count);
+    }
+  }
+
+  const float* const p;
+  Lanes<4> held[kHeld > 0 ? kHeld : 1];
+};
+
+// Blocks of a multiprocessor: no more, so that registers suffice for loads in flight.
+template <int kHeld>
+constexpr int kBlocksOfOne = kHeld == 8 ? 3 : 4;  // that read one tensor by itself
+template <int kHeld>
+constexpr int kBlocksOfMore = kHeld == 8 ? 2 : 3;
+
+template <int kThreads, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksOfOne<kHeld>)
     ForwardSoftmax(int64_t n, int features, const float* x, float* y) {
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
-  x += team.vector * features;
-  y += team.vector * features;
+  Features<kThreads, kAligned, kHeld> input(team, features, team.Begin(x, features));
+  y = team.Begin(y, features);
   float largest = kNegativeInfinity;
-  team.ForEach(features, [&](int i, int count) {
-    const Lanes<4> values = Load<kAligned>(x + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    const Lanes<4> values = input.At(h, i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j < count) largest = Maximum(values.at[j], largest);
@@ -107,36 +150,45 @@ __global__ void __launch_bounds__(kBlockThreads)
   });
   largest = team.Largest(largest);
   double sum = 0;
-  team.ForEach(features, [&](int i, int count) {
-    Lanes<4> values = Load<kAligned>(x + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    Lanes<4> values = input.At(h, i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       values.at[j] = Exp(values.at[j] - largest);
       if (j < count) sum = sum + static_cast<double>(values.at[j]);
     }
-    Store<kAligned>(y + i, values, count);
+    if constexpr (kHeld > 0) {
+      input.held[h] = values;
+    } else {
+      Store<kAligned>(y + i, values, count);
+    }
   });
   const float inverse = static_cast<float>(1.0 / team.Sum(sum));
-  team.ForEach(features, [&](int i, int count) {
-    Lanes<4> values = Load<kAligned>(y + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    Lanes<4> values;
+    if constexpr (kHeld > 0) {
+      values = input.held[h];
+    } else {
+      values = Load<kAligned>(y + i, count);
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) values.at[j] = values.at[j] * inverse;
     Store<kAligned>(y + i, values, count);
   });
 }
 
-template <int kThreads, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads)
+template <int kThreads, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksOfMore<kHeld>)
     BackwardSoftmax(int64_t n, int features, const float* y, const float* dy, float* dx) {
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
-  y += team.vector * features;
-  dy += team.vector * features;
-  dx += team.vector * features;
+  const Features<kThreads, kAligned, kHeld> outputs(team, features, team.Begin(y, features));
+  const Features<kThreads, kAligned, kHeld> gradients(team, features, team.Begin(dy, features));
+  dx = team.Begin(dx, features);
   double products = 0;
-  team.ForEach(features, [&](int i, int count) {
-    const Lanes<4> output = Load<kAligned>(y + i, count);
-    const Lanes<4> gradient = Load<kAligned>(dy + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    const Lanes<4> output = outputs.At(h, i, count);
+    const Lanes<4> gradient = gradients.At(h, i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       // Exact: a product of two floats.
@@ -144,35 +196,37 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
   });
   const float sum = static_cast<float>(team.Sum(products));
-  team.ForEach(features, [&](int i, int count) {
-    Lanes<4> output = Load<kAligned>(y + i, count);
-    const Lanes<4> gradient = Load<kAligned>(dy + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    Lanes<4> output = outputs.At(h, i, count);
+    const Lanes<4> gradient = gradients.At(h, i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) output.at[j] = output.at[j] * (gradient.at[j] - sum);
     Store<kAligned>(dx + i, output, count);
   });
 }
 
-template <int kThreads, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads)
+template <int kThreads, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksOfMore<kHeld>)
     ForwardNorm(int64_t n, int features, const float* x, float epsilon,
                 const float* __restrict__ weight, const float* __restrict__ bias, float* y,
                 float* __restrict__ stats) {
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
-  x += team.vector * features;
-  y += team.vector * features;
+  const Features<kThreads, kAligned, kHeld> input(team, features, team.Begin(x, features));
+  y = team.Begin(y, features);
+  weight += 4 * team.lane;
+  bias += 4 * team.lane;
   const double share = static_cast<double>(features);
   double sum = 0;
-  team.ForEach(features, [&](int i, int count) {
-    const Lanes<4> values = Load<kAligned>(x + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    const Lanes<4> values = input.At(h, i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum = sum + static_cast<double>(values.at[j]);
   });
   const float mean = static_cast<float>(team.Sum(sum) / share);
   double squares = 0;
-  team.ForEach(features, [&](int i, int count) {
-    const Lanes<4> values = Load<kAligned>(x + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    const Lanes<4> values = input.At(h, i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const double d = static_cast<double>(values.at[j] - mean);
@@ -180,8 +234,8 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
   });
   const float inverse = InverseDeviation(static_cast<float>(team.Sum(squares) / share), epsilon);
-  team.ForEach(features, [&](int i, int count) {
-    Lanes<4> values = Load<kAligned>(x + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    Lanes<4> values = input.At(h, i, count);
     const Lanes<4> scale = Load<kAligned>(weight + i, count);
     const Lanes<4> shift = Load<kAligned>(bias + i, count);
 #pragma unroll
@@ -196,20 +250,21 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-template <int kThreads, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads)
+template <int kThreads, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksOfMore<kHeld>)
     BackwardNorm(int64_t n, int features, const float* x, const float* __restrict__ stats,
                  const float* __restrict__ weight, const float* dy, float* dx) {
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
-  x += team.vector * features;
-  dy += team.vector * features;
-  dx += team.vector * features;
+  const Features<kThreads, kAligned, kHeld> input(team, features, team.Begin(x, features));
+  const Features<kThreads, kAligned, kHeld> gradients(team, features, team.Begin(dy, features));
+  dx = team.Begin(dx, features);
+  weight += 4 * team.lane;
   const float mean = stats[2 * team.vector], inverse = stats[2 * team.vector + 1];
   double sum = 0, sum_x = 0;
-  team.ForEach(features, [&](int i, int count) {
-    const Lanes<4> values = Load<kAligned>(x + i, count);
-    const Lanes<4> gradient = Load<kAligned>(dy + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    const Lanes<4> values = input.At(h, i, count);
+    const Lanes<4> gradient = gradients.At(h, i, count);
     const Lanes<4> scale = Load<kAligned>(weight + i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -222,9 +277,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   const double share = static_cast<double>(features);
   const float offset = static_cast<float>(team.Sum(sum) / share);
   const float slope = static_cast<float>(team.Sum(sum_x) / share);
-  team.ForEach(features, [&](int i, int count) {
-    Lanes<4> values = Load<kAligned>(x + i, count);
-    const Lanes<4> gradient = Load<kAligned>(dy + i, count);
+  team.template ForEach<kHeld>(features, [&](int h, int i, int count) {
+    Lanes<4> values = input.At(h, i, count);
+    const Lanes<4> gradient = gradients.At(h, i, count);
     const Lanes<4> scale = Load<kAligned>(weight + i, count);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -242,17 +297,26 @@ void Run(const Queue& q, int64_t n, int64_t features, bool aligned, Choose choos
   if (n == 0) return;
   const bool warps = features <= kMostWarpFeatures;
   const dim3 grid(static_cast<unsigned>(warps ? CeilDiv(n, kBlockWarps) : n));
-  const auto launch = [&](auto kernel) {
-    Launch(q, grid, dim3(kBlockThreads), warps ? 0 : kBlockWarps * sizeof(double), kernel, n,
-           features, arguments...);
+  const auto launch = [&]<int kThreads, bool kAligned, int kHeld>() {
+    Launch(q, grid, dim3(kBlockThreads), warps ? 0 : kBlockWarps * sizeof(double),
+           choose.template operator()<kThreads, kAligned, kHeld>(), n, features, arguments...);
   };
-  using Warp = std::integral_constant<int, kWarp>;
-  using Block = std::integral_constant<int, kBlockThreads>;
-  if (warps) {
-    aligned ? launch(choose(Warp(), std::true_type())) : launch(choose(Warp(), std::false_type()));
+  const auto fours = [&](int threads) { return CeilDiv(features, 4 * threads); };
+  if (warps && fours(kWarp) == 1) {
+    aligned ? launch.template operator()<kWarp, true, 1>()
+            : launch.template operator()<kWarp, false, 1>();
+  } else if (!aligned) {
+    warps ? launch.template operator()<kWarp, false, 0>()
+          : launch.template operator()<kBlockThreads, false, 0>();
+  } else if (warps) {
+    fours(kWarp) <= 4 ? launch.template operator()<kWarp, true, 4>()
+                      : launch.template operator()<kWarp, true, 8>();
+  } else if (fours(kBlockThreads) <= 4) {
+    launch.template operator()<kBlockThreads, true, 4>();
+  } else if (fours(kBlockThreads) <= 8) {
+    launch.template operator()<kBlockThreads, true, 8>();
   } else {
-    aligned ? launch(choose(Block(), std::true_type()))
-            : launch(choose(Block(), std::false_type()));
+    launch.template operator()<kBlockThreads, true, 0>();
   }
 }
 
@@ -324,8 +388,8 @@ struct WeightReduction {
 void SoftmaxForward(const Queue& q, int64_t n, int64_t features, const float* x, float* y) {
   Run(
       q, n, features, TakenByFour(features, x, y),
-      [](auto threads, auto aligned) {
-        return ForwardSoftmax<decltype(threads)::value, decltype(aligned)::value>;
+      []<int kThreads, bool kAligned, int kHeld>() {
+        return ForwardSoftmax<kThreads, kAligned, kHeld>;
       },
       x, y);
 }
@@ -334,8 +398,8 @@ void SoftmaxBackward(const Queue& q, int64_t n, int64_t features, const float* y
                      float* dx) {
   Run(
       q, n, features, TakenByFour(features, y, dy, dx),
-      [](auto threads, auto aligned) {
-        return BackwardSoftmax<decltype(threads)::value, decltype(aligned)::value>;
+      []<int kThreads, bool kAligned, int kHeld>() {
+        return BackwardSoftmax<kThreads, kAligned, kHeld>;
       },
       y, dy, dx);
 }
@@ -344,8 +408,8 @@ void LayerNormForward(const Queue& q, int64_t n, int64_t features, const float* 
                       const float* weight, const float* bias, float* y, float* stats) {
   Run(
       q, n, features, TakenByFour(features, x, weight, bias, y),
-      [](auto threads, auto aligned) {
-        return ForwardNorm<decltype(threads)::value, decltype(aligned)::value>;
+      []<int kThreads, bool kAligned, int kHeld>() {
+        return ForwardNorm<kThreads, kAligned, kHeld>;
       },
       x, epsilon, weight, bias, y, stats);
 }
@@ -354,8 +418,8 @@ void LayerNormBackward(const Queue& q, int64_t n, int64_t features, const float*
                        const float* stats, const float* weight, const float* dy, float* dx) {
   Run(
       q, n, features, TakenByFour(features, x, weight, dy, dx),
-      [](auto threads, auto aligned) {
-        return BackwardNorm<decltype(threads)::value, decltype(aligned)::value>;
+      []<int kThreads, bool kAligned, int kHeld>() {
+        return BackwardNorm<kThreads, kAligned, kHeld>;
       },
       x, stats, weight, dy, dx);
 }
