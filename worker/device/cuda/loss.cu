@@ -65,6 +65,24 @@ class Team {
     }
   }
 
+  // Calls take(which four, place, first element, count) for this thread's elements, of which it has
+  // at most kHeld fours: each may be held in registers. Places count from the thread's first
+  // element, so that they are constants where they can be.
+  template <int kHeld, class Take>
+  __device__ __forceinline__ void ForEachHeld(int size, const Take& take) const {
+    const int own = 4 * thread();
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int place = 4 * h * kThreads, i = own + place;
+        if (i < size) take(h, place, i, size - i < 4 ? size - i : 4);
+      }
+    } else {
+      for (int i = own; i < size; i += 4 * kThreads) {
+        take(0, i - own, i, size - i < 4 ? size - i : 4);
+      }
+    }
+  }
   // Calls take(first element, count) for this thread's elements, four at a time.
   template <class Take>
   __device__ __forceinline__ void ForEachFour(int64_t size, const Take& take) const {
@@ -117,10 +135,11 @@ __device__ __forceinline__ float LargestOf(const T& team, int64_t size, const fl
 }
 
 // ---- the losses: a struct with kLoss and kCorrect, what of a result it computes, `features` and
-// Row(team, row).
+// Row<kAligned, kHeld>(team, row). kHolds: it can hold a row in registers, kHeld fours a thread
+// (0: it reads the row again).
 
 struct CrossEntropy {
-  static constexpr bool kLoss = true, kCorrect = true;
+  static constexpr bool kLoss = true, kCorrect = true, kHolds = true;
   int64_t features;
   const float* logits;
   const int32_t* labels;
@@ -128,27 +147,59 @@ struct CrossEntropy {
   float scale;
   float* dlogits;
 
-  template <bool kAligned, class T>
+  template <bool kAligned, int kHeld, class T>
   __device__ __forceinline__ RowResult Row(const T& team, int64_t row) const {
-    const float* x = logits + row * features;
-    const int label = labels[row];
-    const float largest = LargestOf<kAligned>(team, features, x);
+    const float* const begin = logits + row * features;
+    const float* const x = begin + 4 * team.thread();
+    const int size = static_cast<int>(features), label = labels[row];
+    Lanes<4> held[kHeld > 0 ? kHeld : 1];
+    if constexpr (kHeld > 0) {
+      team.template ForEachHeld<kHeld>(size, [&](int h, int place, int, int count) {
+        held[h] = LoadFour<kAligned>(x + place, count);
+      });
+    }
+    const auto values = [&](int h, int place, int count) {
+      return kHeld > 0 ? held[h] : LoadFour<kAligned>(x + place, count);
+    };
+    const float own_logit = begin[label];
+    float largest = -__builtin_inff();
+    team.template ForEachHeld<kHeld>(size, [&](int h, int place, int, int count) {
+      const Lanes<4> v = values(h, place, count);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (kAligned || k < count) largest = Maximum(v.at[k], largest);  // a NaN is no largest
+      }
+    });
+    largest = team.Reduce(largest, Larger());
     double sum = 0, differences = 0;
-    int first = static_cast<int>(features);
-    team.ForEachFour(features, [&](int64_t i, int count) {
-      const Lanes<4> v = LoadFour<kAligned>(x + i, count);
+    int first = size;
+    team.template ForEachHeld<kHeld>(size, [&](int h, int place, int i, int count) {
+      Lanes<4> v = values(h, place, count);
+      bool any = false;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) any |= (kAligned || k < count) && v.at[k] == largest;
+      if (any && first == size) {  // seldom
+#pragma unroll
+        for (int k = 3; k >= 0; --k) {
+          if ((kAligned || k < count) && v.at[k] == largest) first = i + k;
+        }
+      }
+      if (share > 0) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (kAligned || k < count) differences += static_cast<double>(v.at[k] - largest);
+        }
+      }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (!kAligned && k >= count) continue;
-        const float d = v.at[k] - largest;
-        sum += static_cast<double>(Exp<Range::kNotAbove0>(d));
-        differences += static_cast<double>(d);
-        if (v.at[k] == largest && first == features) first = static_cast<int>(i) + k;
+        v.at[k] = Exp<Range::kNotAbove0>(v.at[k] - largest);
+        sum += static_cast<double>(v.at[k]);
       }
+      if constexpr (kHeld > 0) held[h] = v;  // they are what the gradient needs
     });
     sum = team.Reduce(sum, Sum());
     first = team.Reduce(first, Smaller());
-    const float own_logit = x[label];
     const double at_label = static_cast<double>(own_logit) - static_cast<double>(largest);
     RowResult result = {Log(sum) - at_label, first == label ? 1 : 0};
     if (share > 0) {
@@ -159,27 +210,40 @@ struct CrossEntropy {
     team.Wait();  // dlogits may lie over logits
     const float inverse = static_cast<float>(1.0 / sum);
     const float others = static_cast<float>(share), own = static_cast<float>(rest + share);
-    float* const d = dlogits + row * features;
-    team.ForEachFour(features, [&](int64_t i, int count) {
-      Lanes<4> v = LoadFour<kAligned>(x + i, count);
+    float* const d = dlogits + row * features + 4 * team.thread();
+    team.template ForEachHeld<kHeld>(size, [&](int h, int place, int i, int count) {
+      Lanes<4> p, v;
+      if constexpr (kHeld > 0) {
+        p = held[h];
+      } else {
+        p = LoadFour<kAligned>(x + place, count);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) p.at[k] = Exp<Range::kNotAbove0>(p.at[k] - largest);
+      }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float p = Exp<Range::kNotAbove0>(v.at[k] - largest) * inverse;
-        v.at[k] = (p - (i + k == label ? own : others)) * scale;
+        p.at[k] = p.at[k] * inverse;
+        v.at[k] = (p.at[k] - others) * scale;
       }
-      StoreFour<kAligned>(d + i, v, count);
+      if (static_cast<unsigned>(label - i) < 4) {  // once a row
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (i + k == label) v.at[k] = (p.at[k] - own) * scale;
+        }
+      }
+      StoreFour<kAligned>(d + place, v, count);
     });
     return result;
   }
 };
 
 struct FirstLargest {
-  static constexpr bool kLoss = false, kCorrect = true;
+  static constexpr bool kLoss = false, kCorrect = true, kHolds = false;
   int64_t features;
   const float* scores;
   const int32_t* labels;
 
-  template <bool kAligned, class T>
+  template <bool kAligned, int, class T>
   __device__ __forceinline__ RowResult Row(const T& team, int64_t row) const {
     const float* x = scores + row * features;
     const float largest = LargestOf<kAligned>(team, features, x);
@@ -217,14 +281,14 @@ struct SquareElement {
 
 template <class Element>
 struct ElementLoss {
-  static constexpr bool kLoss = true, kCorrect = false;
+  static constexpr bool kLoss = true, kCorrect = false, kHolds = false;
   int64_t features;
   const float* x;
   const float* target;
   Element element;
   float* dx;
 
-  template <bool kAligned, class T>
+  template <bool kAligned, int, class T>
   __device__ __forceinline__ RowResult Row(const T& team, int64_t row) const {
     const int64_t begin = row * features;
     double sum = 0;
@@ -256,7 +320,7 @@ constexpr int kLeafWarps = 32;
 constexpr int kLeafBlocks = 4;  // of rows, that one block of threads may take
 
 // A leaf each block, a row each warp.
-template <class Loss, bool kAligned>
+template <class Loss, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(kWarp* kLeafWarps, 1)
     SmallLeaves(Loss loss, Leaves leaves, LeafResult* results) {
   const int leaf = static_cast<int>(blockIdx.x);
@@ -268,7 +332,7 @@ __global__ void __launch_bounds__(kWarp* kLeafWarps, 1)
   RowResult* const row_results = SharedMemory<RowResult>();
   const Team<kWarp> team(nullptr);
   for (int r = warp; r < rows; r += warps) {
-    const RowResult result = loss.template Row<kAligned>(team, begin + r);
+    const RowResult result = loss.template Row<kAligned, kHeld>(team, begin + r);
     if (lane == 0) row_results[r] = result;
   }
   __syncthreads();
@@ -290,15 +354,19 @@ __global__ void __launch_bounds__(kWarp* kLeafWarps, 1)
 
 constexpr int kRowThreads = 256;
 
-template <class Loss, int kTeam, bool kAligned>
-__global__ void __launch_bounds__(kRowThreads)
+// Blocks of a multiprocessor: no more, so that registers suffice for loads in flight.
+template <int kHeld>
+constexpr int kRowBlocks = kHeld == 8 ? 3 : 4;
+
+template <class Loss, int kTeam, bool kAligned, int kHeld>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<kHeld>)
     LossOfRows(Loss loss, int64_t first, int64_t rows, RowResult* row_results) {
   constexpr int kTeams = kRowThreads / kTeam;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kTeams + static_cast<int>(threadIdx.x) / kTeam;
   if (row >= rows) return;  // a team, as a whole
   const Team<kTeam> team(SharedMemory<double>());
-  const RowResult result = loss.template Row<kAligned>(team, first + row);
+  const RowResult result = loss.template Row<kAligned, kHeld>(team, first + row);
   if (team.thread() == 0) row_results[row] = result;
 }
 
@@ -318,6 +386,7 @@ __global__ void __launch_bounds__(kSumThreads)
     const int64_t begin = block * kBlockRows;
     const int count = static_cast<int>(rows - begin < kBlockRows ? rows - begin : kBlockRows);
     double block_sum = 0;
+#pragma unroll 8
     for (int r = 0; r < count; ++r) {
       block_sum += from[begin + r].loss;
       correct += from[begin + r].correct;
@@ -337,15 +406,15 @@ __global__ void __launch_bounds__(kSumThreads)
   if (thread == 0) WriteResult<Loss>(sums[0], corrects[0], add, &results[leaf]);
 }
 
-template <class Loss, int kTeam, bool kAligned>
+template <class Loss, int kTeam, bool kAligned, int kHeld>
 void RunRows(const Queue& q, const Loss& loss, const Leaves& leaves, int64_t first, bool add,
              LeafResult* results) {
   const int64_t rows = leaves.total() - first;
   auto* const row_results = static_cast<RowResult*>(q.workspace);
   if (rows > 0) {
     Launch(q, dim3(static_cast<unsigned>(CeilDiv(rows, kRowThreads / kTeam))), dim3(kRowThreads),
-           sizeof(double) * kRowThreads / kWarp, LossOfRows<Loss, kTeam, kAligned>, loss, first,
-           rows, row_results);
+           sizeof(double) * kRowThreads / kWarp, LossOfRows<Loss, kTeam, kAligned, kHeld>, loss,
+           first, rows, row_results);
   }
   Launch(q, dim3(static_cast<unsigned>(leaves.count)), dim3(kSumThreads),
          (sizeof(double) + sizeof(int64_t)) * kSumThreads, SumRows<Loss>, leaves, first,
@@ -358,6 +427,8 @@ void RunAligned(const Queue& q, const Loss& loss, const Leaves& leaves, LeafResu
   constexpr int64_t kLeafElements = 32 * 1024;  // of a leaf that one block of threads takes
   constexpr int64_t kMostRows = kWorkspaceBytes / sizeof(RowResult);
   const bool by_warp = loss.features <= kWarpFeatures;
+  constexpr int kFew = Loss::kHolds ? 1 : 0;
+  const bool few = Loss::kHolds && loss.features <= 4 * kWarp;  // one four of a thread
   int64_t most = 0;
   for (int l = 0; l < leaves.count; ++l) {
     most = std::max(most, leaves.begin[l + 1] - leaves.begin[l]);
@@ -366,10 +437,20 @@ void RunAligned(const Queue& q, const Loss& loss, const Leaves& leaves, LeafResu
     const int64_t warps = std::clamp<int64_t>(most, 1, kLeafWarps);
     Launch(q, dim3(static_cast<unsigned>(leaves.count)), dim3(static_cast<unsigned>(warps * kWarp)),
            sizeof(RowResult) * static_cast<size_t>(std::max<int64_t>(most, 1)),
-           SmallLeaves<Loss, kAligned>, loss, leaves, results);
+           few ? SmallLeaves<Loss, kAligned, kFew> : SmallLeaves<Loss, kAligned, 0>, loss, leaves,
+           results);
     return;
   }
-  const auto run = by_warp ? RunRows<Loss, kWarp, kAligned> : RunRows<Loss, kRowThreads, kAligned>;
+  auto run = by_warp ? RunRows<Loss, kWarp, kAligned, 0> : RunRows<Loss, kRowThreads, kAligned, 0>;
+  if (few) run = RunRows<Loss, kWarp, kAligned, kFew>;
+  if constexpr (Loss::kHolds && kAligned) {
+    const int64_t fours = CeilDiv(loss.features, 4 * (by_warp ? kWarp : kRowThreads));
+    if (by_warp && fours > 1) {
+      run = fours <= 4 ? RunRows<Loss, kWarp, true, 4> : RunRows<Loss, kWarp, true, 8>;
+    } else if (!by_warp && fours <= 8) {
+      run = fours <= 4 ? RunRows<Loss, kRowThreads, true, 4> : RunRows<Loss, kRowThreads, true, 8>;
+    }
+  }
   if (leaves.total() - leaves.begin[0] <= kMostRows) {
     return run(q, loss, leaves, leaves.begin[0], false, results);
   }
