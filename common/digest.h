@@ -34,8 +34,9 @@ uint64_t TensorKey(const std::string& tensor_name);
 LOCKSTEP_DEVICE inline Digest MixElement(uint64_t tensor_key, uint64_t index, uint32_t bits) {
   uint64_t z = tensor_key + (index * 0x9E3779B97F4A7C15ull) + bits;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  const uint64_t lo = z ^ (z >> 27) ^ (uint64_t{bits} << 32);
-  uint64_t y = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  z ^= z >> 27;
+  const uint64_t lo = z ^ (uint64_t{bits} << 32);
+  const uint64_t y = z * 0x94D049BB133111EBull;
   return {lo, y ^ (y >> 31)};
 }
 

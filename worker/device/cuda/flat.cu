@@ -209,28 +209,78 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- digests: sums modulo 2^128, which no order changes.
 
-__global__ void __launch_bounds__(kThreads)
+// Many elements' sum. Halves of the low word are summed apart, so that no element needs a carry
+// from word to word: at most 2^32 elements.
+struct MixedSum {
+  uint64_t low = 0, high = 0;  // halves of Digest::lo
+  uint64_t hi = 0;
+
+  __device__ __forceinline__ void Add(uint64_t tensor_key, uint64_t index, float value) {
+    const Digest mixed = MixElement(tensor_key, index, BitsOf(value));
+    low += static_cast<uint32_t>(mixed.lo);
+    high += mixed.lo >> 32;
+    hi += mixed.hi;
+  }
+  __device__ __forceinline__ void Add(uint64_t tensor_key, uint64_t index, const Lanes<4>& values) {
+    // By twos: three terms are one addition.
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const Digest a =
+          MixElement(tensor_key, index + static_cast<uint64_t>(k), BitsOf(values.at[k]));
+      const Digest b =
+          MixElement(tensor_key, index + static_cast<uint64_t>(k + 1), BitsOf(values.at[k + 1]));
+      low = low + static_cast<uint32_t>(a.lo) + static_cast<uint32_t>(b.lo);
+      high = high + (a.lo >> 32) + (b.lo >> 32);
+      hi = hi + a.hi + b.hi;
+    }
+  }
+  __device__ __forceinline__ Digest Whole() const {
+    Digest sum = {low, hi};
+    sum += Digest{high << 32, high >> 32};
+    return sum;
+  }
+};
+
+constexpr int kMixed = 4;  // vectors of a thread whose loads are in flight
+
+__global__ void __launch_bounds__(kThreads, 4)
     DigestRange(int64_t n, int lead, const float* x, uint64_t tensor_key, uint64_t first_index,
                 Digest* block_sums) {
-  Digest sum;
-  const auto add = [&](int64_t i, float value) {
-    sum += MixElement(tensor_key, first_index + static_cast<uint64_t>(i), BitsOf(value));
+  MixedSum mixed;
+  const int64_t step = 4 * static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) - lead;
+  const auto part = [&](int64_t begin, int64_t end) {
+#pragma unroll 1
+    for (int64_t j = begin; j < end; ++j) {
+      mixed.Add(tensor_key, first_index + static_cast<uint64_t>(j), x[j]);
+    }
   };
-  Walk<true>(
-      n, lead,
-      [&](int64_t i) {
-        const Lanes<4> v = LoadLanes<4>(x + i);
+  if (i < 0) {
+    part(0, i + 4 < n ? i + 4 : n);
+    i += step;
+  }
+  for (; i + (kMixed - 1) * step + 4 <= n; i += kMixed * step) {
+    Lanes<4> values[kMixed];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) add(i + k, v.at[k]);
-      },
-      [&](int64_t i) { add(i, x[i]); });
-  sum = SumOfBlock(sum, SharedMemory<Digest>());
+    for (int k = 0; k < kMixed; ++k) values[k] = LoadLanes<4>(x + i + k * step);
+#pragma unroll
+    for (int k = 0; k < kMixed; ++k) {
+      mixed.Add(tensor_key, first_index + static_cast<uint64_t>(i + k * step), values[k]);
+    }
+  }
+#pragma unroll 1
+  for (; i + 4 <= n; i += step) {
+    mixed.Add(tensor_key, first_index + static_cast<uint64_t>(i), LoadLanes<4>(x + i));
+  }
+  if (i < n) part(i, n);
+  const Digest sum = SumOfBlock(mixed.Whole(), SharedMemory<Digest>());
   if (threadIdx.x == 0) block_sums[blockIdx.x] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads)
     AddDigests(int count, const Digest* block_sums, Digest* digest) {
   Digest sum;
+#pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += block_sums[i];
   sum = SumOfBlock(sum, SharedMemory<Digest>());
   if (threadIdx.x == 0) *digest += sum;
@@ -240,19 +290,31 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads) SumPieces(const DigestPiece* pieces, Digest* digests,
                                                       const StepScalars* scalars, int64_t ring) {
   const DigestPiece piece = pieces[blockIdx.x];
-  Digest sum;
-  const auto add = [&](int64_t i, float value) {
-    sum +=
-        MixElement(piece.tensor_key, piece.first_index + static_cast<uint64_t>(i), BitsOf(value));
-  };
+  MixedSum mixed;
   const int64_t fours = LeadOf(piece.data) == 0 ? piece.count / 4 : 0;
-  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
-    const Lanes<4> v = LoadLanes<4>(piece.data + 4 * i);
+  int64_t i = threadIdx.x;
+  for (; i + (kMixed - 1) * kThreads < fours; i += kMixed * kThreads) {
+    Lanes<4> values[kMixed];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) add(4 * i + k, v.at[k]);
+    for (int k = 0; k < kMixed; ++k) {
+      values[k] = LoadLanes<4>(piece.data + 4 * (i + k * kThreads));
+    }
+#pragma unroll
+    for (int k = 0; k < kMixed; ++k) {
+      mixed.Add(piece.tensor_key, piece.first_index + static_cast<uint64_t>(4 * (i + k * kThreads)),
+                values[k]);
+    }
   }
-  for (int64_t i = 4 * fours + threadIdx.x; i < piece.count; i += kThreads) add(i, piece.data[i]);
-  sum = SumOfBlock(sum, SharedMemory<Digest>());
+#pragma unroll 1
+  for (; i < fours; i += kThreads) {
+    mixed.Add(piece.tensor_key, piece.first_index + static_cast<uint64_t>(4 * i),
+              LoadLanes<4>(piece.data + 4 * i));
+  }
+#pragma unroll 1
+  for (i = 4 * fours + threadIdx.x; i < piece.count; i += kThreads) {
+    mixed.Add(piece.tensor_key, piece.first_index + static_cast<uint64_t>(i), piece.data[i]);
+  }
+  const Digest sum = SumOfBlock(mixed.Whole(), SharedMemory<Digest>());
   if (threadIdx.x != 0) return;
   const uint64_t place = scalars == nullptr ? 0 : scalars->step % static_cast<uint64_t>(ring);
   digests[place * gridDim.x + blockIdx.x] = sum;
