@@ -1,5 +1,6 @@
-// Pooling over NHWC, a thread per output (backward: per input) of one or four channels. Windows are
-// walked in raster order; backward gathers from the windows that cover an input, in raster order.
+// Pooling over NHWC, a thread per output (backward: per input, but where windows do not overlap) of
+// one or four channels. Windows are walked in raster order; backward gathers from the windows that
+// cover an input, in raster order.
 #include "worker/device/cuda/divisor.h"
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/lanes.h"
@@ -169,6 +170,35 @@ __global__ void __launch_bounds__(kThreads)
   StoreLanes<kLanes>(dx + int64_t{index} * kLanes, sum);
 }
 
+// Where windows neither overlap nor leave an input out (stride = kernel = kKernel, no padding): a
+// thread for an output, which is read once, writes all of its window.
+template <int kLanes, int kKernel>
+__global__ void __launch_bounds__(kThreads)
+    MaxBackwardTiles(uint32_t threads, Geometry g, const float* __restrict__ dy,
+                     const uint8_t* __restrict__ argmax, float* __restrict__ dx) {
+  const uint32_t index = ThreadIndex();
+  if (index >= threads) return;
+  const uint32_t winners = LoadBytes<kLanes>(argmax + int64_t{index} * kLanes);
+  const Lanes<kLanes> gradient = LoadLanes<kLanes>(dy + int64_t{index} * kLanes);
+  const Place output(g, index, kLanes);
+  float* const window =
+      dx + InputAt(g, output.row, output.y * kKernel, output.x * kKernel, output.channel);
+#pragma unroll
+  for (int i = 0; i < kKernel; ++i) {
+    float* const to = window + int64_t{i} * g.width * g.channels;
+#pragma unroll
+    for (int j = 0; j < kKernel; ++j) {
+      Lanes<kLanes> sum;
+#pragma unroll
+      for (int k = 0; k < kLanes; ++k) {
+        const bool won = ((winners >> (8 * k)) & 0xFFu) == static_cast<uint32_t>(i * kKernel + j);
+        sum.at[k] = 0.0f + (won ? gradient.at[k] : 0.0f);  // as a sum of one: no -0
+      }
+      StoreLanes<kLanes>(to + j * g.channels, sum);
+    }
+  }
+}
+
 template <int kLanes, int kKernel>
 __global__ void __launch_bounds__(kThreads)
     AverageForward(uint32_t threads, Geometry g, float share, const float* __restrict__ x,
@@ -206,8 +236,24 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kSums = 8;
 constexpr int kRun = 8;
 
+// Adds what a run's places come to, to the sum of runs.
 template <int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__device__ __forceinline__ void AddRun(const Lanes<kLanes> (&values)[kRun],
+                                       double (&total)[kLanes]) {
+  Lanes<kLanes> sum = {};
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+#pragma unroll
+    for (int k = 0; k < kLanes; ++k) sum.at[k] = sum.at[k] + values[i].at[k];
+  }
+#pragma unroll
+  for (int k = 0; k < kLanes; ++k) total[k] = total[k] + static_cast<double>(sum.at[k]);
+}
+
+// Few threads read much each: the next run is on its way while one is added, and registers for both
+// are worth more than blocks.
+template <int kLanes>
+__global__ void __launch_bounds__(kThreads, 2)
     GlobalAverage(int spatial, int channels, int tiles, int tile_units, float share,
                   const float* __restrict__ x, float* __restrict__ y) {
   double* const sums = SharedMemory<double>();  // {kSums, tile_units, kLanes}
@@ -219,23 +265,41 @@ __global__ void __launch_bounds__(kThreads)
   const bool inside = channel < channels;
   double total[kLanes] = {};
   if (inside) {
-    const float* const from = x + row * spatial * channels + channel;
-    for (int begin = part; begin < spatial; begin += kRun * kSums) {
-      Lanes<kLanes> values[kRun];
+    const int64_t step = int64_t{kSums} * channels;  // of a sum's places
+    const float* from = x + (row * spatial + part) * channels + channel;
+    const auto load = [&](Lanes<kLanes>(&values)[kRun]) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) values[i] = LoadLanes<kLanes>(from + i * step);
+      from += kRun * step;
+    };
+    int left = (spatial - part + kSums - 1) / kSums;  // places
+    Lanes<kLanes> values[kRun], more[kRun];
+    if (left >= kRun) {
+      load(values);
+#pragma unroll 1
+      for (; left >= 3 * kRun; left -= 2 * kRun) {
+        load(more);
+        AddRun(values, total);
+        load(values);
+        AddRun(more, total);
+      }
+      if (left >= 2 * kRun) {
+        load(more);
+        AddRun(values, total);
+        AddRun(more, total);
+        left -= 2 * kRun;
+      } else {
+        AddRun(values, total);
+        left -= kRun;
+      }
+    }
+    if (left > 0) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const int place = begin + i * kSums;
         values[i] = {};  // which adds nothing
-        if (place < spatial) values[i] = LoadLanes<kLanes>(from + int64_t{place} * channels);
+        if (i < left) values[i] = LoadLanes<kLanes>(from + i * step);
       }
-      Lanes<kLanes> sum = {};
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-#pragma unroll
-        for (int k = 0; k < kLanes; ++k) sum.at[k] = sum.at[k] + values[i].at[k];
-      }
-#pragma unroll
-      for (int k = 0; k < kLanes; ++k) total[k] = total[k] + static_cast<double>(sum.at[k]);
+      AddRun(values, total);
     }
   }
 #pragma unroll
@@ -303,9 +367,13 @@ void RunMaxForward(const Queue& q, const PoolShape& shape, int64_t rows, const f
 template <int kLanes>
 void RunMaxBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
                     const uint8_t* argmax, float* dx) {
-  ForEachPartOf(Walk::kInputs, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
-    Launch(q, GridOf(threads), dim3(kThreads), 0, MaxBackward<kLanes>, threads, g,
-           dy + row * OutputOf(shape), argmax + row * OutputOf(shape), dx + row * InputOf(shape));
+  const bool tiles = shape.kernel == 2 && shape.stride == 2 && shape.padding == 0 &&
+                     shape.height % 2 == 0 && shape.width % 2 == 0;
+  const auto kernel = tiles ? MaxBackwardTiles<kLanes, 2> : MaxBackward<kLanes>;
+  const Walk walk = tiles ? Walk::kOutputs : Walk::kInputs;
+  ForEachPartOf(walk, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
+    Launch(q, GridOf(threads), dim3(kThreads), 0, kernel, threads, g, dy + row * OutputOf(shape),
+           argmax + row * OutputOf(shape), dx + row * InputOf(shape));
   });
 }
 
@@ -340,6 +408,9 @@ void RunGlobalAverage(const Queue& q, int64_t rows, int64_t spatial, int64_t cha
   const int64_t units = channels / kLanes;
   int tile_units = kThreads / kSums;
   while (tile_units / 2 >= units) tile_units /= 2;
+  // Blocks for all of a large GPU, but of whole lines of 128 bytes.
+  constexpr int64_t kFill = 132 * 4, kLineUnits = 32 / kLanes;
+  while (tile_units / 2 >= kLineUnits && rows * CeilDiv(units, tile_units) < kFill) tile_units /= 2;
   const int64_t tiles = CeilDiv(units, tile_units);
   const int threads = tile_units * kSums;
   ForEachPart(rows, tiles, [&](int64_t row, int64_t count) {
