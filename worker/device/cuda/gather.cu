@@ -15,7 +15,7 @@ namespace lockstep::device::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlockElements = 4096;  // wanted
+constexpr int64_t kBlockElements = 8192;  // wanted: a block's beginning is dear
 constexpr size_t kMostStagedBytes =
     40960;  // of a block's rows; longer ones are read where they are
 constexpr size_t kChangeBytes = 64;
@@ -38,6 +38,14 @@ struct Rows {
   Divisor by_row, by_channels;  // elements of a row; channels
 };
 
+// What four neighbouring elements of a row need that begin at a channel, for each channel: where
+// they lie in the source, besides what all of the row have in common, and their normalization.
+constexpr int kMostListed = kThreads / 4;  // channels
+struct Neighbours {
+  int4 source;
+  float4 mean, inv_std;
+};
+
 // Copies n elements to shared memory, 16 bytes at a time. They must lie alike to 16 bytes.
 template <class T>
 __device__ __forceinline__ void Stage(const T* from, int n, T* to) {
@@ -54,7 +62,60 @@ __device__ __forceinline__ void Stage(const T* from, int n, T* to) {
   if (thread < n - tail) to[tail + thread] = from[tail + thread];
 }
 
+// A block's rows, by fours that lie in one row and are aligned. Element r of a row comes from
+// element r + shift of a row of the source; mirrored, from (width - 1 + shift) - r + 2 c, all in
+// elements, c its channel: no element needs a division.
 template <class T>
+__device__ __forceinline__ void MakeRows(const Rows& shape, const SampleChange& change, int y_begin,
+                                         int y_end, const Neighbours* listed, const T* from,
+                                         int from_begin, float* to) {
+  const int channels = shape.channels, row_elements = shape.width * channels;
+  const int shift_y = static_cast<int>(change.shift_y);
+  const bool flip = change.flip;
+  const int moved = (static_cast<int>(change.shift_x) + (flip ? shape.width - 1 : 0)) * channels;
+  const int cut_top = static_cast<int>(change.cut_top);
+  const unsigned cut_rows = static_cast<unsigned>(change.cut_bottom - change.cut_top);
+  const int cut_begin = static_cast<int>(change.cut_left) * channels;
+  const unsigned cut_elements =
+      static_cast<unsigned>(change.cut_right - change.cut_left) * static_cast<unsigned>(channels);
+  const int n = (y_end - y_begin) * row_elements;
+  for (int first = 4 * static_cast<int>(threadIdx.x); first < n; first += 4 * kThreads) {
+    uint32_t at = static_cast<uint32_t>(first);
+    const int r = static_cast<int>(shape.by_row.TakeRemainder(at));
+    const int y = y_begin + static_cast<int>(at), from_y = y + shift_y;
+    uint32_t c = static_cast<uint32_t>(r);
+    c = shape.by_channels.TakeRemainder(c);
+    const int4 source = listed[c].source;
+    const float4 mean = listed[c].mean, inv_std = listed[c].inv_std;
+    const unsigned inside = from_y >= 0 && from_y < shape.height ? row_elements : 0;
+    const int base = moved + (flip ? -r : r), line = from_y * row_elements - from_begin;
+    const int element[4] = {base + source.x, base + source.y, base + source.z, base + source.w};
+    bool takes[4];
+    T raw[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      takes[j] = static_cast<unsigned>(element[j]) < inside;
+      raw[j] = 0;
+      if (takes[j]) raw[j] = from[line + element[j]];
+    }
+    const auto value = [&](int j, float centre, float scale) {
+      const float normalized = (ValueOf(raw[j]) - centre) * scale;
+      return takes[j] ? normalized : 0.0f;
+    };
+    Lanes<4> values = {{value(0, mean.x, inv_std.x), value(1, mean.y, inv_std.y),
+                        value(2, mean.z, inv_std.z), value(3, mean.w, inv_std.w)}};
+    if (static_cast<unsigned>(y - cut_top) < cut_rows) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (static_cast<unsigned>(r + j - cut_begin) < cut_elements) values.at[j] = 0;
+      }
+    }
+    StoreLanes<4>(to + first, values);
+  }
+}
+
+// kListed: MakeRows serves.
+template <class T, bool kListed>
 __global__ void __launch_bounds__(kThreads)
     GatherRows(Rows shape, const T* data, const int64_t* offsets, const float* __restrict__ mean,
                const float* __restrict__ inv_std, Augmentation augmentation, uint64_t step,
@@ -74,7 +135,22 @@ __global__ void __launch_bounds__(kThreads)
     drawn = DrawChange(augmentation, {shape.height, shape.width, shape.channels}, step,
                        first_position + static_cast<uint64_t>(sample));
   }
+  auto* const listed = reinterpret_cast<Neighbours*>(SharedMemory<unsigned char>() + kChangeBytes);
+  const size_t staged_at =
+      kChangeBytes + (kListed ? static_cast<size_t>(shape.channels) * sizeof(Neighbours) : 0);
+  int listed_channel = 0;
+  const int neighbour = thread % 4;
+  const bool lists = kListed && thread < 4 * shape.channels;
+  if (lists) {
+    listed_channel = (thread / 4 + neighbour) % shape.channels;
+    reinterpret_cast<float*>(&listed[thread / 4].mean)[neighbour] = mean[listed_channel];
+    reinterpret_cast<float*>(&listed[thread / 4].inv_std)[neighbour] = inv_std[listed_channel];
+  }
   __syncthreads();
+  if (lists) {
+    reinterpret_cast<int*>(&listed[thread / 4].source)[neighbour] =
+        drawn.flip ? 2 * listed_channel - neighbour : neighbour;
+  }
   const int shift_y = static_cast<int>(drawn.shift_y), shift_x = static_cast<int>(drawn.shift_x);
   const int cut_top = static_cast<int>(drawn.cut_top), cut_left = static_cast<int>(drawn.cut_left);
   const int cut_bottom = static_cast<int>(drawn.cut_bottom);
@@ -84,22 +160,28 @@ __global__ void __launch_bounds__(kThreads)
   const int row_elements = shape.width * shape.channels;
   const int y_begin = block * shape.block_rows;
   const int y_end = min(y_begin + shape.block_rows, shape.height);
+  float* const to = out + (sample * shape.height + y_begin) * row_elements;
   const T* from = data + offset;
   int from_begin = 0;  // the element of the sample that lies at `from`
   if (shape.staged) {
     const int begin = min(max(y_begin + shift_y, 0), shape.height) * row_elements;
     const int end = min(max(y_end + shift_y, 0), shape.height) * row_elements;
     const auto behind = reinterpret_cast<uintptr_t>(from + begin) % 16;
-    T* const staged = reinterpret_cast<T*>(SharedMemory<unsigned char>() + kChangeBytes + behind);
+    T* const staged = reinterpret_cast<T*>(SharedMemory<unsigned char>() + staged_at + behind);
     Stage(from + begin, end - begin, staged);
     __syncthreads();
+    if constexpr (kListed) {
+      return MakeRows(shape, drawn, y_begin, y_end, listed, staged, begin, to);
+    }
     from = staged;
     from_begin = begin;
+  } else if constexpr (kListed) {
+    __syncthreads();
+    return MakeRows(shape, drawn, y_begin, y_end, listed, from, 0, to);
   }
 
   // Vectors of four lie at aligned addresses of the output; the first and last may be parts.
   const int n = (y_end - y_begin) * row_elements;
-  float* const to = out + (sample * shape.height + y_begin) * row_elements;
   const int lead = LeadOf(to);
   for (int first = 4 * thread - lead; first < n; first += 4 * kThreads) {
     const int begin = max(first, 0), end = min(first + 4, n);
@@ -156,10 +238,13 @@ void Run(const Queue& q, const SampleShape& shape, int64_t count, const T* data,
                bytes <= kMostStagedBytes,
                Divisor(row),
                Divisor(shape.channels)};
-  const size_t shared = kChangeBytes + (rows.staged ? bytes : 0);
+  const bool listed = shape.channels <= kMostListed && row % 4 == 0 && IsAligned16(out);
+  const size_t list_bytes = listed ? static_cast<size_t>(shape.channels) * sizeof(Neighbours) : 0;
+  const size_t shared = kChangeBytes + list_bytes + (rows.staged ? bytes : 0);
+  const auto kernel = listed ? GatherRows<T, true> : GatherRows<T, false>;
   ForEachPart(count, rows.blocks, [&](int64_t first, int64_t samples) {
-    Launch(q, dim3(static_cast<unsigned>(samples * rows.blocks)), dim3(kThreads), shared,
-           GatherRows<T>, rows, data, offsets + first, mean, inv_std, augmentation, step,
+    Launch(q, dim3(static_cast<unsigned>(samples * rows.blocks)), dim3(kThreads), shared, kernel,
+           rows, data, offsets + first, mean, inv_std, augmentation, step,
            first_position + static_cast<uint64_t>(first), out + first * shape.features(),
            labels_out == nullptr ? nullptr : labels + first,
            labels_out == nullptr ? nullptr : labels_out + first);
