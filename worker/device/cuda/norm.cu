@@ -37,22 +37,31 @@ struct MomentsReduction {
   float* m2;
   int64_t stride;
 
-  template <int kVector>
+  // b's share of a + b rows. The usual quotients of equal counts need no division.
+  __device__ __forceinline__ static float ShareOf(float a, float b) {
+    return a == 0.0f ? 1.0f : a == b ? 0.5f : b / (a + b);
+  }
+
+  // kFull: count is kGroup.
+  template <bool kFull, int kVector>
   __device__ __forceinline__ static void AddGroup(int before, int count,
                                                   const Lanes<kVector> (&row)[kGroup],
+                                                  const Lanes<kVector>& pivot,
                                                   Partial<kVector, 2>* sum) {
-    const bool full = count == kGroup;
-    const float rows = static_cast<float>(count), earlier = static_cast<float>(before);
-    const float inverse = 1.0f / rows, share = rows / (earlier + rows), cross = earlier * share;
+    const float rows = kFull ? static_cast<float>(kGroup) : static_cast<float>(count);
+    const float earlier = static_cast<float>(before), inverse = 1.0f / rows;
+    const float share = ShareOf(earlier, rows), cross = earlier * share;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      float centre = 0, square = 0;
+      float value[kGroup], centre = 0, square = 0;
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) centre += full || k < count ? row[k].at[v] : 0.0f;
+      for (int k = 0; k < kGroup; ++k) value[k] = row[k].at[v] - pivot.at[v];
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) centre += kFull || k < count ? value[k] : 0.0f;
       centre *= inverse;
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
-        const float d = full || k < count ? row[k].at[v] - centre : 0.0f;
+        const float d = kFull || k < count ? value[k] - centre : 0.0f;
         square = Fma(d, d, square);
       }
       float& sum_mean = sum->plane[0].at[v];
@@ -69,19 +78,22 @@ struct MomentsReduction {
     const Lanes<kVector> pivot = LoadLanes<kVector>(x + rows.leaf_first * channels + column);
     const float* from = x + rows.first * channels + column;
     const int64_t step = kRowLanes * channels;
-    for (int done = 0; done < rows.count; done += kGroup) {
-      Lanes<kVector> row[kGroup];
-      const int count = rows.count - done < kGroup ? rows.count - done : kGroup;
+    Lanes<kVector> row[kGroup];
+    const auto load = [&](Lanes<kVector>(&group)[kGroup], int count) {
 #pragma unroll
       for (int k = 0; k < kGroup; ++k, from += step) {
-        if (k < count) row[k] = LoadLanes<kVector>(from);
+        if (k < count) group[k] = LoadLanes<kVector>(from);
       }
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) row[k].at[v] -= pivot.at[v];
-      }
-      AddGroup<kVector>(done, count, row, sum);
+    };
+    int done = 0;
+#pragma unroll 1
+    for (; done + kGroup <= rows.count; done += kGroup) {
+      load(row, kGroup);
+      AddGroup<true>(done, kGroup, row, pivot, sum);
+    }
+    if (done < rows.count) {
+      load(row, rows.count - done);
+      AddGroup<false>(done, rows.count - done, row, pivot, sum);
     }
   }
 
@@ -89,7 +101,7 @@ struct MomentsReduction {
   __device__ __forceinline__ static void Combine(float count_a, float count_b,
                                                  Partial<kVector, 2>* a,
                                                  const Partial<kVector, 2>& b) {
-    const float share = count_b / (count_a + count_b), cross = count_a * share;
+    const float share = ShareOf(count_a, count_b), cross = count_a * share;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       float& mean_a = a->plane[0].at[v];
