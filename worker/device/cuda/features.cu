@@ -299,7 +299,9 @@ void Run(const Queue& q, int64_t n, int64_t features, bool aligned, Choose choos
   const dim3 grid(static_cast<unsigned>(warps ? CeilDiv(n, kBlockWarps) : n));
   const auto launch = [&]<int kThreads, bool kAligned, int kHeld>() {
     Launch(q, grid, dim3(kBlockThreads), warps ? 0 : kBlockWarps * sizeof(double),
-           choose.template operator()<kThreads, kAligned, kHeld>(), n, features, arguments...);
+           choose(std::integral_constant<int, kThreads>(), std::bool_constant<kAligned>(),
+                  std::integral_constant<int, kHeld>()),
+           n, features, arguments...);
   };
   const auto fours = [&](int threads) { return CeilDiv(features, 4 * threads); };
   if (warps && fours(kWarp) == 1) {
@@ -388,8 +390,8 @@ struct WeightReduction {
 void SoftmaxForward(const Queue& q, int64_t n, int64_t features, const float* x, float* y) {
   Run(
       q, n, features, TakenByFour(features, x, y),
-      []<int kThreads, bool kAligned, int kHeld>() {
-        return ForwardSoftmax<kThreads, kAligned, kHeld>;
+      [](auto threads, auto aligned, auto held) {
+        return ForwardSoftmax<threads(), aligned(), held()>;
       },
       x, y);
 }
@@ -398,8 +400,8 @@ void SoftmaxBackward(const Queue& q, int64_t n, int64_t features, const float* y
                      float* dx) {
   Run(
       q, n, features, TakenByFour(features, y, dy, dx),
-      []<int kThreads, bool kAligned, int kHeld>() {
-        return BackwardSoftmax<kThreads, kAligned, kHeld>;
+      [](auto threads, auto aligned, auto held) {
+        return BackwardSoftmax<threads(), aligned(), held()>;
       },
       y, dy, dx);
 }
@@ -408,8 +410,8 @@ void LayerNormForward(const Queue& q, int64_t n, int64_t features, const float* 
                       const float* weight, const float* bias, float* y, float* stats) {
   Run(
       q, n, features, TakenByFour(features, x, weight, bias, y),
-      []<int kThreads, bool kAligned, int kHeld>() {
-        return ForwardNorm<kThreads, kAligned, kHeld>;
+      [](auto threads, auto aligned, auto held) {
+        return ForwardNorm<threads(), aligned(), held()>;
       },
       x, epsilon, weight, bias, y, stats);
 }
@@ -418,8 +420,8 @@ void LayerNormBackward(const Queue& q, int64_t n, int64_t features, const float*
                        const float* stats, const float* weight, const float* dy, float* dx) {
   Run(
       q, n, features, TakenByFour(features, x, weight, dy, dx),
-      []<int kThreads, bool kAligned, int kHeld>() {
-        return BackwardNorm<kThreads, kAligned, kHeld>;
+      [](auto threads, auto aligned, auto held) {
+        return BackwardNorm<threads(), aligned(), held()>;
       },
       x, stats, weight, dy, dx);
 }

@@ -243,6 +243,7 @@ struct MixedSum {
 
 constexpr int kMixed = 4;  // vectors of a thread whose loads are in flight
 
+// Four blocks of a multiprocessor: no more, so that registers suffice for loads in flight.
 __global__ void __launch_bounds__(kThreads, 4)
     DigestRange(int64_t n, int lead, const float* x, uint64_t tensor_key, uint64_t first_index,
                 Digest* block_sums) {
@@ -287,8 +288,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A block of threads for each piece.
-__global__ void __launch_bounds__(kThreads) SumPieces(const DigestPiece* pieces, Digest* digests,
-                                                      const StepScalars* scalars, int64_t ring) {
+__global__ void __launch_bounds__(kThreads, 4) SumPieces(const DigestPiece* pieces, Digest* digests,
+                                                         const StepScalars* scalars, int64_t ring) {
   const DigestPiece piece = pieces[blockIdx.x];
   MixedSum mixed;
   const int64_t fours = LeadOf(piece.data) == 0 ? piece.count / 4 : 0;

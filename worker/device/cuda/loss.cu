@@ -159,7 +159,11 @@ struct CrossEntropy {
       });
     }
     const auto values = [&](int h, int place, int count) {
-      return kHeld > 0 ? held[h] : LoadFour<kAligned>(x + place, count);
+      if constexpr (kHeld > 0) {
+        return held[h];
+      } else {
+        return LoadFour<kAligned>(x + place, count);
+      }
     };
     const float own_logit = begin[label];
     float largest = -__builtin_inff();
