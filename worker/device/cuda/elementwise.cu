@@ -34,36 +34,39 @@ __device__ __forceinline__ void MapOne(const Map& map, const Inputs<kInputs>& in
   y[i] = Apply(map, x);
 }
 
-// All tensors begin `lead` elements behind an aligned address.
+// All tensors begin `lead` elements behind an aligned address. Few enough blocks of a
+// multiprocessor that a map's registers suffice.
 template <int kInputs, class Map>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 6)
     MapVectors(int64_t n, int lead, Map map, Inputs<kInputs> in, float* y) {
   const int64_t first = blockIdx.x * kBlockElements + 4 * static_cast<int>(threadIdx.x) - lead;
+  constexpr int kStep = 4 * kThreads;
+  if (first < 0 || first + (kVectors - 1) * kStep + 4 > n) {  // at the ends
+#pragma unroll 1
+    for (int j = 0; j < 4 * kVectors; ++j) {
+      const int64_t i = first + j / 4 * kStep + j % 4;
+      if (i >= 0 && i < n) MapOne(map, in, i, y);
+    }
+    return;
+  }
   Lanes<4> x[kVectors][kInputs];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t i = first + 4 * v * kThreads;
-    if (i < 0 || i + 4 > n) continue;
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) x[v][k] = LoadLanes<4>(in.at[k] + i);
+    for (int k = 0; k < kInputs; ++k) x[v][k] = LoadLanes<4>(in.at[k] + first + v * kStep);
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t i = first + 4 * v * kThreads;
-    if (i >= 0 && i + 4 <= n) {
-      Lanes<4> result;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float element[kInputs];
+    for (int j = 0; j < 4; ++j) {
+      float element[kInputs];
 #pragma unroll
-        for (int k = 0; k < kInputs; ++k) element[k] = x[v][k].at[j];
-        result.at[j] = Apply(map, element);
-      }
-      StoreLanes<4>(y + i, result);
-    } else {
-      for (int64_t j = i < 0 ? 0 : i; j < i + 4 && j < n; ++j) MapOne(map, in, j, y);
+      for (int k = 0; k < kInputs; ++k) element[k] = x[v][k].at[j];
+      x[v][0].at[j] = Apply(map, element);
     }
   }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) StoreLanes<4>(y + first + v * kStep, x[v][0]);
 }
 
 template <int kInputs, class Map>
