@@ -1,7 +1,8 @@
 // What a GPU can do at best, to judge everything else by: device copies by 16-byte accesses and by
 // cudaMemcpy, matrix products of cuBLASLt in each precision, the time of a launch; and how near to
 // the copy each of our kernels comes whose time is that of moving its bytes. Tensors are larger
-// than any cache. A line of JSON each:
+// than any cache, and about 200 MB at least, so that a launch's beginning and end are little of it.
+// Names are unique. A line of JSON each:
 //   {"what": "copy", "how": "kernel", "gb_per_second": 4300}         bytes read and bytes written
 //   {"what": "product", "precision": "bf16", "tflops": 790}          of 8192 x 8192 x 8192, random
 //   {"what": "launch", "how": "graph", "us": 1.3}
@@ -70,7 +71,7 @@ class Floor {
     Must(cudaEventCreate(&begin_), "an event");
     Must(cudaEventCreate(&end_), "an event");
     q_.workspace = Allocate<char>(kWorkspaceBytes);
-    a_ = Random(kElements), b_ = Random(kElements), c_ = Random(kElements);
+    a_ = Random(kElements), b_ = Random(kElements), c_ = Random(kElements), d_ = Random(kElements);
     out_ = Allocate<float>(kElements);
   }
 
@@ -276,7 +277,7 @@ class Floor {
                         sum_dy_xhat, kChannels);
     });
     Kernel("BatchNormGradient relu, more, written", shape, 5 * kPass, [&] {
-      BatchNormGradient(q_, relu, leaves, a_, b_, c_, b_, moments, 1e-5f, out_, sum_dy, sum_dy_xhat,
+      BatchNormGradient(q_, relu, leaves, a_, b_, c_, d_, moments, 1e-5f, out_, sum_dy, sum_dy_xhat,
                         kChannels);
     });
     Kernel("BatchNormBackward relu", shape, 4 * kPass, [&] {
@@ -309,11 +310,22 @@ class Floor {
     auto* const stats = Allocate<float>(2 * kVectors);
     Kernel("LayerNormForward", "50176x1024", 2 * kPass,
            [&] { LayerNormForward(q_, kVectors, kFeatures, a_, 1e-5f, b_, c_, out_, stats); });
-    auto* const labels = Allocate<int32_t>(kVectors);
+    Kernel("SoftmaxBackward", "50176x1024", 3 * kPass,
+           [&] { SoftmaxBackward(q_, kVectors, kFeatures, a_, b_, out_); });
+    Kernel("LayerNormBackward", "50176x1024", 3 * kPass,
+           [&] { LayerNormBackward(q_, kVectors, kFeatures, a_, stats, b_, c_, out_); });
+    auto* const labels = Allocate<int32_t>(kElements / 1000);
     auto* const results = Allocate<LeafResult>(kLeafCount);
     Kernel("SoftmaxCrossEntropy", "50176x1024 in 8 leaves", 2 * kPass, [&] {
       SoftmaxCrossEntropy(q_, EightLeaves(kVectors), kFeatures, a_, labels, 0, 1, results, out_);
     });
+    constexpr int64_t kClasses = 1000,
+                      kRowsOfClasses = kElements / kClasses / kLeafCount * kLeafCount;
+    Kernel("SoftmaxCrossEntropy 1000 classes", "51376x1000 in 8 leaves",
+           2 * kRowsOfClasses * kClasses * 4.0, [&] {
+             SoftmaxCrossEntropy(q_, EightLeaves(kRowsOfClasses), kClasses, a_, labels, 0, 1,
+                                 results, out_);
+           });
     const PoolShape pool = {56, 56, kChannels, 2, 2, 0};
     auto* const argmax = Allocate<uint8_t>(kElements / 4);
     Kernel("MaxPoolForward 2/2", "64x56x56x256", kPass * (1 + 0.25 + 0.0625),
@@ -322,6 +334,8 @@ class Floor {
            [&] { MaxPoolBackward(q_, pool, kRows, b_, argmax, out_); });
     Kernel("GlobalAveragePoolForward", "64x56x56x256", kPass,
            [&] { GlobalAveragePoolForward(q_, kRows, kSpatial, kChannels, a_, out_); });
+    Kernel("GlobalAveragePoolForward 7x7", "512x7x7x2048", kPass,
+           [&] { GlobalAveragePoolForward(q_, 512, 49, 2048, a_, out_); });
   }
 
   void Flat() {
@@ -360,28 +374,32 @@ class Floor {
   }
 
   void Samples() {
-    const SampleShape shape = {224, 224, 3};
-    constexpr int64_t kCount = 256;
+    SamplesOf("GatherSamples", {224, 224, 3}, 256, "256x224x224x3");
+    SamplesOf("GatherSamples 32x32", {32, 32, 3}, 16384, "16384x32x32x3");
+  }
+
+  void SamplesOf(const std::string& name, const SampleShape& shape, int64_t count,
+                 const char* text) {
     const int64_t features = shape.features();
-    auto* const data = Allocate<uint8_t>(kCount * features);
-    std::vector<int64_t> host(kCount);
-    for (int64_t i = 0; i < kCount; ++i) host[static_cast<size_t>(i)] = i * 97 % kCount * features;
-    auto* const offsets = Allocate<int64_t>(kCount);
-    Must(cudaMemcpy(offsets, host.data(), kCount * sizeof(int64_t), cudaMemcpyHostToDevice),
+    auto* const data = Allocate<uint8_t>(count * features);
+    std::vector<int64_t> host(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) host[static_cast<size_t>(i)] = i * 97 % count * features;
+    auto* const offsets = Allocate<int64_t>(count);
+    Must(cudaMemcpy(offsets, host.data(), host.size() * sizeof(int64_t), cudaMemcpyHostToDevice),
          "cudaMemcpy");
     Must(cudaDeviceSynchronize(), "copying");
     auto* const mean = Allocate<float>(3);
     auto* const inv_std = Random(3);
-    const double bytes = 5.0 * static_cast<double>(kCount * features);
-    Kernel("GatherSamples", "256x224x224x3", bytes, [&] {
-      GatherSamples(q_, shape, kCount, SampleType::kUint8, data, offsets, mean, inv_std, {}, 1, 0,
+    const double bytes = 5.0 * static_cast<double>(count * features);
+    Kernel(name.c_str(), text, bytes, [&] {
+      GatherSamples(q_, shape, count, SampleType::kUint8, data, offsets, mean, inv_std, {}, 1, 0,
                     out_);
     });
     Augmentation augmentation;
     augmentation.crop_padding = 4;
     augmentation.flip = true;
-    Kernel("GatherSamples crop flip", "256x224x224x3", bytes, [&] {
-      GatherSamples(q_, shape, kCount, SampleType::kUint8, data, offsets, mean, inv_std,
+    Kernel((name + " crop flip").c_str(), text, bytes, [&] {
+      GatherSamples(q_, shape, count, SampleType::kUint8, data, offsets, mean, inv_std,
                     augmentation, 1, 0, out_);
     });
   }
@@ -391,7 +409,7 @@ class Floor {
   uint64_t seed_ = 0;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
   double copy_ = 0;  // GB/s
-  float *a_ = nullptr, *b_ = nullptr, *c_ = nullptr, *out_ = nullptr;
+  float *a_ = nullptr, *b_ = nullptr, *c_ = nullptr, *d_ = nullptr, *out_ = nullptr;
 };
 
 }  // namespace
