@@ -332,6 +332,11 @@ class Floor {
            [&] { MaxPoolForward(q_, pool, kRows, a_, out_, argmax); });
     Kernel("MaxPoolBackward 2/2", "64x56x56x256", kPass * (1 + 0.25 + 0.0625),
            [&] { MaxPoolBackward(q_, pool, kRows, b_, argmax, out_); });
+    const PoolShape stem = {112, 112, 64, 3, 2, 1};  // as many elements
+    Kernel("MaxPoolForward 3/2", "64x112x112x64", kPass * (1 + 0.25 + 0.0625),
+           [&] { MaxPoolForward(q_, stem, kRows, a_, out_, argmax); });
+    Kernel("MaxPoolBackward 3/2", "64x112x112x64", kPass * (1 + 0.25 + 0.0625),
+           [&] { MaxPoolBackward(q_, stem, kRows, b_, argmax, out_); });
     Kernel("GlobalAveragePoolForward", "64x56x56x256", kPass,
            [&] { GlobalAveragePoolForward(q_, kRows, kSpatial, kChannels, a_, out_); });
     Kernel("GlobalAveragePoolForward 7x7", "512x7x7x2048", kPass,

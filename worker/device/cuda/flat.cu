@@ -241,7 +241,8 @@ struct MixedSum {
   }
 };
 
-constexpr int kMixed = 4;  // vectors of a thread whose loads are in flight
+constexpr int kMixed = 4;                        // vectors of a thread whose loads are in flight
+constexpr int64_t kMostDigestBlocks = 132 * 16;  // whose sums one block adds up
 
 // Four blocks of a multiprocessor: no more, so that registers suffice for loads in flight.
 __global__ void __launch_bounds__(kThreads, 4)
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 __global__ void __launch_bounds__(kThreads)
     AddDigests(int count, const Digest* block_sums, Digest* digest) {
   Digest sum;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += block_sums[i];
   sum = SumOfBlock(sum, SharedMemory<Digest>());
   if (threadIdx.x == 0) *digest += sum;
@@ -541,9 +542,10 @@ void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag) {
 void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
                       uint64_t first_index, Digest* digest) {
   if (n == 0) return;
-  static_assert(sizeof(Digest) * kMostBlocks <= kWorkspaceBytes);
+  static_assert(sizeof(Digest) * kMostDigestBlocks <= kWorkspaceBytes);
   const int lead = LeadOf(x);
-  const unsigned blocks = WalkingBlocks(CeilDiv(n + lead, 4));
+  const auto blocks =
+      static_cast<unsigned>(std::min(CeilDiv(n + lead, int64_t{4} * kThreads), kMostDigestBlocks));
   auto* const block_sums = static_cast<Digest*>(q.workspace);
   constexpr size_t kShared = sizeof(Digest) * kThreads;
   Launch(q, dim3(blocks), dim3(kThreads), kShared, DigestRange, n, lead, x, tensor_key, first_index,
