@@ -361,8 +361,11 @@ TEST_F(EmulatedCluster, AnAllocationThatFailsSaysWhatItWasFor) {
 // A data set is copied to the GPU only where everything else has room beside it.
 TEST_F(EmulatedCluster, ADataSetDoesNotTakeTheRoomOfTheRest) {
   setenv(kFaults, "memory=150000000", 1);
-  const std::string spec = Spec("mlp", "steps: 1");
-  EXPECT_EQ(Result(spec, "run", {"--set", "data.train_samples=60000"})["state"], "SUCCEEDED");
+  const std::string spec = Spec("mlp", "steps: 20");
+  const std::vector<std::string> large = {"--set", "data.train_samples=60000"};
+  const nlohmann::json staged = Result(spec, "staged", large);
+  unsetenv(kFaults);
+  ExpectSameResult(staged, Result(spec, "resident", large));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -117,11 +118,24 @@ absl::Status BatchLoader::Allocate() {
   }
   // Last, so that what must be there is.
   ASSIGN_OR_RETURN(
-      data_, device_.MakeReadable(dataset.data(), dataset.data_bytes(), options_.spare_bytes));
+      data_, device_.MakeResident(dataset.data(), dataset.data_bytes(), options_.spare_bytes));
+  const int64_t staged_bytes = data_ != nullptr ? 0 : rows * SampleBytes();
+  if (data_ == nullptr) {
+    for (auto& place : places_) {
+      ASSIGN_OR_RETURN(place,
+                       device_.Allocate(static_cast<size_t>(std::max<int64_t>(staged_bytes, 1))));
+    }
+    for (int slot = 0; slot < options_.slots; ++slot) {
+      auto stage = std::make_unique<Stage>();
+      ASSIGN_OR_RETURN(stage->copies, device_.MakeCopyStream());
+      stages_.push_back(std::move(stage));
+    }
+  }
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
     status = host_visible(static_cast<int64_t>(label_bytes), &buffer->labels);
     if (status.ok()) status = host_visible(static_cast<int64_t>(offset_bytes), &buffer->offsets);
+    if (status.ok() && data_ == nullptr) status = host_visible(staged_bytes, &buffer->staged);
     if (!status.ok()) return status;
     const auto* labels = static_cast<const int32_t*>(
         (device_labels_ != nullptr ? device_labels_ : buffer->labels)->data());
@@ -192,6 +206,16 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
   const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
   int32_t* const labels_out =
       device_labels_ == nullptr ? nullptr : static_cast<int32_t*>(device_labels_->data());
+  const void* data = nullptr;
+  Stage* stage = nullptr;
+  if (data_ != nullptr) {
+    data = data_->data();
+  } else {
+    stage = &StageOf(stream);
+    if (stage->steps[step % 2] != step) CopyAhead(*stage, stream, step, first_shard, last_shard);
+    device_.Follow(stream, *stage->copies);
+    data = places_[step % 2]->data();
+  }
   // Shards that adjoin in every respect are one call.
   const std::vector<ShardBatch>& shards = buffer->batch.shards;
   for (size_t place = 0; place < shards.size();) {
@@ -204,14 +228,50 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
            first_rows_[place] == first_row + rows) {
       rows += shards[place++].rows;
     }
-    device_.GatherSamples(
-        stream, dataset.shape(), rows, dataset.type(), data_->data(), offsets + first_row,
-        mean_->floats(), inv_std_->floats(), options_.augmentation, static_cast<uint64_t>(step),
-        static_cast<uint64_t>(first.first_position),
-        const_cast<float*>(first.data),  // of our own memory
-        labels + first_row, labels_out == nullptr ? nullptr : labels_out + first_row);
+    device_.GatherSamples(stream, dataset.shape(), rows, dataset.type(), data, offsets + first_row,
+                          mean_->floats(), inv_std_->floats(), options_.augmentation,
+                          static_cast<uint64_t>(step), static_cast<uint64_t>(first.first_position),
+                          const_cast<float*>(first.data),  // of our own memory
+                          labels + first_row,
+                          labels_out == nullptr ? nullptr : labels_out + first_row);
+  }
+  if (stage != nullptr &&
+      BufferOf(step + 1).ready_step.load(std::memory_order_acquire) == step + 1) {
+    CopyAhead(*stage, stream, step + 1, first_shard, last_shard);
   }
   return &buffer->batch;
+}
+
+int64_t BatchLoader::SampleBytes() const {
+  const Dataset& dataset = *options_.dataset;
+  const int64_t element = dataset.type() == SampleType::kUint8 ? 1 : sizeof(float);
+  return dataset.features() * element;
+}
+
+BatchLoader::Stage& BatchLoader::StageOf(const device::Stream& stream) {
+  for (const auto& stage : stages_) {
+    const device::Stream* of = nullptr;
+    if (stage->of.compare_exchange_strong(of, &stream) || of == &stream) return *stage;
+  }
+  return *stages_.back();  // there are as many as slots
+}
+
+// The slot's samples of a batch that is chosen, to their place on the device: behind what has been
+// enqueued on the slot's stream, which may read that place, and beside what comes next.
+void BatchLoader::CopyAhead(Stage& stage, device::Stream& stream, int64_t step, int first_shard,
+                            int last_shard) {
+  const Buffer& buffer = BufferOf(step);
+  const int64_t bytes = SampleBytes();
+  device_.Follow(*stage.copies, stream);
+  for (size_t place = 0; place < first_rows_.size(); ++place) {
+    const ShardBatch& shard = buffer.batch.shards[place];
+    if (shard.rows == 0 || shard.shard < first_shard || shard.shard >= last_shard) continue;
+    const int64_t at = first_rows_[place] * bytes;
+    device_.Copy(*stage.copies, static_cast<const uint8_t*>(buffer.staged->data()) + at,
+                 static_cast<uint8_t*>(places_[step % 2]->data()) + at,
+                 static_cast<size_t>(shard.rows * bytes));
+  }
+  stage.steps[step % 2] = step;
 }
 
 void BatchLoader::Release(int64_t step) {
@@ -254,9 +314,19 @@ void BatchLoader::Choose(int64_t step, Buffer& buffer) {
     for (int64_t row = 0; row < rows.count; ++row) {
       const int64_t position = range.first + rows.first + row;
       const int64_t sample = options_.shuffle ? order_[static_cast<size_t>(position)] : position;
-      offsets[row] = dataset.OffsetOf(sample);
       labels[row] = dataset.labels()[sample];
-      if (dataset.mapped()) BringToMemory(sample);
+      if (data_ != nullptr) {
+        offsets[row] = dataset.OffsetOf(sample);
+        if (dataset.mapped()) BringToMemory(sample);
+      } else {
+        const int64_t place_of_row = first_rows_[place] + row;
+        offsets[row] = place_of_row * dataset.features();
+        const int64_t bytes = SampleBytes();
+        std::memcpy(static_cast<uint8_t*>(buffer.staged->data()) + place_of_row * bytes,
+                    static_cast<const uint8_t*>(dataset.data()) +
+                        dataset.OffsetOf(sample) * (bytes / dataset.features()),
+                    static_cast<size_t>(bytes));
+      }
     }
   }
 }
@@ -264,10 +334,9 @@ void BatchLoader::Choose(int64_t step, Buffer& buffer) {
 // A slot should not wait for a disk: reads something of each page.
 void BatchLoader::BringToMemory(int64_t sample) const {
   const Dataset& dataset = *options_.dataset;
-  const int64_t element = dataset.type() == SampleType::kUint8 ? 1 : sizeof(float);
-  const auto* bytes =
-      static_cast<const volatile uint8_t*>(dataset.data()) + dataset.OffsetOf(sample) * element;
-  const int64_t size = dataset.features() * element;
+  const int64_t size = SampleBytes();
+  const auto* bytes = static_cast<const volatile uint8_t*>(dataset.data()) +
+                      dataset.OffsetOf(sample) * (size / dataset.features());
   for (int64_t at = 0; at < size; at += kPageBytes) static_cast<void>(bytes[at]);
   static_cast<void>(bytes[size - 1]);
 }

@@ -10,10 +10,12 @@
 // have released it. A slot's samples stay until its next Acquire. No thread may acquire more than
 // `depth` batches beyond one that it still holds.
 //
-// On CUDA GatherSamples reads a set that is resident on the slot's GPU, or registered host memory;
-// it is ordered before the step by the stream alone, and Acquire does not wait for that. What was
-// chosen is read there while the batch is held, and a batch that is may be acquired once more,
-// which decodes it again.
+// On CUDA GatherSamples reads a set that is resident on the slot's GPU; it is ordered before the
+// step by the stream alone, and Acquire does not wait for that. What was chosen is read there while
+// the batch is held, and a batch that is may be acquired once more, which decodes it again. Of a
+// set that does not fit there, the loader's thread brings a batch's samples together in pinned
+// memory, and a stream of its own copies them to one of two places on the GPU, while the step
+// before computes.
 //
 // Thread-safe. Owns its thread and buffers; the device and clock outlive it. Nothing is allocated
 // after Make. Takes no lock.
@@ -102,8 +104,16 @@ class BatchLoader {
   struct Buffer {
     Batch batch;
     std::unique_ptr<device::Memory> labels, offsets;  // int32_t; int64_t, for GatherSamples
+    std::unique_ptr<device::Memory> staged;           // the samples, of a set that is not resident
     std::atomic<int64_t> ready_step{0};
     std::atomic<int> holders{0};
+  };
+
+  // A slot's way of samples to its device.
+  struct Stage {
+    std::atomic<const device::Stream*> of{nullptr};  // the slot's
+    std::unique_ptr<device::Stream> copies;
+    int64_t steps[2] = {0, 0};  // whose samples are at step % 2, or will be behind `copies`
   };
 
   BatchLoader(device::Device& device, BatchLoaderOptions options);
@@ -115,6 +125,10 @@ class BatchLoader {
   absl::StatusOr<Buffer*> WaitForStep(int64_t step);
   void Choose(int64_t step, Buffer& buffer);
   void BringToMemory(int64_t sample) const;
+  int64_t SampleBytes() const;
+  Stage& StageOf(const device::Stream& stream);
+  void CopyAhead(Stage& stage, device::Stream& stream, int64_t step, int first_shard,
+                 int last_shard);
   Buffer& BufferOf(int64_t step) {
     return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
   }
@@ -122,12 +136,15 @@ class BatchLoader {
   device::Device& device_;
   const BatchLoaderOptions options_;
   std::unique_ptr<device::Memory> mean_, inv_std_;
-  std::unique_ptr<device::Memory> data_;     // the data set's, for kernels
+  std::unique_ptr<device::Memory> data_;     // the data set's, for kernels; null: not resident
   std::unique_ptr<device::Memory> samples_;  // decoded; a shard's part is its slot's
   // A buffer's, of the batch at hand, for a device with memory of its own; else null.
   std::unique_ptr<device::Memory> device_labels_;
   std::vector<int64_t> first_rows_;  // where each owned shard begins in a buffer's labels, offsets
   std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
+  // Where the set is not resident.
+  std::unique_ptr<device::Memory> places_[2];  // on the device, like Buffer::staged
+  std::vector<std::unique_ptr<Stage>> stages_;
 
   // Of the loader's thread alone.
   std::vector<int64_t> order_;  // the permutation of order_epoch_

@@ -222,6 +222,8 @@ class Device {
   // not, only host-visible memory is shared, and other memory of the host is for Copy alone.
   virtual bool host_addressable() const = 0;
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
+  // For Copy and Zero alone; takes no memory of the device.
+  virtual absl::StatusOr<std::unique_ptr<Stream>> MakeCopyStream() = 0;
   // ResourceExhausted names the size.
   virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) = 0;
   // What Allocate can still give, of all that the device has; {0, 0} where that is not known.
@@ -236,9 +238,9 @@ class Device {
   // Memory that both host and kernels address (pinned on CUDA).
   virtual absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) = 0;
   // Memory in which kernels find the `bytes` at `data`, which is memory of the host: that itself
-  // (it must stay, unchanged), or a copy on the device where it fits in a part of what is free
-  // beyond `spare`.
-  virtual absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
+  // where they read it (it must stay, unchanged), or a copy on the device where it fits in a part
+  // of what is free beyond `spare`; else null.
+  virtual absl::StatusOr<std::unique_ptr<Memory>> MakeResident(const void* data, size_t bytes,
                                                                size_t spare = 0) = 0;
   // What is enqueued on `behind` from now on runs after what is on `ahead` now. Both are of this
   // device; where one is being recorded, so is the other.
@@ -458,7 +460,7 @@ class Device {
   // offsets[i] of `data`, each changed by what `augmentation` draws for `step` and position
   // first_position + i (worker/device/augment.h); and labels_out[i] = labels[i], where that is not
   // null. Offsets and labels are read once, so they may be in memory of the host. On CUDA `data` is
-  // a set that is resident on the device, or registered host memory, and the draws are made in the
+  // a set that is resident on the device, or the batch's part of one, and the draws are made in the
   // kernel; it runs on the slot's stream before the step and is not captured, so step and position
   // are plain arguments.
   virtual void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count,

@@ -310,13 +310,16 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     facts.training = !options_.evaluate_only;
     facts.exchanges_on_gpu = collective::UsesNccl(Rendezvous());
     facts.stream_bytes = static_cast<int64_t>(device_->stream_bytes());
+    const int64_t data_bytes = static_cast<int64_t>(train_set_->data_bytes());
+    facts.sample_bytes = data_bytes / std::max<int64_t>(train_set_->samples(), 1);
     facts.scratch = [this](const std::vector<int64_t>& rows, int most) -> absl::StatusOr<int64_t> {
       ASSIGN_OR_RETURN(const auto operations, nn::Operations::Make(program_, *device_, rows, most));
       return static_cast<int64_t>(operations->scratch_bytes());
     };
-    ASSIGN_OR_RETURN(const MemoryNeed need, NeedOf(Cut(), facts));
+    ASSIGN_OR_RETURN(MemoryNeed need, NeedOf(Cut(), facts));
     const auto free = static_cast<int64_t>(room.free);
-    spare_bytes_ = static_cast<size_t>(need.behind_data);
+    spare_bytes_ = static_cast<size_t>(need.behind_data + need.staging);
+    if (data_bytes > free - need.total) need.total += need.staging;
     if (need.total <= free) return absl::OkStatus();
     std::vector<std::string> parts;
     for (const MemoryNeed::Part& part : need.parts) {

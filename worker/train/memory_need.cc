@@ -117,7 +117,9 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts) {
     add(absl::StrCat("the plan of slot ", slot, ": activations of ", Count(shards, "shard"), " (",
                      Count(together * rows.training, "sample"), " at once)"),
         activations(shards, together, rows.training, evaluation_rows));
-    add(absl::StrCat("the plan of slot ", slot, ": scratch"), scratch + record * (shards + 1));
+    // Over NCCL a plan has the records of all of the job's shards.
+    const int records = facts.exchanges_on_gpu ? 2 * cut.shards : shards;
+    add(absl::StrCat("the plan of slot ", slot, ": scratch"), scratch + record * (records + 1));
   }
   const int64_t vector = kFloat * program.parameters().size;
   add("parameters and the optimizer's state",
@@ -137,10 +139,12 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts) {
     if (facts.exchanges_on_gpu) gradients += vector * (parts + 1);
   }
   const int64_t row = kFloat * spec::ElementCount(program.graph().data_shape) +
-                      static_cast<int64_t>(sizeof(int32_t) + sizeof(int64_t));
-  int64_t samples = LoadedRows(cut.evaluation_batch, cut) * row;
+                      static_cast<int64_t>(sizeof(int32_t));
   const int loaders = program.has_population_norm() && facts.training ? 2 : 1;
-  samples += loaders * LoadedRows(cut.batch, cut) * row;
+  const int64_t loaded =
+      LoadedRows(cut.evaluation_batch, cut) + loaders * LoadedRows(cut.batch, cut);
+  const int64_t samples = loaded * row;
+  need.staging = 2 * loaded * facts.sample_bytes;
   const int64_t workspaces =
       (facts.slots + 1 + (facts.exchanges_on_gpu ? 1 : 0)) * facts.stream_bytes;
   const int64_t probe = facts.stream_bytes + 2 * vector + kFloat * program.statistics().size +

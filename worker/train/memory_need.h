@@ -32,6 +32,7 @@ struct MemoryFacts {
   bool training = true;
   bool exchanges_on_gpu = false;  // members' gradients go over NCCL
   int64_t stream_bytes = 0;
+  int64_t sample_bytes = 0;  // as the data set has it
   // Operations::scratch_bytes of those for these rows and shards of a slot.
   std::function<absl::StatusOr<int64_t>(const std::vector<int64_t>& rows, int most_shards)> scratch;
 };
@@ -44,6 +45,7 @@ struct MemoryNeed {
   std::vector<Part> parts;  // the largest first
   int64_t total = 0;
   int64_t behind_data = 0;  // bytes of them that are allocated when the data's loaders are made
+  int64_t staging = 0;      // beyond them, where the data set does not fit beside them
 };
 
 // Every number of rows that a shard can have, ascending, for nn::Operations; the rows of the

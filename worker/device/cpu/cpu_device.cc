@@ -83,6 +83,7 @@ class CpuDevice : public Device {
       return absl::InternalError(absl::StrCat("oneDNN cannot make a stream: ", e.what()));
     }
   }
+  absl::StatusOr<std::unique_ptr<Stream>> MakeCopyStream() override { return MakeStream(); }
   Room room() override { return {}; }
   size_t stream_bytes() const override { return 0; }
   absl::Status Check() override { return absl::OkStatus(); }
@@ -97,7 +98,7 @@ class CpuDevice : public Device {
   absl::StatusOr<std::unique_ptr<Memory>> AllocateHostVisible(size_t bytes) override {
     return Allocate(bytes);
   }
-  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
+  absl::StatusOr<std::unique_ptr<Memory>> MakeResident(const void* data, size_t bytes,
                                                        size_t) override {
     return std::make_unique<BorrowedMemory>(const_cast<void*>(data), bytes);  // it is only read
   }

@@ -44,19 +44,6 @@ class PinnedMemory : public Memory {
   const size_t size_;
 };
 
-// Host memory of somebody else, made readable for kernels.
-class RegisteredMemory : public Memory {
- public:
-  RegisteredMemory(void* data, size_t size) : data_(data), size_(size) {}
-  ~RegisteredMemory() override { cudaHostUnregister(data_); }
-  void* data() override { return data_; }
-  size_t size() const override { return size_; }
-
- private:
-  void* const data_;
-  const size_t size_;
-};
-
 class Graph : public Recording {
  public:
   explicit Graph(cudaGraphExec_t graph) : graph_(graph) {}
@@ -86,7 +73,10 @@ class CudaDevice : public Device {
   }
   bool host_addressable() const override { return false; }
   absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
-    return CudaStream::Make(ordinal_);
+    return CudaStream::Make(ordinal_, kWorkspaceBytes);
+  }
+  absl::StatusOr<std::unique_ptr<Stream>> MakeCopyStream() override {
+    return CudaStream::Make(ordinal_, 0);
   }
   absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) override {
     UseGpu(ordinal_);
@@ -132,35 +122,24 @@ class CudaDevice : public Device {
     std::memset(data, 0, bytes);
     return std::make_unique<PinnedMemory>(data, bytes);
   }
-  absl::StatusOr<std::unique_ptr<Memory>> MakeReadable(const void* data, size_t bytes,
+  absl::StatusOr<std::unique_ptr<Memory>> MakeResident(const void* data, size_t bytes,
                                                        size_t spare) override {
     UseGpu(ordinal_);
     size_t free = 0, total = 0;
     cudaError_t error = cudaMemGetInfo(&free, &total);
     if (error != cudaSuccess) return ToStatus(error, "asking for free memory");
-    if (free > spare && bytes <= (free - spare) / 4) {
-      void* copy = nullptr;
-      error = cudaMalloc(&copy, bytes);
-      if (error == cudaSuccess) {
-        auto memory = std::make_unique<DeviceMemory>(copy, bytes);
-        error = cudaMemcpy(copy, data, bytes, cudaMemcpyDefault);
-        if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamLegacy);
-        if (error != cudaSuccess) return ToStatus(error, "copying the data set to the device");
-        return memory;
-      }
-      cudaGetLastError();
-    }
-    void* host = const_cast<void*>(data);  // it is only read
-    error = cudaHostRegister(host, bytes, cudaHostRegisterPortable | cudaHostRegisterReadOnly);
-    if (error == cudaErrorNotSupported || error == cudaErrorInvalidValue) {
-      cudaGetLastError();
-      error = cudaHostRegister(host, bytes, cudaHostRegisterPortable);
-    }
+    if (free <= spare || bytes > (free - spare) / 4) return nullptr;
+    void* copy = nullptr;
+    error = cudaMalloc(&copy, bytes);
     if (error != cudaSuccess) {
       cudaGetLastError();
-      return ToStatus(error, absl::StrCat("registering the ", bytes, " bytes of the data set"));
+      return nullptr;
     }
-    return std::make_unique<RegisteredMemory>(host, bytes);
+    auto memory = std::make_unique<DeviceMemory>(copy, bytes);
+    error = cudaMemcpy(copy, data, bytes, cudaMemcpyDefault);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(cudaStreamLegacy);
+    if (error != cudaSuccess) return ToStatus(error, "copying the data set to the device");
+    return memory;
   }
   void Follow(Stream& behind, Stream& ahead) override {
     const cudaError_t error =

@@ -15,14 +15,16 @@ cudaError_t UseGpu(int ordinal) {
   return error;
 }
 
-absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal) {
+absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t workspace_bytes) {
   auto stream = absl::WrapUnique(new CudaStream(ordinal));
   stream->queue_.failure = &stream->failure_;
   cudaError_t error = UseGpu(ordinal);
   if (error == cudaSuccess) {
     error = cudaStreamCreateWithFlags(&stream->queue_.stream, cudaStreamNonBlocking);
   }
-  if (error == cudaSuccess) error = cudaMalloc(&stream->queue_.workspace, kWorkspaceBytes);
+  if (error == cudaSuccess && workspace_bytes > 0) {
+    error = cudaMalloc(&stream->queue_.workspace, workspace_bytes);
+  }
   if (error == cudaSuccess) {
     error = cudaEventCreateWithFlags(&stream->place_, cudaEventDisableTiming);
   }

@@ -18,8 +18,8 @@ cudaError_t UseGpu(int ordinal);
 
 class CudaStream : public Stream {
  public:
-  // On GPU `ordinal`.
-  static absl::StatusOr<std::unique_ptr<CudaStream>> Make(int ordinal);
+  // On GPU `ordinal`, with a workspace of so many bytes.
+  static absl::StatusOr<std::unique_ptr<CudaStream>> Make(int ordinal, size_t workspace_bytes);
   ~CudaStream() override;
   absl::Status Synchronize() override;
   int64_t Mark() override;
