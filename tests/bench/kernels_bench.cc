@@ -397,19 +397,21 @@ void DigestOf(benchmark::State& state) {
 }
 BENCHMARK(DigestOf);
 
-void Map(benchmark::State& state, void (Device::*map)(Stream&, int64_t, const float*, float*)) {
+template <class Run>
+void Map(benchmark::State& state, Run run) {
   Bench b;
   const int64_t n = 1 << 15;
   float *x = b.Floats(n), *y = b.Floats(n);
   for (auto _ : state) {
-    (b.device().*map)(b.stream(), n, x, y);
+    run(b.device(), b.stream(), n, x, y);
     benchmark::ClobberMemory();
   }
   ReportBytes(state, static_cast<double>(n), 8);
 }
-BENCHMARK_CAPTURE(Map, relu, &Device::ReluForward);
-BENCHMARK_CAPTURE(Map, tanh, &Device::TanhForward);
-BENCHMARK_CAPTURE(Map, sigmoid, &Device::SigmoidForward);
+BENCHMARK_CAPTURE(Map, relu, [](Device& d, auto&... arguments) { d.ReluForward(arguments...); });
+BENCHMARK_CAPTURE(Map, tanh, [](Device& d, auto&... arguments) { d.TanhForward(arguments...); });
+BENCHMARK_CAPTURE(Map, sigmoid,
+                  [](Device& d, auto&... arguments) { d.SigmoidForward(arguments...); });
 
 void Softmax(benchmark::State& state) {
   Bench b;

@@ -40,6 +40,27 @@ model:
 optimizer: {type: momentum, learning_rate: 0.02}
 )";
 
+// Of layers that are stored as bf16 from the first convolution to the mean before the last.
+constexpr char kResidual[] = R"(
+model:
+  layers:
+    - {name: conv1, type: conv2d, filters: 8, kernel: 3, padding: 1, stride: 2, bias: false}
+    - {name: norm1, type: batch_norm, sync: batch}
+    - {name: relu1, type: relu}
+    - {name: pool1, type: max_pool, kernel: 3, stride: 2, padding: 1}
+    - {name: conv2, type: conv2d, filters: 8, kernel: 3, padding: 1, bias: false}
+    - {name: norm2, type: batch_norm}
+    - {name: sum1, type: add, inputs: [norm2, pool1]}
+    - {name: relu2, type: relu}
+    - {name: conv3, type: conv2d, filters: 16, kernel: 3, padding: 1, stride: 2}
+    - {name: relu3, type: relu}
+    - {name: conv4, type: conv2d, filters: 16, kernel: 1}
+    - {name: sum2, type: add, inputs: [conv4, relu3]}
+    - {name: mean, type: global_average_pool}
+    - {name: out, type: dense, units: 10}
+optimizer: {type: momentum, learning_rate: 0.02}
+)";
+
 // Each of at most 50,000 parameters. 6 steps an epoch, the last of 30 samples: 8 or 7 rows a shard,
 // then 8, 8, 8, 6 and four empty shards.
 constexpr Model kModels[] = {
@@ -88,6 +109,7 @@ optimizer: {type: momentum, learning_rate: 0.05}
 )",
      2e-3},
     {"cnn_bf16", kConvolutions, 1e-2},
+    {"residual_bf16", kResidual, 1e-2},
     {"cnn_tf32", kConvolutions, 2e-3},
 };
 

@@ -157,7 +157,7 @@ TEST(PlanMemoryTest, ShardsTakeTurnsUnlessANormWaitsForAll) {
     m.Dense(3);
     PlanRunner runner(m.graph(), OptionsOf(shards, 4 * shards));
     EXPECT_EQ(runner.plan(0).activation_bytes(),
-              PlannedActivationBytes(runner.program(), shards, 4, true, /*layerwise=*/false));
+              PlannedActivationBytes(runner.program(), shards, 4, true, /*gpu=*/false));
     return runner.plan(0).activation_bytes();
   };
   EXPECT_EQ(bytes(Sync::kShard, 1), bytes(Sync::kShard, 6));

@@ -16,9 +16,10 @@
 //
 // Exactness: a kernel's result for one call is a fixed function of its arguments' values, and
 // elementwise kernels give an element the same bits wherever the range is cut. All tensors are
-// fp32, NHWC, contiguous (bf16 stays inside of an operation: Precision); `rows` is a number of
-// samples. No alignment is assumed beyond 4 bytes for offsets into flat vectors; Allocate returns
-// 64-byte alignment (256 on CUDA).
+// NHWC, contiguous, and fp32, but for those that are `void` here: they are of the type that the
+// shape says, which is fp32 on devices that do not say stores_bf16. `rows` is a number of samples.
+// No alignment is assumed beyond that of an element; Allocate returns 64-byte alignment (256 on
+// CUDA).
 //
 // Thread safety: a Device and its operations may be used by several threads, each with its own
 // Stream and scratch. Errors: only making things can fail; a kernel called with arguments that its
@@ -98,11 +99,11 @@ class Conv2d {
   virtual ~Conv2d() = default;
   virtual size_t scratch_bytes() const = 0;
   virtual void Pack(Stream& stream, const float* weight) = 0;
-  virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+  virtual void Forward(Stream& stream, int64_t rows, const void* x, const float* bias, void* y,
                        void* scratch) = 0;
-  virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+  virtual void BackwardInput(Stream& stream, int64_t rows, const void* dy, void* dx,
                              void* scratch) = 0;
-  virtual void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy,
+  virtual void BackwardWeight(Stream& stream, int64_t rows, const void* x, const void* dy,
                               float* dw, float* db, void* scratch) = 0;
 
   virtual const Conv2dShape& shape() const = 0;
@@ -110,16 +111,16 @@ class Conv2d {
   // not, rows are as listed.
   virtual bool serves_any_rows() const { return false; }
   // BackwardWeight of leaves of rows; leaf l's gradients are `stride` floats behind leaf l - 1's.
-  virtual void BackwardWeights(Stream& stream, const Leaves& leaves, const float* x,
-                               const float* dy, float* dw, float* db, int64_t stride,
-                               void* scratch) {
+  virtual void BackwardWeights(Stream& stream, const Leaves& leaves, const void* x, const void* dy,
+                               float* dw, float* db, int64_t stride, void* scratch) {
     const Conv2dShape& s = shape();
-    const int64_t inputs = s.height * s.width * s.in;
-    const int64_t outputs = s.out_height() * s.out_width() * s.out;
+    const int64_t inputs = s.height * s.width * s.in * ElementBytes(s.x_type);
+    const int64_t outputs = s.out_height() * s.out_width() * s.out * ElementBytes(s.y_type);
     for (int leaf = 0; leaf < leaves.count; ++leaf) {
       const int64_t first = leaves.begin[leaf];
-      BackwardWeight(stream, leaves.begin[leaf + 1] - first, x + first * inputs,
-                     dy + first * outputs, dw + leaf * stride,
+      BackwardWeight(stream, leaves.begin[leaf + 1] - first,
+                     static_cast<const char*>(x) + first * inputs,
+                     static_cast<const char*>(dy) + first * outputs, dw + leaf * stride,
                      db == nullptr ? nullptr : db + leaf * stride, scratch);
     }
   }
@@ -221,6 +222,9 @@ class Device {
   // The host may read and write what Allocate returns, and kernels all memory of the host. Where
   // not, only host-visible memory is shared, and other memory of the host is for Copy alone.
   virtual bool host_addressable() const = 0;
+  // Operands of kernels may be stored as bf16 where they are `void` below; of convolutions,
+  // CanStoreBf16.
+  virtual bool stores_bf16() const { return false; }
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
   // For Copy and Zero alone; takes no memory of the device.
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeCopyStream() = 0;
@@ -266,26 +270,28 @@ class Device {
 
   // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
   // equals; a NaN wins), so max pooling takes kernels up to 16. Backward overwrites dx.
-  virtual void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
-                              float* y, uint8_t* argmax) = 0;
-  virtual void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows,
-                               const float* dy, const uint8_t* argmax, float* dx) = 0;
+  virtual void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const void* x,
+                              void* y, uint8_t* argmax) = 0;
+  virtual void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const void* dy,
+                               const uint8_t* argmax, void* dx) = 0;
   // Padding counts in the average (PyTorch's count_include_pad).
   virtual void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows,
-                                  const float* x, float* y) = 0;
+                                  const void* x, void* y) = 0;
   virtual void AveragePoolBackward(Stream& stream, const PoolShape& shape, int64_t rows,
-                                   const float* dy, float* dx) = 0;
-  // x {rows, spatial, channels} -> y {rows, channels}.
+                                   const void* dy, void* dx) = 0;
+  // x {rows, spatial, channels}, of the type -> y {rows, channels}.
   virtual void GlobalAveragePoolForward(Stream& stream, int64_t rows, int64_t spatial,
-                                        int64_t channels, const float* x, float* y) = 0;
+                                        int64_t channels, const void* x, float* y,
+                                        ElementType type = ElementType::kFp32) = 0;
   virtual void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial,
-                                         int64_t channels, const float* dy, float* dx) = 0;
+                                         int64_t channels, const float* dy, void* dx,
+                                         ElementType type = ElementType::kFp32) = 0;
 
   // ---- batch norm. n = rows * spatial of a leaf; x, y and dy {leaves.total(), channels}. What a
   // leaf has for itself, leaf l has `stride` floats behind leaf l - 1's.
   // mean[c], m2[c] = sum (x - mean)^2, without cancellation, one pass over memory.
   virtual void BatchNormMoments(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                                const float* x, float* mean, float* m2, int64_t stride = 0) = 0;
+                                const void* x, float* mean, float* m2, int64_t stride = 0) = 0;
   // (count, mean, M2) of the union (Chan, Golub & LeVeque 1983); `out` may alias a. On every device
   // of records in memory of the host, at once: they come from other members.
   virtual void MergeMoments(Stream& stream, int64_t channels, int64_t count_a, const float* mean_a,
@@ -295,23 +301,23 @@ class Device {
   // residual (null: none), then relu where shape says so. y may alias x or residual. Inference is
   // the same with the running averages for moments, and 1 for their divisor.
   virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                                const float* x, const Moments& moments, float epsilon,
-                                const float* weight, const float* bias, const float* residual,
-                                float* y) = 0;
+                                const void* x, const Moments& moments, float epsilon,
+                                const float* weight, const float* bias, const void* residual,
+                                void* y) = 0;
   // g = dy + more (null: none), masked by y > 0 where shape.relu: what reaches the residual, and
   // the dy of BatchNormBackward with a shape without relu. g null: not wanted. In the same pass
-  // sum_dy[c] = sum g, sum_dy_xhat[c] = sum g * xhat. g may alias an input.
+  // sum_dy[c] = sum g, sum_dy_xhat[c] = sum g * xhat, of g as it is stored. g may alias an input.
   virtual void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                                 const float* x, const float* y, const float* dy, const float* more,
-                                 const Moments& moments, float epsilon, float* g, float* sum_dy,
+                                 const void* x, const void* y, const void* dy, const void* more,
+                                 const Moments& moments, float epsilon, void* g, float* sum_dy,
                                  float* sum_dy_xhat, int64_t stride = 0) = 0;
   // dx = weight * inv_std * (dy - sum_dy / n - xhat * sum_dy_xhat / n), n that of the moments, dy
   // masked by y > 0 where shape.relu. dx may alias x, y or dy.
   virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                                 const float* x, const float* y, const float* dy,
+                                 const void* x, const void* y, const void* dy,
                                  const Moments& moments, float epsilon, const float* weight,
                                  const float* sum_dy, const float* sum_dy_xhat, int64_t stride,
-                                 float* dx) = 0;
+                                 void* dx) = 0;
   // The leaves' records merged by the canonical tree into one, in memory of the device; leaves are
   // of n = rows * spatial elements a channel.
   virtual void MergeLeafMoments(Stream& stream, int64_t channels, const Leaves& leaves,
@@ -333,9 +339,10 @@ class Device {
                            float* y) = 0;
 
   // ---- elementwise. Outputs may alias inputs.
-  virtual void ReluForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
-  virtual void ReluBackward(Stream& stream, int64_t n, const float* y, const float* dy,
-                            float* dx) = 0;
+  virtual void ReluForward(Stream& stream, int64_t n, const void* x, void* y,
+                           ElementType type = ElementType::kFp32) = 0;
+  virtual void ReluBackward(Stream& stream, int64_t n, const void* y, const void* dy, void* dx,
+                            ElementType type = ElementType::kFp32) = 0;
   virtual void TanhForward(Stream& stream, int64_t n, const float* x, float* y) = 0;
   virtual void TanhBackward(Stream& stream, int64_t n, const float* y, const float* dy,
                             float* dx) = 0;
@@ -353,7 +360,8 @@ class Device {
   // From the input, which the output does not give back precisely.
   virtual void SoftplusBackward(Stream& stream, int64_t n, const float* x, const float* dy,
                                 float* dx) = 0;
-  virtual void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
+  virtual void Add(Stream& stream, int64_t n, const void* a, const void* b, void* out,
+                   ElementType type = ElementType::kFp32) = 0;
   virtual void Multiply(Stream& stream, int64_t n, const float* a, const float* b, float* out) = 0;
   // Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
   // stream (key, scalars->step); kept where ToUniform >= rate, times 1 / (1 - rate) rounded to
@@ -439,7 +447,8 @@ class Device {
   virtual void SquaredNormsOf(Stream& stream, int64_t count, const NormBlock* blocks,
                               const float* x, double* sums) = 0;
   // *flag |= 1 where any element is infinite or NaN.
-  virtual void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) = 0;
+  virtual void FlagNonFinite(Stream& stream, int64_t n, const void* x, uint32_t* flag,
+                             ElementType type = ElementType::kFp32) = 0;
   // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
   virtual void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
                                 uint64_t first_index, Digest* digest) = 0;

@@ -137,18 +137,24 @@ struct StatisticsSlice {
   float momentum = 0;
 };
 
+// How a tensor's elements lie in memory, gradients of it included. Kernels compute in fp32 all the
+// same: what is stored as bf16 is rounded to nearest even then.
+enum class ElementType { kFp32, kBf16 };
+constexpr int64_t ElementBytes(ElementType type) { return type == ElementType::kBf16 ? 2 : 4; }
+
 struct PoolShape {
   int64_t height = 0, width = 0, channels = 0;  // of the input
   int64_t kernel = 0, stride = 0, padding = 0;  // square; padding < kernel
+  ElementType type = ElementType::kFp32;
   int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
   int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
 };
 
 enum class Activation { kNone, kRelu };
 
-// Of the factors of a product. Its sum, its result and everything else are fp32 always: bf16 rounds
-// what is multiplied (to nearest even), in forward and both backward products; so does tf32, to
-// fp32's range with 10 bits behind the point, as NVIDIA's tensor cores take it.
+// Of the factors of a product. Its sum is fp32 always: bf16 rounds what is multiplied (to nearest
+// even), in forward and both backward products; so does tf32, to fp32's range with 10 bits behind
+// the point, as NVIDIA's tensor cores take it.
 enum class Precision { kFp32, kTf32, kBf16 };
 
 struct Conv2dShape {
@@ -159,10 +165,22 @@ struct Conv2dShape {
   int64_t dilation = 1;  // steps between the places of a window
   int64_t groups = 1;    // divides in and out
   Precision precision = Precision::kFp32;
+  ElementType x_type = ElementType::kFp32, y_type = ElementType::kFp32;
   int64_t extent() const { return dilation * (kernel - 1) + 1; }  // of a window
   int64_t out_height() const { return (height + 2 * padding - extent()) / stride + 1; }
   int64_t out_width() const { return (width + 2 * padding - extent()) / stride + 1; }
 };
+
+// Whether a device that stores bf16 does so on either side of the convolution: what its tensor
+// cores take of any size, so that the answer is the same wherever it is asked.
+inline bool CanStoreBf16(const Conv2dShape& s) {
+  constexpr int64_t kMostKernel = 15, kMostStride = 64, kMostGroups = 256;
+  constexpr int64_t kMostWeights = int64_t{1} << 24;
+  return s.precision == Precision::kBf16 && s.kernel <= kMostKernel && s.stride <= kMostStride &&
+         s.groups <= kMostGroups &&
+         (s.groups == 1 || (s.in / s.groups >= 8 && s.out / s.groups >= 8)) &&
+         s.out * s.kernel * s.kernel * (s.in / s.groups) <= kMostWeights;
+}
 
 // ---- samples of a data set.
 
@@ -196,7 +214,8 @@ struct SampleChange {
 // A batch norm over n = rows * spatial elements per channel (Ioffe & Szegedy 2015).
 struct BatchNormShape {
   int64_t channels = 0;
-  bool relu = false;  // y = relu(normalized); backward masks by y > 0
+  bool relu = false;                      // y = relu(normalized); backward masks by y > 0
+  ElementType type = ElementType::kFp32;  // of x, y, the residual and gradients of them
 };
 
 // For each row: y[to_begin + sum to[d] i[d]] = x[from_begin + sum from[d] i[d]] for all i below

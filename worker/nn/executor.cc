@@ -23,6 +23,7 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
       leaf_dy_(most_shards),
       part_dw_(device::kMostFoldBuffers),
       part_db_(device::kMostFoldBuffers) {
+  const std::vector<device::ElementType> stored = program_->StoredTypes(device_.stores_bf16());
   for (int i = 0; i < static_cast<int>(program_->nodes().size()); ++i) {
     const Program::Node& node = program_->nodes()[i];
     const spec::Layer& layer = program_->layer(i);
@@ -32,10 +33,13 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
     c.out = spec::ElementCount(node.output);
     c.channels = input.back();
     c.spatial = c.in / c.channels;
+    c.out_type = stored[i];
+    if (node.inputs[0] != spec::kData) c.in_type = stored[node.inputs[0]];
     if (input.size() == 3) {
-      c.pool = {input[0], input[1], input[2], layer.kernel, layer.stride, layer.padding};
+      c.pool = {input[0],     input[1],      input[2],  layer.kernel,
+                layer.stride, layer.padding, c.out_type};
     }
-    c.norm = {c.channels, node.fused_relu >= 0};
+    c.norm = {c.channels, node.fused_relu >= 0, c.out_type};
     c.copies = CopiesOf(*program_, i);
     int64_t copied = 0;
     for (const device::StridedCopy& copy : c.copies) copied += copy.elements();
@@ -58,14 +62,15 @@ Executor::Executor(std::shared_ptr<const Program> program, device::Device& devic
   }
 }
 
-const float* Executor::Output(int call, const Frame& frame, int64_t* elements) const {
+const void* Executor::Output(int call, const Frame& frame, int64_t* elements,
+                             device::ElementType* type) const {
   const Call& c = lowering_.calls[call];
   if (c.out < 0) return nullptr;
   const size_t parts = constants_[c.node].copies.size();
   if (c.part + 1 < static_cast<int>(parts)) return nullptr;  // not yet whole
-  *elements =
-      lowering_.value_bytes[c.out] / static_cast<int64_t>(sizeof(float)) * frame.input->rows;
-  return Floats(c.out, frame);
+  *type = lowering_.value_types[c.out];
+  *elements = lowering_.value_bytes[c.out] / device::ElementBytes(*type) * frame.input->rows;
+  return Bytes(c.out, frame);
 }
 
 Joint Joint::Of(absl::Span<const Frame> frames, int64_t features, bool leaves_stay) {
@@ -111,23 +116,29 @@ void Executor::RunGroup(const Call& call, const StepContext& context, const Merg
   const float* a = Input(call.a, frame);
   const float* b = Input(call.b, frame);
   float* out = Floats(call.out, frame);
+  // The same of whatever type.
+  const void* const any_a = InputBytes(call.a, frame);
+  const void* const any_b = InputBytes(call.b, frame);
+  void* const any_out = Bytes(call.out, frame);
   switch (call.type) {
     case CallType::kLinearForward:
     case CallType::kLinearBackwardInput:
     case CallType::kLinearBackwardWeight:
       return RunLinear(call, context, frames, leaf_stride);
     case CallType::kMaxPoolForward:
-      return device_.MaxPoolForward(stream, c.pool, rows, a, out, Bytes(call.out2, frame));
+      return device_.MaxPoolForward(stream, c.pool, rows, any_a, any_out, Bytes(call.out2, frame));
     case CallType::kMaxPoolBackward:
-      return device_.MaxPoolBackward(stream, c.pool, rows, a, Bytes(call.b, frame), out);
+      return device_.MaxPoolBackward(stream, c.pool, rows, any_a, Bytes(call.b, frame), any_out);
     case CallType::kAveragePoolForward:
-      return device_.AveragePoolForward(stream, c.pool, rows, a, out);
+      return device_.AveragePoolForward(stream, c.pool, rows, any_a, any_out);
     case CallType::kAveragePoolBackward:
-      return device_.AveragePoolBackward(stream, c.pool, rows, a, out);
+      return device_.AveragePoolBackward(stream, c.pool, rows, any_a, any_out);
     case CallType::kGlobalAveragePoolForward:
-      return device_.GlobalAveragePoolForward(stream, rows, c.spatial, c.channels, a, out);
+      return device_.GlobalAveragePoolForward(stream, rows, c.spatial, c.channels, any_a, out,
+                                              c.in_type);
     case CallType::kGlobalAveragePoolBackward:
-      return device_.GlobalAveragePoolBackward(stream, rows, c.spatial, c.channels, a, out);
+      return device_.GlobalAveragePoolBackward(stream, rows, c.spatial, c.channels, a, any_out,
+                                               c.in_type);
     case CallType::kBatchNormMoments:
     case CallType::kBatchNormForward:
     case CallType::kBatchNormInference:
@@ -141,9 +152,9 @@ void Executor::RunGroup(const Call& call, const StepContext& context, const Merg
     case CallType::kCopyBackward:
       return RunCopy(call, context, frame, rows);
     case CallType::kReluForward:
-      return device_.ReluForward(stream, rows * c.out, a, out);
+      return device_.ReluForward(stream, rows * c.out, any_a, any_out, c.out_type);
     case CallType::kReluBackward:
-      return device_.ReluBackward(stream, rows * c.out, a, b, out);
+      return device_.ReluBackward(stream, rows * c.out, any_a, any_b, any_out, c.out_type);
     case CallType::kTanhForward:
       return device_.TanhForward(stream, rows * c.out, a, out);
     case CallType::kTanhBackward:
@@ -176,7 +187,7 @@ void Executor::RunGroup(const Call& call, const StepContext& context, const Merg
     case CallType::kEmbeddingBackward:
       return RunEmbedding(call, context, frames, leaf_stride);
     case CallType::kAdd:
-      return device_.Add(stream, rows * c.out, a, b, out);
+      return device_.Add(stream, rows * c.out, any_a, any_b, any_out, c.out_type);
     case CallType::kMultiply:
       return device_.Multiply(stream, rows * c.out, a, b, out);
     case CallType::kDropout:
@@ -274,15 +285,14 @@ void Executor::RunLinear(const Call& call, const StepContext& context,
   const Frame& frame = frames[0];
   const int64_t rows = RowsOf(frames);
   device::Stream& stream = *context.stream;
-  auto run = [&](auto* operation) {
-    const float* a = Input(call.a, frame);
+  // What they take: floats, or whatever type the convolution is of.
+  auto run = [&](auto* operation, auto* a, auto* dy, auto* out) {
     if (call.type == CallType::kLinearForward) {
       const float* bias = node.bias < 0 ? nullptr : context.state->parameters() + node.bias;
-      operation->Forward(stream, rows, a, bias, Floats(call.out, frame), scratch_);
+      operation->Forward(stream, rows, a, bias, out, scratch_);
     } else if (call.type == CallType::kLinearBackwardInput) {
-      operation->BackwardInput(stream, rows, a, Floats(call.out, frame), scratch_);
+      operation->BackwardInput(stream, rows, a, out, scratch_);
     } else {
-      const float* dy = Floats(call.b, frame);
       float* dw = frame.leaf + node.weight;
       float* db = node.bias < 0 ? nullptr : frame.leaf + node.bias;
       if constexpr (std::is_same_v<decltype(operation), device::Dense*>) {
@@ -295,9 +305,10 @@ void Executor::RunLinear(const Call& call, const StepContext& context,
     }
   };
   if (device::Dense* dense = operations_.dense(call.node)) {
-    run(dense);
+    run(dense, Input(call.a, frame), Input(call.b, frame), Floats(call.out, frame));
   } else {
-    run(operations_.conv2d(call.node));
+    run(operations_.conv2d(call.node), InputBytes(call.a, frame), InputBytes(call.b, frame),
+        static_cast<void*>(Bytes(call.out, frame)));
   }
 }
 
@@ -326,8 +337,8 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   device::Stream& stream = *context.stream;
   const Frame& frame = frames[0];
   const device::Leaves leaves = LeavesOf(frames, slice.spatial);
-  const float* x = Input(call.a, frame);
-  float* out = Floats(call.out, frame);
+  const void* x = InputBytes(call.a, frame);
+  void* out = Bytes(call.out, frame);
   const int64_t moments_stride = program_->moments_size();
   if (call.type == CallType::kBatchNormMoments) {
     float* mean = frame.moments + slice.offset;
@@ -341,7 +352,7 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     return device_.BatchNormForward(
         stream, c.norm, leaves, x,
         {statistics + slice.running_mean, statistics + slice.running_var, 0, /*divisor=*/1},
-        c.epsilon, weight, bias, Input(call.b, frame), out);
+        c.epsilon, weight, bias, InputBytes(call.b, frame), out);
   }
   // The moments that normalize: the shards' own, or the whole batch's.
   device::Moments moments;
@@ -354,11 +365,11 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   }
   if (call.type == CallType::kBatchNormForward || call.type == CallType::kBatchNormAddForward) {
     return device_.BatchNormForward(stream, c.norm, leaves, x, moments, c.epsilon, weight, bias,
-                                    Input(call.b, frame), out);
+                                    InputBytes(call.b, frame), out);
   }
-  const float* y = Floats(call.b, frame);
-  const float* dy = Floats(call.c, frame);
-  const device::BatchNormShape masked = {c.channels, call.b != kNoValue};
+  const void* y = Bytes(call.b, frame);
+  const void* dy = Bytes(call.c, frame);
+  const device::BatchNormShape masked = {c.channels, call.b != kNoValue, c.norm.type};
   // Leaves only add, so a leaf's share of the gradient is its own sums, also with whole-batch
   // moments.
   const bool in_leaf = context.leaves_stay && !c.synchronized;
@@ -368,7 +379,7 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
                          : frames.size() > 1 ? frames[1].sums - frames[0].sums
                                              : 0;
   if (call.type == CallType::kBatchNormBackwardSums || call.type == CallType::kBatchNormGradient) {
-    device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Floats(call.d, frame), moments,
+    device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Bytes(call.d, frame), moments,
                               c.epsilon, out, sum_dy, sum_dy_xhat, stride);
     const size_t bytes = sizeof(float) * static_cast<size_t>(slice.channels);
     for (const Frame& f : frames) {

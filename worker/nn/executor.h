@@ -71,8 +71,9 @@ class Executor {
   // device where that gives every row and every leaf the bits that it has alone.
   void RunAll(int call, const StepContext& context, const Merged& merged,
               absl::Span<const Frame> frames, const Joint& joint);
-  // The floats that a call of forward made, or null; `elements` of them.
-  const float* Output(int call, const Frame& frame, int64_t* elements) const;
+  // What a call of forward made, or null; so many elements of that type.
+  const void* Output(int call, const Frame& frame, int64_t* elements,
+                     device::ElementType* type) const;
 
  private:
   // What a node's calls need besides values.
@@ -81,6 +82,7 @@ class Executor {
     device::PoolShape pool;
     device::BatchNormShape norm;
     int64_t spatial = 1, channels = 0;
+    device::ElementType in_type = device::ElementType::kFp32, out_type = in_type;
     std::vector<device::StridedCopy> copies;  // by input
     bool fills = true;                        // the copies write all of the output
     bool synchronized = false;
@@ -118,6 +120,10 @@ class Executor {
   }
   const float* Input(int value, const Frame& frame) const {
     return value == kDataValue ? frame.input->data : Floats(value, frame);
+  }
+  // Of whatever type.
+  const void* InputBytes(int value, const Frame& frame) const {
+    return value == kDataValue ? frame.input->data : static_cast<const void*>(Bytes(value, frame));
   }
   uint8_t* Bytes(int value, const Frame& frame) const {
     return value < 0 ? nullptr

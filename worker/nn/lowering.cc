@@ -9,10 +9,11 @@ using spec::LayerType;
 
 class Lowerer {
  public:
-  Lowerer(const Program& program, bool training, bool layerwise)
+  Lowerer(const Program& program, bool training, bool layerwise, bool stores_bf16)
       : program_(program),
         training_(training),
         always_layerwise_(layerwise),
+        stored_(program.StoredTypes(stores_bf16)),
         outputs_(program.nodes().size(), kNoValue),
         gradients_(program.nodes().size(), kNoValue),
         extra_(program.nodes().size(), kNoValue),
@@ -46,17 +47,25 @@ class Lowerer {
   int64_t Elements(int node) const { return spec::ElementCount(program_.shape(node)); }
   int ValueOf(int node) const { return node == spec::kData ? kDataValue : outputs_[node]; }
 
-  int NewFloats(int64_t elements) {
-    return NewBytes(elements * static_cast<int64_t>(sizeof(float)));
+  device::ElementType TypeOf(int node) const {
+    return node == spec::kData ? device::ElementType::kFp32 : stored_[node];
+  }
+  int NewFloats(int64_t elements) { return NewElements(elements, device::ElementType::kFp32); }
+  int NewElements(int64_t elements, device::ElementType type) {
+    const int value = NewBytes(elements * device::ElementBytes(type));
+    result_.value_types[value] = type;
+    return value;
   }
   int NewBytes(int64_t bytes) {
     result_.value_bytes.push_back(bytes);
+    result_.value_types.push_back(device::ElementType::kFp32);
     return static_cast<int>(result_.value_bytes.size()) - 1;
   }
 
-  // Emits a call that makes a new value of the shape of `shape_of`'s output, and returns the value.
+  // Emits a call that makes a new value of the shape and type of `shape_of`'s output, and returns
+  // the value.
   int Emit(CallType type, int node, int shape_of, int a, int b = kNoValue, int c = kNoValue) {
-    const int out = NewFloats(Elements(shape_of));
+    const int out = NewElements(Elements(shape_of), TypeOf(shape_of));
     result_.calls.push_back({type, node, a, b, c, out});
     return out;
   }
@@ -376,6 +385,7 @@ class Lowerer {
   const Program& program_;
   const bool training_;
   const bool always_layerwise_;
+  const std::vector<device::ElementType> stored_;  // by node
   Lowering result_;
   bool layerwise_ = false;                // of the segment being made
   std::vector<int> outputs_, gradients_;  // by node
@@ -432,8 +442,8 @@ device::LstmShape LstmShapeOf(const Program& program, int node, int part) {
   return shape;
 }
 
-Lowering Lower(const Program& program, bool training, bool layerwise) {
-  return Lowerer(program, training, layerwise).Run();
+Lowering Lower(const Program& program, bool training, bool layerwise, bool stores_bf16) {
+  return Lowerer(program, training, layerwise, stores_bf16).Run();
 }
 
 }  // namespace lockstep::nn

@@ -102,7 +102,8 @@ struct Segment {
 };
 
 struct Lowering {
-  std::vector<int64_t> value_bytes;  // per sample
+  std::vector<int64_t> value_bytes;              // per sample
+  std::vector<device::ElementType> value_types;  // of what is not bytes
   std::vector<Call> calls;
   int forward_calls = 0;          // the calls of the loss begin here
   std::vector<Segment> segments;  // partition calls
@@ -112,7 +113,8 @@ struct Lowering {
 device::LstmShape LstmShapeOf(const Program& program, int node, int part);
 
 // Forward, loss and backward of a training step; or forward and loss at inference. `layerwise`: all
-// of it, else where it pays on a CPU.
-Lowering Lower(const Program& program, bool training, bool layerwise = false);
+// of it, else where it pays on a CPU. `stores_bf16`: of Program::StoredTypes.
+Lowering Lower(const Program& program, bool training, bool layerwise = false,
+               bool stores_bf16 = false);
 
 }  // namespace lockstep::nn

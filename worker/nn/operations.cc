@@ -16,6 +16,7 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
   const device::Precision precision = program->precision();
   auto operations = absl::WrapUnique(new Operations());
   const int nodes = static_cast<int>(program->nodes().size());
+  const std::vector<device::ElementType> stored = program->StoredTypes(device.stores_bf16());
   operations->dense_.resize(nodes);
   operations->conv2d_.resize(nodes);
   operations->lstm_.resize(nodes);
@@ -36,20 +37,8 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
       operations->scratch_bytes_ =
           std::max(operations->scratch_bytes_, operations->dense_[i]->scratch_bytes());
     } else if (layer.type == spec::LayerType::kConv2d) {
-      device::Conv2dShape shape;
-      shape.height = input[0];
-      shape.width = input[1];
-      shape.in = input[2];
-      shape.out = node.output[2];
-      shape.kernel = layer.kernel;
-      shape.stride = layer.stride;
-      shape.padding = layer.padding;
-      shape.dilation = layer.dilation;
-      shape.groups = layer.groups;
-      shape.bias = layer.bias;
-      shape.activation = activation;
-      shape.precision = precision;
-      ASSIGN_OR_RETURN(operations->conv2d_[i], device.MakeConv2d(shape, rows));
+      ASSIGN_OR_RETURN(operations->conv2d_[i],
+                       device.MakeConv2d(program->Conv2dShapeOf(i, stored), rows));
       operations->scratch_bytes_ =
           std::max(operations->scratch_bytes_, operations->conv2d_[i]->scratch_bytes());
     } else if (layer.type == spec::LayerType::kLstm) {

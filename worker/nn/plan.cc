@@ -79,7 +79,7 @@ struct Plan::Impl {
   absl::Status GatherAll(MomentExchange& exchange);
   void ShowMoments(size_t shards);
   absl::Status RunTraining(absl::Span<const ShardInput> shards, MomentExchange& exchange);
-  absl::StatusOr<bool> IsNonFinite(const float* x, int64_t n);
+  absl::StatusOr<bool> IsNonFinite(const void* x, int64_t n, device::ElementType type);
   // Calls visit(call, frame) for the segment's calls before `end`, in the order that its memory was
   // planned for.
   template <class Visit>
@@ -126,8 +126,9 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   }
 
   const bool host_addressable = device.host_addressable();
-  Lowering train = options.training ? Lower(*program, true, !host_addressable) : Lowering();
-  Lowering inference = Lower(*program, false, !host_addressable);
+  const bool layerwise = !host_addressable, stores_bf16 = device.stores_bf16();
+  Lowering train = options.training ? Lower(*program, true, layerwise, stores_bf16) : Lowering();
+  Lowering inference = Lower(*program, false, layerwise, stores_bf16);
   MemoryPlan train_memory;
   if (options.training) {
     train_memory =
@@ -418,10 +419,10 @@ const ShardResult* Plan::device_results() const {
   return static_cast<const ShardResult*>(impl_->device_results->data());
 }
 
-absl::StatusOr<bool> Plan::Impl::IsNonFinite(const float* x, int64_t n) {
+absl::StatusOr<bool> Plan::Impl::IsNonFinite(const void* x, int64_t n, device::ElementType type) {
   auto* non_finite = static_cast<uint32_t*>(flag->data());
   *non_finite = 0;
-  device->FlagNonFinite(*context.stream, n, x, non_finite);
+  device->FlagNonFinite(*context.stream, n, x, non_finite, type);
   RETURN_IF_ERROR(context.stream->Synchronize());
   return *non_finite != 0;
 }
@@ -436,8 +437,8 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
   p.context = {&stream, &state, scalars, 0, nullptr};
   std::string first_parameter;
   for (const optim::TensorView& tensor : p.program->parameters().tensors) {
-    ASSIGN_OR_RETURN(const bool bad,
-                     p.IsNonFinite(state.parameters() + tensor.offset, tensor.size));
+    ASSIGN_OR_RETURN(const bool bad, p.IsNonFinite(state.parameters() + tensor.offset, tensor.size,
+                                                   device::ElementType::kFp32));
     if (!bad) continue;
     first_parameter = tensor.name;
     break;
@@ -452,9 +453,10 @@ absl::StatusOr<std::string> Plan::FindNonFinite(device::Stream& stream, optim::F
           p.train->Run(call, p.context, p.merged, frame);
           const int node = p.train->lowering().calls[call].node;
           int64_t elements = 0;
-          const float* output = p.train->Output(call, frame, &elements);
+          device::ElementType type;
+          const void* output = p.train->Output(call, frame, &elements, &type);
           if (output == nullptr || node >= first_node) return absl::OkStatus();
-          ASSIGN_OR_RETURN(const bool bad, p.IsNonFinite(output, elements));
+          ASSIGN_OR_RETURN(const bool bad, p.IsNonFinite(output, elements, type));
           if (bad) first_node = node;
           return absl::OkStatus();
         }));
@@ -475,12 +477,11 @@ int Plan::segments() const {
 }
 
 int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows, bool training,
-                               bool layerwise) {
+                               bool gpu) {
   const int64_t slot_rows = SlotRows(shards, max_rows);
-  const int64_t inference = PlanMemory(Lower(program, false, layerwise), max_rows, slot_rows).bytes;
+  const int64_t inference = PlanMemory(Lower(program, false, gpu, gpu), max_rows, slot_rows).bytes;
   if (!training) return inference;
-  return std::max(inference,
-                  PlanMemory(Lower(program, true, layerwise), max_rows, slot_rows).bytes);
+  return std::max(inference, PlanMemory(Lower(program, true, gpu, gpu), max_rows, slot_rows).bytes);
 }
 
 }  // namespace lockstep::nn

@@ -191,8 +191,8 @@ class Plan {
 };
 
 // activation_bytes() of a plan for `shards` shards of at most `max_rows` samples, without making
-// one; layerwise as on a GPU, or as on a CPU.
+// one; as on a GPU (layerwise, and with what is stored as bf16 there), or as on a CPU.
 int64_t PlannedActivationBytes(const Program& program, int shards, int64_t max_rows, bool training,
-                               bool layerwise);
+                               bool gpu);
 
 }  // namespace lockstep::nn

@@ -351,6 +351,80 @@ absl::StatusOr<std::shared_ptr<const Program>> Program::Compile(spec::Graph grap
   return std::shared_ptr<const Program>(std::move(program));
 }
 
+device::Conv2dShape Program::Conv2dShapeOf(int node,
+                                           const std::vector<device::ElementType>& stored) const {
+  const Node& n = nodes_[node];
+  const spec::Layer& of = layer(node);
+  const std::vector<int64_t>& input = shape(n.inputs[0]);
+  device::Conv2dShape result;
+  result.height = input[0];
+  result.width = input[1];
+  result.in = input[2];
+  result.out = n.output[2];
+  result.kernel = of.kernel;
+  result.stride = of.stride;
+  result.padding = of.padding;
+  result.dilation = of.dilation;
+  result.groups = of.groups;
+  result.bias = of.bias;
+  if (n.fused_relu >= 0) result.activation = device::Activation::kRelu;
+  result.precision = precision();
+  if (n.inputs[0] != spec::kData) result.x_type = stored[n.inputs[0]];
+  result.y_type = stored[node];
+  return result;
+}
+
+std::vector<device::ElementType> Program::StoredTypes(bool stores_bf16) const {
+  using device::ElementType;
+  const bool some = stores_bf16 && precision() == device::Precision::kBf16;
+  std::vector<ElementType> types(nodes_.size(), some ? ElementType::kBf16 : ElementType::kFp32);
+  if (!some) return types;
+  bool changed = true;
+  const auto be_fp32 = [&](int node) {
+    if (node == spec::kData || types[node] == ElementType::kFp32) return;
+    types[node] = ElementType::kFp32;
+    changed = true;
+  };
+  const auto is_fp32 = [&](int node) {
+    return node == spec::kData || types[node] == ElementType::kFp32;
+  };
+  be_fp32(static_cast<int>(nodes_.size()) - 1);  // the loss reads it
+  while (changed) {
+    changed = false;
+    for (int node = 0; node < static_cast<int>(nodes_.size()); ++node) {
+      const Node& n = nodes_[node];
+      switch (layer(node).type) {
+        case spec::LayerType::kConv2d:
+          if (device::CanStoreBf16(Conv2dShapeOf(node, types))) break;  // on either side by itself
+          be_fp32(n.inputs[0]);
+          be_fp32(node);
+          break;
+        case spec::LayerType::kGlobalAveragePool:
+          be_fp32(node);
+          break;
+        case spec::LayerType::kBatchNorm:
+        case spec::LayerType::kMaxPool:
+        case spec::LayerType::kAveragePool:
+        case spec::LayerType::kRelu:
+        case spec::LayerType::kAdd:
+        case spec::LayerType::kFlatten:
+        case spec::LayerType::kReshape: {
+          bool all = is_fp32(node);
+          for (const int input : n.inputs) all = all || is_fp32(input);
+          if (!all) break;
+          be_fp32(node);
+          for (const int input : n.inputs) be_fp32(input);
+          break;
+        }
+        default:
+          be_fp32(node);
+          for (const int input : n.inputs) be_fp32(input);
+      }
+    }
+  }
+  return types;
+}
+
 const std::string& Program::node_name(int node) const {
   const Node& n = nodes_[node];
   return graph_.layers[std::max({n.layer, n.fused_add, n.fused_relu})].name;

@@ -71,11 +71,17 @@ class Program {
   int64_t moments_size() const { return moments_size_; }  // floats of a leaf's record
   bool has_synchronized_norm() const { return has_synchronized_norm_; }
   bool has_population_norm() const { return has_population_norm_; }
+  // How each node's output is stored, and the gradient of it, by node. Without stores_bf16
+  // (Device::stores_bf16), fp32; else bf16 in that precision, where whatever makes or reads it
+  // takes it so: nothing is converted between two layers, nor what a loss or a dense layer touches.
+  std::vector<device::ElementType> StoredTypes(bool stores_bf16) const;
   const spec::Layer& layer(int node) const { return graph_.layers[nodes_[node].layer]; }
   // Shape per sample of a node's output, or of the data.
   const std::vector<int64_t>& shape(int node) const {
     return node == spec::kData ? graph_.data_shape : nodes_[node].output;
   }
+  // Of a conv2d node, with those types.
+  device::Conv2dShape Conv2dShapeOf(int node, const std::vector<device::ElementType>& stored) const;
   const std::string& node_name(int node) const;  // the name users know its output by
 
  private:

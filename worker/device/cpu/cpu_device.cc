@@ -40,6 +40,10 @@ T* Behind(T* p, int64_t at) {
   return p == nullptr ? nullptr : p + at;
 }
 
+// What devices that store bf16 have in other types is floats here.
+float* Floats(void* p) { return static_cast<float*>(p); }
+const float* Floats(const void* p) { return static_cast<const float*>(p); }
+
 class BorrowedMemory : public Memory {
  public:
   BorrowedMemory(void* data, size_t size) : data_(data), size_(size) {}
@@ -128,36 +132,36 @@ class CpuDevice : public Device {
     return MakeFusedLstm(context_.kernels, shape, rows);
   }
 
-  void MaxPoolForward(Stream&, const PoolShape& shape, int64_t rows, const float* x, float* y,
+  void MaxPoolForward(Stream&, const PoolShape& shape, int64_t rows, const void* x, void* y,
                       uint8_t* argmax) override {
-    k_.max_pool_forward(shape, rows, x, y, argmax);
+    k_.max_pool_forward(shape, rows, Floats(x), Floats(y), argmax);
   }
-  void MaxPoolBackward(Stream&, const PoolShape& shape, int64_t rows, const float* dy,
-                       const uint8_t* argmax, float* dx) override {
-    k_.max_pool_backward(shape, rows, dy, argmax, dx);
+  void MaxPoolBackward(Stream&, const PoolShape& shape, int64_t rows, const void* dy,
+                       const uint8_t* argmax, void* dx) override {
+    k_.max_pool_backward(shape, rows, Floats(dy), argmax, Floats(dx));
   }
-  void AveragePoolForward(Stream&, const PoolShape& shape, int64_t rows, const float* x,
-                          float* y) override {
-    k_.average_pool_forward(shape, rows, x, y);
+  void AveragePoolForward(Stream&, const PoolShape& shape, int64_t rows, const void* x,
+                          void* y) override {
+    k_.average_pool_forward(shape, rows, Floats(x), Floats(y));
   }
-  void AveragePoolBackward(Stream&, const PoolShape& shape, int64_t rows, const float* dy,
-                           float* dx) override {
-    k_.average_pool_backward(shape, rows, dy, dx);
+  void AveragePoolBackward(Stream&, const PoolShape& shape, int64_t rows, const void* dy,
+                           void* dx) override {
+    k_.average_pool_backward(shape, rows, Floats(dy), Floats(dx));
   }
   void GlobalAveragePoolForward(Stream&, int64_t rows, int64_t spatial, int64_t channels,
-                                const float* x, float* y) override {
-    k_.global_average_pool_forward(rows, spatial, channels, x, y);
+                                const void* x, float* y, ElementType) override {
+    k_.global_average_pool_forward(rows, spatial, channels, Floats(x), y);
   }
   void GlobalAveragePoolBackward(Stream&, int64_t rows, int64_t spatial, int64_t channels,
-                                 const float* dy, float* dx) override {
-    k_.global_average_pool_backward(rows, spatial, channels, dy, dx);
+                                 const float* dy, void* dx, ElementType) override {
+    k_.global_average_pool_backward(rows, spatial, channels, dy, Floats(dx));
   }
 
-  void BatchNormMoments(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+  void BatchNormMoments(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
                         float* mean, float* m2, int64_t stride) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
-      k_.batch_norm_moments(shape.channels, n, x + begin * shape.channels, mean + l * stride,
-                            m2 + l * stride);
+      k_.batch_norm_moments(shape.channels, n, Floats(x) + begin * shape.channels,
+                            mean + l * stride, m2 + l * stride);
     });
   }
   void MergeMoments(Stream&, int64_t channels, int64_t count_a, const float* mean_a,
@@ -165,26 +169,26 @@ class CpuDevice : public Device {
                     float* mean, float* m2) override {
     k_.merge_moments(channels, count_a, mean_a, m2_a, count_b, mean_b, m2_b, mean, m2);
   }
-  void BatchNormForward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
+  void BatchNormForward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
                         const Moments& moments, float epsilon, const float* weight,
-                        const float* bias, const float* residual, float* y) override {
+                        const float* bias, const void* residual, void* y) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
       const float* mean = moments.mean + l * moments.stride;
       const float* spread = moments.spread + l * moments.stride;
       const auto divisor = static_cast<float>(moments.divisor > 0 ? moments.divisor : n);
       if (residual == nullptr) {
-        k_.batch_norm_forward(shape, n, x + at, mean, spread, divisor, epsilon, weight, bias,
-                              y + at);
+        k_.batch_norm_forward(shape, n, Floats(x) + at, mean, spread, divisor, epsilon, weight,
+                              bias, Floats(y) + at);
       } else {
-        k_.batch_norm_add_forward(shape, n, x + at, mean, spread, divisor, epsilon, weight, bias,
-                                  residual + at, y + at);
+        k_.batch_norm_add_forward(shape, n, Floats(x) + at, mean, spread, divisor, epsilon, weight,
+                                  bias, Floats(residual) + at, Floats(y) + at);
       }
     });
   }
-  void BatchNormGradient(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
-                         const float* y, const float* dy, const float* more, const Moments& moments,
-                         float epsilon, float* g, float* sum_dy, float* sum_dy_xhat,
+  void BatchNormGradient(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
+                         const void* y, const void* dy, const void* more, const Moments& moments,
+                         float epsilon, void* g, float* sum_dy, float* sum_dy_xhat,
                          int64_t stride) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
@@ -192,25 +196,26 @@ class CpuDevice : public Device {
       const float* spread = moments.spread + l * moments.stride;
       const int64_t divisor = moments.divisor > 0 ? moments.divisor : n;
       if (g == nullptr) {
-        k_.batch_norm_backward_sums(shape, n, x + at, Behind(y, at), dy + at, mean, spread, divisor,
-                                    epsilon, sum_dy + l * stride, sum_dy_xhat + l * stride);
+        k_.batch_norm_backward_sums(shape, n, Floats(x) + at, Behind(Floats(y), at),
+                                    Floats(dy) + at, mean, spread, divisor, epsilon,
+                                    sum_dy + l * stride, sum_dy_xhat + l * stride);
       } else {
-        k_.batch_norm_gradient(shape, n, x + at, Behind(y, at), dy + at, Behind(more, at), mean,
-                               spread, divisor, epsilon, g + at, sum_dy + l * stride,
-                               sum_dy_xhat + l * stride);
+        k_.batch_norm_gradient(shape, n, Floats(x) + at, Behind(Floats(y), at), Floats(dy) + at,
+                               Behind(Floats(more), at), mean, spread, divisor, epsilon,
+                               Floats(g) + at, sum_dy + l * stride, sum_dy_xhat + l * stride);
       }
     });
   }
-  void BatchNormBackward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const float* x,
-                         const float* y, const float* dy, const Moments& moments, float epsilon,
+  void BatchNormBackward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
+                         const void* y, const void* dy, const Moments& moments, float epsilon,
                          const float* weight, const float* sum_dy, const float* sum_dy_xhat,
-                         int64_t stride, float* dx) override {
+                         int64_t stride, void* dx) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
-      k_.batch_norm_backward(shape, n, x + at, Behind(y, at), dy + at,
+      k_.batch_norm_backward(shape, n, Floats(x) + at, Behind(Floats(y), at), Floats(dy) + at,
                              moments.mean + l * moments.stride, moments.spread + l * moments.stride,
                              moments.divisor > 0 ? moments.divisor : n, epsilon, weight,
-                             sum_dy + l * stride, sum_dy_xhat + l * stride, dx + at);
+                             sum_dy + l * stride, sum_dy_xhat + l * stride, Floats(dx) + at);
     });
   }
   void UpdateRunningAverages(Stream&, int64_t channels, int64_t n, const float* mean,
@@ -224,11 +229,12 @@ class CpuDevice : public Device {
     k_.copy_strided(copy, rows, x, y);
   }
 
-  void ReluForward(Stream&, int64_t n, const float* x, float* y) override {
-    k_.relu_forward(n, x, y);
+  void ReluForward(Stream&, int64_t n, const void* x, void* y, ElementType) override {
+    k_.relu_forward(n, Floats(x), Floats(y));
   }
-  void ReluBackward(Stream&, int64_t n, const float* y, const float* dy, float* dx) override {
-    k_.relu_backward(n, y, dy, dx);
+  void ReluBackward(Stream&, int64_t n, const void* y, const void* dy, void* dx,
+                    ElementType) override {
+    k_.relu_backward(n, Floats(y), Floats(dy), Floats(dx));
   }
   void TanhForward(Stream&, int64_t n, const float* x, float* y) override {
     k_.tanh_forward(n, x, y);
@@ -242,8 +248,8 @@ class CpuDevice : public Device {
   void SigmoidBackward(Stream&, int64_t n, const float* y, const float* dy, float* dx) override {
     k_.sigmoid_backward(n, y, dy, dx);
   }
-  void Add(Stream&, int64_t n, const float* a, const float* b, float* out) override {
-    k_.add(n, a, b, out);
+  void Add(Stream&, int64_t n, const void* a, const void* b, void* out, ElementType) override {
+    k_.add(n, Floats(a), Floats(b), Floats(out));
   }
   void Dropout(Stream&, int64_t n, const float* x, float rate, PhiloxKey key,
                const StepScalars* scalars, uint64_t first, float* y) override {
@@ -469,9 +475,9 @@ class CpuDevice : public Device {
     ++gate.current->step;
     gate.outcomes[place] = outcome;
   }
-  void FlagNonFinite(Stream&, int64_t n, const float* x, uint32_t* flag) override {
+  void FlagNonFinite(Stream&, int64_t n, const void* x, uint32_t* flag, ElementType) override {
     // Slots may share the flag.
-    if (k_.has_non_finite(n, x)) std::atomic_ref<uint32_t>(*flag).fetch_or(1);
+    if (k_.has_non_finite(n, Floats(x))) std::atomic_ref<uint32_t>(*flag).fetch_or(1);
   }
   void AccumulateDigest(Stream&, int64_t n, const float* x, uint64_t tensor_key,
                         uint64_t first_index, Digest* digest) override {

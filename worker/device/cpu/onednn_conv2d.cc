@@ -172,37 +172,42 @@ class OnednnConv2d : public Conv2d {
     }
   }
 
-  void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+  void Forward(Stream& stream, int64_t rows, const void* x, const float* bias, void* y,
                void* scratch) override {
     const RowSet* set = Find(stream, rows);
     if (set == nullptr) return;
     char* work = Aligned(scratch);
-    const void* const factor = Factor(*set, x, rows * InputSize(), set->x_bytes, &work);
+    const void* const factor =
+        Factor(*set, static_cast<const float*>(x), rows * InputSize(), set->x_bytes, &work);
     set->forward->Run(Cpu(stream),
                       {factor, copies_[set->forward_weight].weights->data(), y, work, bias});
     // Not oneDNN's fused relu: that one turns NaN into 0 and so hides what went wrong.
     if (s_.activation == Activation::kRelu) {
-      context_.kernels.fp32->relu_forward(rows * OutputSize(), y, y);
+      auto* const floats = static_cast<float*>(y);
+      context_.kernels.fp32->relu_forward(rows * OutputSize(), floats, floats);
     }
   }
 
-  void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+  void BackwardInput(Stream& stream, int64_t rows, const void* dy, void* dx,
                      void* scratch) override {
     const RowSet* set = Find(stream, rows);
     if (set == nullptr) return;
     char* work = Aligned(scratch);
-    const void* const factor = Factor(*set, dy, rows * OutputSize(), set->dy_bytes, &work);
+    const void* const factor =
+        Factor(*set, static_cast<const float*>(dy), rows * OutputSize(), set->dy_bytes, &work);
     set->backward_input->Run(
         Cpu(stream), {factor, copies_[set->backward_weight_copy].weights->data(), dx, work});
   }
 
-  void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
+  void BackwardWeight(Stream& stream, int64_t rows, const void* x, const void* dy, float* dw,
                       float* db, void* scratch) override {
     const RowSet* set = Find(stream, rows);
     if (set == nullptr) return;
     char* work = Aligned(scratch);
-    const void* const x_factor = Factor(*set, x, rows * InputSize(), set->x_bytes, &work);
-    const void* const dy_factor = Factor(*set, dy, rows * OutputSize(), set->dy_bytes, &work);
+    const void* const x_factor =
+        Factor(*set, static_cast<const float*>(x), rows * InputSize(), set->x_bytes, &work);
+    const void* const dy_factor =
+        Factor(*set, static_cast<const float*>(dy), rows * OutputSize(), set->dy_bytes, &work);
     void* const target = set->dw_bytes > 0 ? static_cast<void*>(work) : dw;
     char* const scratchpad = work + set->dw_bytes;
     set->backward_weight->Run(Cpu(stream), {x_factor, dy_factor, target, scratchpad, db});
@@ -308,6 +313,9 @@ absl::StatusOr<std::unique_ptr<Conv2d>> MakeOnednnConv2d(const OnednnContext& co
         "; sizes must be positive, the window must fit into the padded input, and groups divide "
         "the "
         "channels"));
+  }
+  if (shape.x_type != ElementType::kFp32 || shape.y_type != ElementType::kFp32) {
+    return absl::InvalidArgumentError("conv2d of tensors stored as bf16; CPUs take fp32");
   }
   absl::Status status = UseOneThread();
   if (!status.ok()) return status;

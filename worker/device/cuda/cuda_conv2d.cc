@@ -17,6 +17,10 @@ namespace {
 // itself.
 bool UsesLibrary(const Conv2dShape& shape) { return shape.precision == Precision::kTf32; }
 
+// Of what only tensor cores take otherwise.
+const float* Floats(const void* p) { return static_cast<const float*>(p); }
+float* Floats(void* p) { return static_cast<float*>(p); }
+
 class CudaConv2d : public Conv2d {
  public:
   static absl::StatusOr<std::unique_ptr<Conv2d>> Make(Device& device, Dnn& dnn,
@@ -57,13 +61,13 @@ class CudaConv2d : public Conv2d {
     RoundInFloats(q, Weights(), weight, rounded_in_floats_);
   }
 
-  void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
+  void Forward(Stream& stream, int64_t rows, const void* x, const float* bias, void* y,
                void* scratch) override {
     const Queue& q = QueueOf(stream);
     const bool relu = s_.activation == Activation::kRelu;
     if (!s_.bias) bias = nullptr;
     if (kernels_ == Kernels::kPlain) {
-      return ConvolutionForward(q, s_, rows, x, weight_, bias, relu, y);
+      return ConvolutionForward(q, s_, rows, Floats(x), weight_, bias, relu, Floats(y));
     }
     if (kernels_ == Kernels::kTensor) {
       return TensorConvolutionForward(q, s_, rows, x, packed_, bias, relu, y);
@@ -72,16 +76,18 @@ class CudaConv2d : public Conv2d {
     if (plans == nullptr) return;
     Parts parts(scratch);
     Convolution& convolution = *plans->forward;
-    const void* const factor = Factor(q, convolution, rows * Inputs(), x, parts);
-    convolution.Run(q, factor, Weight(convolution), y, parts.Take(0));
-    if (s_.bias || relu) BiasForward(q, rows * Outputs(), s_.out, y, bias, relu, y);
+    const void* const factor = Factor(q, convolution, rows * Inputs(), Floats(x), parts);
+    convolution.Run(q, factor, Weight(convolution), Floats(y), parts.Take(0));
+    if (s_.bias || relu) {
+      BiasForward(q, rows * Outputs(), s_.out, Floats(y), bias, relu, Floats(y));
+    }
   }
 
-  void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
+  void BackwardInput(Stream& stream, int64_t rows, const void* dy, void* dx,
                      void* scratch) override {
     const Queue& q = QueueOf(stream);
     if (kernels_ == Kernels::kPlain) {
-      return ConvolutionBackwardInput(q, s_, rows, dy, weight_, dx);
+      return ConvolutionBackwardInput(q, s_, rows, Floats(dy), weight_, Floats(dx));
     }
     if (kernels_ == Kernels::kTensor) {
       return TensorConvolutionBackwardInput(q, s_, rows, dy, packed_, dx);
@@ -90,11 +96,11 @@ class CudaConv2d : public Conv2d {
     if (plans == nullptr) return;
     Parts parts(scratch);
     Convolution& convolution = *plans->backward_input;
-    const void* const factor = Factor(q, convolution, rows * Outputs(), dy, parts);
-    convolution.Run(q, factor, Weight(convolution), dx, parts.Take(0));
+    const void* const factor = Factor(q, convolution, rows * Outputs(), Floats(dy), parts);
+    convolution.Run(q, factor, Weight(convolution), Floats(dx), parts.Take(0));
   }
 
-  void BackwardWeight(Stream& stream, int64_t rows, const float* x, const float* dy, float* dw,
+  void BackwardWeight(Stream& stream, int64_t rows, const void* x, const void* dy, float* dw,
                       float* db, void* scratch) override {
     if (kernels_ != Kernels::kLibrary) {
       return BackwardWeights(stream, rows, x, dy, dw, db, 0, scratch);
@@ -104,13 +110,13 @@ class CudaConv2d : public Conv2d {
     if (plans == nullptr) return;
     Parts parts(scratch);
     Convolution& convolution = *plans->backward_weight;
-    const void* const dy_factor = Factor(q, convolution, rows * Outputs(), dy, parts);
-    const void* const x_factor = Factor(q, convolution, rows * Inputs(), x, parts);
+    const void* const dy_factor = Factor(q, convolution, rows * Outputs(), Floats(dy), parts);
+    const void* const x_factor = Factor(q, convolution, rows * Inputs(), Floats(x), parts);
     convolution.Run(q, dy_factor, x_factor, dw, parts.Take(0));
     if (s_.bias) ColumnSums(q, Leaves(rows * Outputs() / s_.out), s_.out, dy, db, 0);
   }
 
-  void BackwardWeights(Stream& stream, const Leaves& leaves, const float* x, const float* dy,
+  void BackwardWeights(Stream& stream, const Leaves& leaves, const void* x, const void* dy,
                        float* dw, float* db, int64_t stride, void* scratch) override {
     if (kernels_ == Kernels::kLibrary) {
       return Conv2d::BackwardWeights(stream, leaves, x, dy, dw, db, stride, scratch);
@@ -119,12 +125,12 @@ class CudaConv2d : public Conv2d {
     if (kernels_ == Kernels::kTensor) {
       TensorConvolutionBackwardWeight(q, s_, leaves, x, dy, dw, stride, scratch);
     } else {
-      ConvolutionBackwardWeight(q, s_, leaves, x, dy, dw, stride);
+      ConvolutionBackwardWeight(q, s_, leaves, Floats(x), Floats(dy), dw, stride);
     }
     if (!s_.bias) return;
     Leaves places = leaves;
     for (int64_t& begin : places.begin) begin *= Outputs() / s_.out;
-    ColumnSums(q, places, s_.out, dy, db, stride);
+    ColumnSums(q, places, s_.out, dy, db, stride, s_.y_type);
   }
 
  private:
@@ -231,6 +237,11 @@ absl::StatusOr<std::unique_ptr<Conv2d>> MakeCudaConv2d(Device& device, Dnn& dnn,
         ", groups ", s.groups,
         "; sizes must be positive, the window must fit into the padded input, and groups divide "
         "the channels"));
+  }
+  const bool stored = s.x_type == ElementType::kBf16 || s.y_type == ElementType::kBf16;
+  if (stored && !(CanStoreBf16(s) && FitsTensorCores(s))) {
+    return absl::InvalidArgumentError(
+        "conv2d of tensors stored as bf16, in a precision or shape for which they are fp32");
   }
   constexpr int64_t kMostElements = int64_t{1} << 30;  // of a row or of the weights
   for (const int64_t elements : {s.height * s.width * s.in, s.out_height() * s.out_width() * s.out,

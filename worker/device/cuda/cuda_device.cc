@@ -69,9 +69,10 @@ class CudaDevice : public Device {
   std::string name() const override { return name_; }
   std::string fingerprint(Precision precision) const override {
     if (precision == Precision::kFp32) return fingerprint_;
-    return absl::StrCat(fingerprint_, precision == Precision::kTf32 ? " tf32" : " bf16");
+    return absl::StrCat(fingerprint_, precision == Precision::kTf32 ? " tf32" : " bf16 stored");
   }
   bool host_addressable() const override { return false; }
+  bool stores_bf16() const override { return true; }
   absl::StatusOr<std::unique_ptr<Stream>> MakeStream() override {
     return CudaStream::Make(ordinal_, kWorkspaceBytes);
   }
@@ -206,26 +207,27 @@ class CudaDevice : public Device {
   }
 
   void BatchNormMoments(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                        const float* x, float* mean, float* m2, int64_t stride) override {
-    cuda::BatchNormMoments(QueueOf(stream), shape.channels, leaves, x, mean, m2, stride);
+                        const void* x, float* mean, float* m2, int64_t stride) override {
+    cuda::BatchNormMoments(QueueOf(stream), shape.channels, leaves, x, mean, m2, stride,
+                           shape.type);
   }
   void BatchNormForward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                        const float* x, const Moments& moments, float epsilon, const float* weight,
-                        const float* bias, const float* residual, float* y) override {
+                        const void* x, const Moments& moments, float epsilon, const float* weight,
+                        const float* bias, const void* residual, void* y) override {
     cuda::BatchNormForward(QueueOf(stream), shape, leaves, x, moments, epsilon, weight, bias,
                            residual, y);
   }
   void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                         const float* x, const float* y, const float* dy, const float* more,
-                         const Moments& moments, float epsilon, float* g, float* sum_dy,
+                         const void* x, const void* y, const void* dy, const void* more,
+                         const Moments& moments, float epsilon, void* g, float* sum_dy,
                          float* sum_dy_xhat, int64_t stride) override {
     cuda::BatchNormGradient(QueueOf(stream), shape, leaves, x, y, dy, more, moments, epsilon, g,
                             sum_dy, sum_dy_xhat, stride);
   }
   void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
-                         const float* x, const float* y, const float* dy, const Moments& moments,
+                         const void* x, const void* y, const void* dy, const Moments& moments,
                          float epsilon, const float* weight, const float* sum_dy,
-                         const float* sum_dy_xhat, int64_t stride, float* dx) override {
+                         const float* sum_dy_xhat, int64_t stride, void* dx) override {
     cuda::BatchNormBackward(QueueOf(stream), shape, leaves, x, y, dy, moments, epsilon, weight,
                             sum_dy, sum_dy_xhat, stride, dx);
   }
@@ -299,29 +301,29 @@ class CudaDevice : public Device {
     cuda::TreeSum(QueueOf(stream), n, parts.data(), static_cast<int>(parts.size()), out);
   }
 
-  void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
-                      float* y, uint8_t* argmax) override {
+  void MaxPoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const void* x, void* y,
+                      uint8_t* argmax) override {
     cuda::MaxPoolForward(QueueOf(stream), shape, rows, x, y, argmax);
   }
-  void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const float* dy,
-                       const uint8_t* argmax, float* dx) override {
+  void MaxPoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const void* dy,
+                       const uint8_t* argmax, void* dx) override {
     cuda::MaxPoolBackward(QueueOf(stream), shape, rows, dy, argmax, dx);
   }
-  void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const float* x,
-                          float* y) override {
+  void AveragePoolForward(Stream& stream, const PoolShape& shape, int64_t rows, const void* x,
+                          void* y) override {
     cuda::AveragePoolForward(QueueOf(stream), shape, rows, x, y);
   }
-  void AveragePoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const float* dy,
-                           float* dx) override {
+  void AveragePoolBackward(Stream& stream, const PoolShape& shape, int64_t rows, const void* dy,
+                           void* dx) override {
     cuda::AveragePoolBackward(QueueOf(stream), shape, rows, dy, dx);
   }
   void GlobalAveragePoolForward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
-                                const float* x, float* y) override {
-    cuda::GlobalAveragePoolForward(QueueOf(stream), rows, spatial, channels, x, y);
+                                const void* x, float* y, ElementType type) override {
+    cuda::GlobalAveragePoolForward(QueueOf(stream), rows, spatial, channels, x, y, type);
   }
   void GlobalAveragePoolBackward(Stream& stream, int64_t rows, int64_t spatial, int64_t channels,
-                                 const float* dy, float* dx) override {
-    cuda::GlobalAveragePoolBackward(QueueOf(stream), rows, spatial, channels, dy, dx);
+                                 const float* dy, void* dx, ElementType type) override {
+    cuda::GlobalAveragePoolBackward(QueueOf(stream), rows, spatial, channels, dy, dx, type);
   }
   void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                              const float* m2, float momentum, float* running_mean,
@@ -333,12 +335,12 @@ class CudaDevice : public Device {
                    float* y) override {
     cuda::CopyStrided(QueueOf(stream), copy, rows, x, y);
   }
-  void ReluForward(Stream& stream, int64_t n, const float* x, float* y) override {
-    cuda::ReluForward(QueueOf(stream), n, x, y);
+  void ReluForward(Stream& stream, int64_t n, const void* x, void* y, ElementType type) override {
+    cuda::ReluForward(QueueOf(stream), n, x, y, type);
   }
-  void ReluBackward(Stream& stream, int64_t n, const float* y, const float* dy,
-                    float* dx) override {
-    cuda::ReluBackward(QueueOf(stream), n, y, dy, dx);
+  void ReluBackward(Stream& stream, int64_t n, const void* y, const void* dy, void* dx,
+                    ElementType type) override {
+    cuda::ReluBackward(QueueOf(stream), n, y, dy, dx, type);
   }
   void TanhForward(Stream& stream, int64_t n, const float* x, float* y) override {
     cuda::TanhForward(QueueOf(stream), n, x, y);
@@ -375,8 +377,9 @@ class CudaDevice : public Device {
                         float* dx) override {
     cuda::SoftplusBackward(QueueOf(stream), n, x, dy, dx);
   }
-  void Add(Stream& stream, int64_t n, const float* a, const float* b, float* out) override {
-    cuda::Add(QueueOf(stream), n, a, b, out);
+  void Add(Stream& stream, int64_t n, const void* a, const void* b, void* out,
+           ElementType type) override {
+    cuda::Add(QueueOf(stream), n, a, b, out, type);
   }
   void Multiply(Stream& stream, int64_t n, const float* a, const float* b, float* out) override {
     cuda::Multiply(QueueOf(stream), n, a, b, out);
@@ -418,8 +421,9 @@ class CudaDevice : public Device {
   void SquaredNorms(Stream& stream, int64_t n, const float* x, double* sums) override {
     cuda::SquaredNorms(QueueOf(stream), n, x, sums);
   }
-  void FlagNonFinite(Stream& stream, int64_t n, const float* x, uint32_t* flag) override {
-    cuda::FlagNonFinite(QueueOf(stream), n, x, flag);
+  void FlagNonFinite(Stream& stream, int64_t n, const void* x, uint32_t* flag,
+                     ElementType type) override {
+    cuda::FlagNonFinite(QueueOf(stream), n, x, flag, type);
   }
   void AccumulateDigest(Stream& stream, int64_t n, const float* x, uint64_t tensor_key,
                         uint64_t first_index, Digest* digest) override {

@@ -9,12 +9,13 @@ namespace lockstep::device::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;  // of four elements, of one thread: loads in flight
-constexpr int64_t kBlockElements = int64_t{4} * kVectors * kThreads;
+constexpr int kVectors = 2;  // of 16 bytes, of one thread: loads in flight
+template <class T>
+constexpr int64_t kBlockElements = int64_t{kWideLanes<T>} * kVectors* kThreads;
 
-template <int kInputs>
+template <int kInputs, class T>
 struct Inputs {
-  const float* at[kInputs];
+  const T* at[kInputs];
 };
 
 template <class Map>
@@ -26,39 +27,41 @@ __device__ __forceinline__ float Apply(const Map& map, const float (&x)[2]) {
   return map(x[0], x[1]);
 }
 
-template <int kInputs, class Map>
-__device__ __forceinline__ void MapOne(const Map& map, const Inputs<kInputs>& in, int64_t i,
-                                       float* y) {
+template <int kInputs, class Map, class T>
+__device__ __forceinline__ void MapOne(const Map& map, const Inputs<kInputs, T>& in, int64_t i,
+                                       T* y) {
   float x[kInputs];
-  for (int k = 0; k < kInputs; ++k) x[k] = in.at[k][i];
-  y[i] = Apply(map, x);
+  for (int k = 0; k < kInputs; ++k) x[k] = FloatOf(in.at[k][i]);
+  StoreLanes<1>(y + i, {{Apply(map, x)}});
 }
 
 // All tensors begin `lead` elements behind an aligned address. Few enough blocks of a
 // multiprocessor that a map's registers suffice.
-template <int kInputs, class Map>
-__global__ void __launch_bounds__(kThreads, 6)
-    MapVectors(int64_t n, int lead, Map map, Inputs<kInputs> in, float* y) {
-  const int64_t first = blockIdx.x * kBlockElements + 4 * static_cast<int>(threadIdx.x) - lead;
-  constexpr int kStep = 4 * kThreads;
-  if (first < 0 || first + (kVectors - 1) * kStep + 4 > n) {  // at the ends
+template <int kInputs, class Map, class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 4)
+    MapVectors(int64_t n, int lead, Map map, Inputs<kInputs, T> in, T* y) {
+  constexpr int kLanes = kWideLanes<T>;
+  constexpr int kStep = kLanes * kThreads;
+  const int64_t first =
+      blockIdx.x * kBlockElements<T> + kLanes * static_cast<int>(threadIdx.x) - lead;
+  if (first < 0 || first + (kVectors - 1) * kStep + kLanes > n) {  // at the ends
 #pragma unroll 1
-    for (int j = 0; j < 4 * kVectors; ++j) {
-      const int64_t i = first + j / 4 * kStep + j % 4;
+    for (int j = 0; j < kLanes * kVectors; ++j) {
+      const int64_t i = first + j / kLanes * kStep + j % kLanes;
       if (i >= 0 && i < n) MapOne(map, in, i, y);
     }
     return;
   }
-  Lanes<4> x[kVectors][kInputs];
+  Lanes<kLanes> x[kVectors][kInputs];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) x[v][k] = LoadLanes<4>(in.at[k] + first + v * kStep);
+    for (int k = 0; k < kInputs; ++k) x[v][k] = LoadLanes<kLanes>(in.at[k] + first + v * kStep);
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kLanes; ++j) {
       float element[kInputs];
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) element[k] = x[v][k].at[j];
@@ -66,31 +69,41 @@ __global__ void __launch_bounds__(kThreads, 6)
     }
   }
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) StoreLanes<4>(y + first + v * kStep, x[v][0]);
+  for (int v = 0; v < kVectors; ++v) StoreLanes<kLanes>(y + first + v * kStep, x[v][0]);
 }
 
-template <int kInputs, class Map>
+template <int kInputs, class Map, class T>
 __global__ void __launch_bounds__(kThreads)
-    MapElements(int64_t n, Map map, Inputs<kInputs> in, float* y) {
-  const int64_t first = blockIdx.x * kBlockElements + static_cast<int>(threadIdx.x);
-  for (int k = 0; k < 4 * kVectors; ++k) {
+    MapElements(int64_t n, Map map, Inputs<kInputs, T> in, T* y) {
+  const int64_t first = blockIdx.x * kBlockElements<T> + static_cast<int>(threadIdx.x);
+  for (int k = 0; k < kWideLanes<T> * kVectors; ++k) {
     const int64_t i = first + k * kThreads;
     if (i < n) MapOne(map, in, i, y);
   }
 }
 
-template <class Map, class... Pointers>
-void Run(const Queue& q, int64_t n, const Map& map, float* y, const Pointers*... inputs) {
+template <class Map, class T, class... Pointers>
+void Run(const Queue& q, int64_t n, const Map& map, T* y, const Pointers*... inputs) {
   if (n == 0) return;
-  const Inputs<sizeof...(Pointers)> in = {{inputs...}};
+  constexpr int kInputs = sizeof...(Pointers);
+  const Inputs<kInputs, T> in = {{inputs...}};
   const int lead = LeadOf(y);
   if (((LeadOf(inputs) == lead) && ...)) {
-    const dim3 grid(static_cast<unsigned>(CeilDiv(n + lead, kBlockElements)));
-    Launch(q, grid, dim3(kThreads), 0, MapVectors<sizeof...(Pointers), Map>, n, lead, map, in, y);
+    const dim3 grid(static_cast<unsigned>(CeilDiv(n + lead, kBlockElements<T>)));
+    Launch(q, grid, dim3(kThreads), 0, MapVectors<kInputs, Map, T>, n, lead, map, in, y);
   } else {
-    const dim3 grid(static_cast<unsigned>(CeilDiv(n, kBlockElements)));
-    Launch(q, grid, dim3(kThreads), 0, MapElements<sizeof...(Pointers), Map>, n, map, in, y);
+    const dim3 grid(static_cast<unsigned>(CeilDiv(n, kBlockElements<T>)));
+    Launch(q, grid, dim3(kThreads), 0, MapElements<kInputs, Map, T>, n, map, in, y);
   }
+}
+
+// On tensors of the type.
+template <class Map, class... Inputs>
+void RunTyped(const Queue& q, ElementType type, int64_t n, const Map& map, void* y,
+              const Inputs*... inputs) {
+  WithElement(type, [&]<class T>() {
+    Run(q, n, map, static_cast<T*>(y), static_cast<const T*>(inputs)...);
+  });
 }
 
 struct ReluMap {
@@ -214,11 +227,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void ReluForward(const Queue& q, int64_t n, const float* x, float* y) {
-  Run(q, n, ReluMap{}, y, x);
+void ReluForward(const Queue& q, int64_t n, const void* x, void* y, ElementType type) {
+  RunTyped(q, type, n, ReluMap{}, y, x);
 }
-void ReluBackward(const Queue& q, int64_t n, const float* y, const float* dy, float* dx) {
-  Run(q, n, ReluGradientMap{}, dx, y, dy);
+void ReluBackward(const Queue& q, int64_t n, const void* y, const void* dy, void* dx,
+                  ElementType type) {
+  RunTyped(q, type, n, ReluGradientMap{}, dx, y, dy);
 }
 void TanhForward(const Queue& q, int64_t n, const float* x, float* y) {
   Run(q, n, TanhMap{}, y, x);
@@ -252,8 +266,8 @@ void SoftplusForward(const Queue& q, int64_t n, const float* x, float* y) {
 void SoftplusBackward(const Queue& q, int64_t n, const float* x, const float* dy, float* dx) {
   Run(q, n, SoftplusGradientMap{}, dx, x, dy);
 }
-void Add(const Queue& q, int64_t n, const float* a, const float* b, float* out) {
-  Run(q, n, AddMap{}, out, a, b);
+void Add(const Queue& q, int64_t n, const void* a, const void* b, void* out, ElementType type) {
+  RunTyped(q, type, n, AddMap{}, out, a, b);
 }
 void Multiply(const Queue& q, int64_t n, const float* a, const float* b, float* out) {
   Run(q, n, MultiplyMap{}, out, a, b);

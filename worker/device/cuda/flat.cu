@@ -192,8 +192,9 @@ __device__ __forceinline__ uint32_t BitsOf(float x) {
   return bits;
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    FlagRange(int64_t n, int lead, const float* x, uint32_t* flag) {
+    FlagRange(int64_t n, int lead, const T* x, uint32_t* flag) {
   constexpr uint32_t kExponent = 0x7F800000u;
   bool found = false;
   Walk<true>(
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = 0; k < 4; ++k) found |= (BitsOf(v.at[k]) & kExponent) == kExponent;
       },
-      [&](int64_t i) { found |= (BitsOf(x[i]) & kExponent) == kExponent; });
+      [&](int64_t i) { found |= (BitsOf(FloatOf(x[i])) & kExponent) == kExponent; });
   if (found) atomicOr(flag, 1u);
 }
 
@@ -324,11 +325,12 @@ __global__ void __launch_bounds__(kThreads, 4) SumPieces(const DigestPiece* piec
 
 // ---- sums of columns.
 
+template <class T>
 struct ColumnReduction {
   static constexpr int kPlanes = 1, kMostThreads = 1024;
   static constexpr int kGroup = 4;  // rows whose loads are in flight
 
-  const float* x;
+  const T* x;
   int64_t columns;
   float* sums;
   int64_t stride;
@@ -336,7 +338,7 @@ struct ColumnReduction {
   template <int kVector>
   __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
                                              Partial<kVector, 1>* sum) const {
-    const float* from = x + rows.first * columns + column;
+    const T* from = x + rows.first * columns + column;
     const int64_t step = kRowLanes * columns;
     for (int left = rows.count; left > 0; left -= kGroup) {
       Lanes<kVector> row[kGroup];
@@ -532,11 +534,14 @@ void SquaredNormsOf(const Queue& q, int64_t count, const NormBlock* blocks, cons
          SumSquaresOf, blocks, x, sums);
 }
 
-void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag) {
+void FlagNonFinite(const Queue& q, int64_t n, const void* x, uint32_t* flag, ElementType type) {
   if (n == 0) return;
-  const int lead = LeadOf(x);
-  Launch(q, dim3(WalkingBlocks(CeilDiv(n + lead, 4))), dim3(kThreads), 0, FlagRange, n, lead, x,
-         flag);
+  WithElement(type, [&]<class T>() {
+    const T* const elements = static_cast<const T*>(x);
+    const int lead = LeadOf(elements) % 4;
+    Launch(q, dim3(WalkingBlocks(CeilDiv(n + lead, 4))), dim3(kThreads), 0, FlagRange<T>, n, lead,
+           elements, flag);
+  });
 }
 
 void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
@@ -561,11 +566,14 @@ void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Dige
          SumPieces, pieces, digests, scalars, ring);
 }
 
-void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const float* x, float* sums,
-                int64_t stride) {
+void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const void* x, float* sums,
+                int64_t stride, ElementType type) {
   constexpr int kOneBlockChunks = 16;
-  ReduceRows(q, ColumnReduction{x, columns, sums, stride}, leaves, columns, TakenByFour(columns, x),
-             kOneBlockChunks);
+  WithElement(type, [&]<class T>() {
+    const T* const elements = static_cast<const T*>(x);
+    ReduceRows<kWideLanes<T>>(q, ColumnReduction<T>{elements, columns, sums, stride}, leaves,
+                              columns, TakenWide(columns, elements), kOneBlockChunks);
+  });
 }
 
 void TreeSum(const Queue& q, int64_t n, const float* const* parts, int count, float* out) {

@@ -18,45 +18,46 @@ namespace lockstep::device::cuda {
 
 // ---- pooling. `argmax` holds, for each output, the winner's place in its window (the first of
 // equals; a NaN wins), so max pooling takes kernels up to 16. Backward overwrites dx.
-void MaxPoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x, float* y,
+void MaxPoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const void* x, void* y,
                     uint8_t* argmax);
-void MaxPoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
-                     const uint8_t* argmax, float* dx);
+void MaxPoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const void* dy,
+                     const uint8_t* argmax, void* dx);
 // Padding counts in the average (PyTorch's count_include_pad).
-void AveragePoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x,
-                        float* y);
-void AveragePoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
-                         float* dx);
-// x {rows, spatial, channels} -> y {rows, channels}.
+void AveragePoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const void* x,
+                        void* y);
+void AveragePoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const void* dy,
+                         void* dx);
+// x {rows, spatial, channels}, of the type -> y {rows, channels}.
 void GlobalAveragePoolForward(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
-                              const float* x, float* y);
+                              const void* x, float* y, ElementType type = ElementType::kFp32);
 void GlobalAveragePoolBackward(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
-                               const float* dy, float* dx);
+                               const float* dy, void* dx, ElementType type = ElementType::kFp32);
 
 // ---- batch norm. Leaf l has n = leaves.begin[l + 1] - leaves.begin[l] elements a channel (rows *
 // spatial); x, y and dy {leaves.begin[count], channels}.
 // Each leaf's mean[c], m2[c] = sum (x - mean)^2 at mean + l * stride and m2 + l * stride, without
 // cancellation, one pass over memory.
-void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* x,
-                      float* mean, float* m2, int64_t stride);
+void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const void* x,
+                      float* mean, float* m2, int64_t stride,
+                      ElementType type = ElementType::kFp32);
 // inv_std = 1 / sqrt(spread / divisor + epsilon); y = (x - mean) * inv_std * weight + bias, plus
 // residual (null: none), then relu. y may alias x or residual.
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
-                      const float* x, const Moments& moments, float epsilon, const float* weight,
-                      const float* bias, const float* residual, float* y);
+                      const void* x, const Moments& moments, float epsilon, const float* weight,
+                      const float* bias, const void* residual, void* y);
 // g = dy + more (null: none), masked by y > 0 where shape.relu. In the same pass each leaf's
-// sum_dy[c] = sum g and sum_dy_xhat[c] = sum g * xhat, leaf l's at l * stride behind. `g` null: not
-// written. g may alias an input.
+// sum_dy[c] = sum g and sum_dy_xhat[c] = sum g * xhat, of g as it is stored, leaf l's at l * stride
+// behind. `g` null: not written. g may alias an input.
 void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
-                       const float* x, const float* y, const float* dy, const float* more,
-                       const Moments& moments, float epsilon, float* g, float* sum_dy,
+                       const void* x, const void* y, const void* dy, const void* more,
+                       const Moments& moments, float epsilon, void* g, float* sum_dy,
                        float* sum_dy_xhat, int64_t stride);
 // dx = weight * inv_std * (dy - sum_dy / divisor - xhat * sum_dy_xhat / divisor), dy masked by y >
 // 0 where shape.relu. Leaf l's sums are at l * sums_stride behind. dx may alias x, y or dy.
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
-                       const float* x, const float* y, const float* dy, const Moments& moments,
+                       const void* x, const void* y, const void* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
-                       const float* sum_dy_xhat, int64_t sums_stride, float* dx);
+                       const float* sum_dy_xhat, int64_t sums_stride, void* dx);
 // The leaves' records merged by the canonical tree, in memory of the device.
 void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* mean,
                       const float* m2, int64_t stride, float* merged_mean, float* merged_m2);
@@ -72,8 +73,10 @@ void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const fl
 void CopyStrided(const Queue& q, const StridedCopy& copy, int64_t rows, const float* x, float* y);
 
 // ---- elementwise. Outputs may alias inputs.
-void ReluForward(const Queue& q, int64_t n, const float* x, float* y);
-void ReluBackward(const Queue& q, int64_t n, const float* y, const float* dy, float* dx);
+void ReluForward(const Queue& q, int64_t n, const void* x, void* y,
+                 ElementType type = ElementType::kFp32);
+void ReluBackward(const Queue& q, int64_t n, const void* y, const void* dy, void* dx,
+                  ElementType type = ElementType::kFp32);
 void TanhForward(const Queue& q, int64_t n, const float* x, float* y);
 void TanhBackward(const Queue& q, int64_t n, const float* y, const float* dy, float* dx);
 void SigmoidForward(const Queue& q, int64_t n, const float* x, float* y);
@@ -87,7 +90,8 @@ void EluBackward(const Queue& q, int64_t n, float alpha, const float* y, const f
 void SoftplusForward(const Queue& q, int64_t n, const float* x, float* y);
 // From the input, which the output does not give back precisely.
 void SoftplusBackward(const Queue& q, int64_t n, const float* x, const float* dy, float* dx);
-void Add(const Queue& q, int64_t n, const float* a, const float* b, float* out);
+void Add(const Queue& q, int64_t n, const void* a, const void* b, void* out,
+         ElementType type = ElementType::kFp32);
 void Multiply(const Queue& q, int64_t n, const float* a, const float* b, float* out);
 // Inverted dropout (Srivastava et al. 2014): element i of this shard is element first + i of the
 // stream (key, scalars->step); kept where ToUniform >= rate, times 1 / (1 - rate) rounded to
@@ -161,20 +165,20 @@ void ConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leave
 bool FitsTensorCores(const Conv2dShape& s);
 size_t PackedWeightBytes(const Conv2dShape& s);
 void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, void* packed);
-void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
-                              const void* packed, const float* bias, bool relu, float* y);
+void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const void* x,
+                              const void* packed, const float* bias, bool relu, void* y);
 void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
-                                    const float* dy, const void* packed, float* dx);
+                                    const void* dy, const void* packed, void* dx);
 size_t TensorScratchBytes(const Conv2dShape& s);
 void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
-                                     const float* x, const float* dy, float* dw, int64_t stride,
+                                     const void* x, const void* dy, float* dw, int64_t stride,
                                      void* scratch);
 
 // ---- parts of dense layers, convolutions and LSTMs.
 // sums[c] = sum over a leaf's rows of x {leaves.begin[count], columns}; leaf l's at l * stride
 // behind.
-void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const float* x, float* sums,
-                int64_t stride);
+void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const void* x, float* sums,
+                int64_t stride, ElementType type = ElementType::kFp32);
 // To nearest even; NaN stays NaN.
 void RoundToBf16(const Queue& q, int64_t n, const float* x, uint16_t* bf16);
 // The same, in floats. y may be x.
@@ -214,7 +218,8 @@ void SquaredNorms(const Queue& q, int64_t n, const float* x, double* sums);
 void SquaredNormsOf(const Queue& q, int64_t count, const NormBlock* blocks, const float* x,
                     double* sums);
 // *flag |= 1 where any element is infinite or NaN.
-void FlagNonFinite(const Queue& q, int64_t n, const float* x, uint32_t* flag);
+void FlagNonFinite(const Queue& q, int64_t n, const void* x, uint32_t* flag,
+                   ElementType type = ElementType::kFp32);
 // *digest += sum of MixElement(tensor_key, first_index + i, bits of x[i]).
 void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor_key,
                       uint64_t first_index, Digest* digest);

@@ -1,5 +1,6 @@
 // Neighbouring elements that one thread takes together: as one access of 16 bytes where they lie
-// right, else one by one, with the same bits. Thread-safe: pure functions.
+// right, else one by one, with the same bits. In registers they are floats, however they are
+// stored. Thread-safe: pure functions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,14 +8,44 @@
 #include <cstdint>
 
 #include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/tensor_core.h"
+#include "worker/device/kernel_types.h"
 
 namespace lockstep::device::cuda {
 
 template <int kLanes>
 struct Lanes {
-  static_assert(kLanes == 1 || kLanes == 4);
+  static_assert(kLanes == 1 || kLanes == 4 || kLanes == 8);
   float at[kLanes];
 };
+
+// An element that is stored as bf16.
+struct StoredBf16 {
+  uint16_t bits;
+};
+// Elements of an access of 16 bytes.
+template <class T>
+constexpr int kWideLanes = 16 / static_cast<int>(sizeof(T));
+
+__device__ __forceinline__ float FloatOf(float x) { return x; }
+__device__ __forceinline__ float FloatOfBits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+__device__ __forceinline__ float FloatOf(StoredBf16 x) {
+  return FloatOfBits(static_cast<uint32_t>(x.bits) << 16);
+}
+
+// Calls run with the type of a tensor's elements.
+template <class Run>
+void WithElement(ElementType type, const Run& run) {
+  if (type == ElementType::kBf16) {
+    run.template operator()<StoredBf16>();
+  } else {
+    run.template operator()<float>();
+  }
+}
 
 // p is aligned to all lanes.
 template <int kLanes>
@@ -30,20 +61,71 @@ template <int kLanes>
 __device__ __forceinline__ void StoreLanes(float* p, const Lanes<kLanes>& v) {
   if constexpr (kLanes == 4) {
     *reinterpret_cast<float4*>(p) = make_float4(v.at[0], v.at[1], v.at[2], v.at[3]);
+  } else if constexpr (kLanes == 8) {
+    StoreLanes<4>(p, {{v.at[0], v.at[1], v.at[2], v.at[3]}});
+    StoreLanes<4>(p + 4, {{v.at[4], v.at[5], v.at[6], v.at[7]}});
   } else {
     *p = v.at[0];
   }
 }
 
-// Elements from the last address that is aligned to four up to p.
-__host__ __device__ __forceinline__ int LeadOf(const float* p) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(float));
+template <int kLanes>
+__device__ __forceinline__ Lanes<kLanes> LoadLanes(const StoredBf16* p) {
+  if constexpr (kLanes == 1) {
+    return {{FloatOf(*p)}};
+  } else {
+    constexpr int kWords = kLanes / 2;
+    uint32_t words[kWords];
+    if constexpr (kLanes == 8) {
+      const uint4 v = *reinterpret_cast<const uint4*>(p);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(p);
+      words[0] = v.x, words[1] = v.y;
+    }
+    Lanes<kLanes> result;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      result.at[2 * i] = FloatOfBits(words[i] << 16);
+      result.at[2 * i + 1] = FloatOfBits(words[i] & 0xFFFF0000u);
+    }
+    return result;
+  }
+}
+template <int kLanes>
+__device__ __forceinline__ void StoreLanes(StoredBf16* p, const Lanes<kLanes>& v) {
+  if constexpr (kLanes == 8) {
+    *reinterpret_cast<uint4*>(p) = make_uint4(TwoBf16(v.at[0], v.at[1]), TwoBf16(v.at[2], v.at[3]),
+                                              TwoBf16(v.at[4], v.at[5]), TwoBf16(v.at[6], v.at[7]));
+  } else if constexpr (kLanes == 4) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(TwoBf16(v.at[0], v.at[1]), TwoBf16(v.at[2], v.at[3]));
+  } else {
+    p->bits = static_cast<uint16_t>(TwoBf16(v.at[0], 0));
+  }
+}
+
+// As it is when it has been stored.
+template <class T>
+__device__ __forceinline__ float AsStored(float x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  return FloatOfBits(TwoBf16(x, 0) << 16);
+}
+
+// Elements from the last address that is aligned to 16 bytes up to p.
+template <class T>
+__host__ __device__ __forceinline__ int LeadOf(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
 }
 
 // Whether tensors of so many channels can be taken by four.
 template <class... Pointers>
 bool TakenByFour(int64_t channels, const Pointers*... pointers) {
   return channels % 4 == 0 && (IsAligned16(pointers) && ...);
+}
+// By as many as 16 bytes hold.
+template <class T, class... Pointers>
+bool TakenWide(int64_t channels, const T* first, const Pointers*... others) {
+  return channels % kWideLanes<T> == 0 && IsAligned16(first) && (IsAligned16(others) && ...);
 }
 
 // ---- bf16, to nearest even; NaN stays NaN.

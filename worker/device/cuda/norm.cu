@@ -26,12 +26,13 @@ __device__ __forceinline__ float DivisorOf(const Moments& moments, int64_t n) {
 
 // (mean, M2) by Chan, Golub & LeVeque (1983). Means are relative to the leaf's first row, so that
 // where the mean is far from zero they are as precise as the deviations.
+template <class T>
 struct MomentsReduction {
   static constexpr int kPlanes = 2;
-  static constexpr int kMostThreads = 1024;
+  static constexpr int kMostThreads = sizeof(T) == sizeof(float) ? 1024 : 512;
   static constexpr int kGroup = 4;  // rows in registers: their mean, then their deviations from it
 
-  const float* x;
+  const T* x;
   int64_t channels;
   float* mean;
   float* m2;
@@ -76,7 +77,7 @@ struct MomentsReduction {
   __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
                                              Partial<kVector, 2>* sum) const {
     const Lanes<kVector> pivot = LoadLanes<kVector>(x + rows.leaf_first * channels + column);
-    const float* from = x + rows.first * channels + column;
+    const T* from = x + rows.first * channels + column;
     const int64_t step = kRowLanes * channels;
     Lanes<kVector> row[kGroup];
     const auto load = [&](Lanes<kVector>(&group)[kGroup], int count) {
@@ -140,7 +141,8 @@ struct MomentsReduction {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const double pivot =
-          chunks.n > 0 ? static_cast<double>(x[chunks.leaf_first * channels + column + v]) : 0.0;
+          chunks.n > 0 ? static_cast<double>(FloatOf(x[chunks.leaf_first * channels + column + v]))
+                       : 0.0;
       mean[chunks.leaf * stride + column + v] = static_cast<float>(pivot + centre[v]);
       m2[chunks.leaf * stride + column + v] = static_cast<float>(square[v]);
     }
@@ -149,20 +151,22 @@ struct MomentsReduction {
 
 // ---- what backward sums.
 
-template <bool kRelu, bool kMore>
+template <bool kRelu, bool kMore, class T>
 struct GradientReduction {
   static constexpr int kPlanes = 2;
   static constexpr int kMostThreads = 512;
-  static constexpr int kGroup = kRelu && kMore ? 2 : 4;  // rows whose loads are in flight
+  static constexpr bool kWide = sizeof(T) == sizeof(float);
+  // Rows whose loads are in flight.
+  static constexpr int kGroup = (kWide ? kRelu && kMore : kRelu || kMore) ? 2 : 4;
 
-  const float* x;
-  const float* y;
-  const float* dy;
-  const float* more;
+  const T* x;
+  const T* y;
+  const T* dy;
+  const T* more;
   int64_t channels;
   Moments moments;
   float epsilon;
-  float* g;
+  T* g;
   float* sum_dy;
   float* sum_dy_xhat;
   int64_t stride;
@@ -186,7 +190,7 @@ struct GradientReduction {
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         float value = gradient[k].at[v];
-        if constexpr (kMore) value += second[k].at[v];
+        if constexpr (kMore) value = AsStored<T>(value + second[k].at[v]);
         if constexpr (kRelu) value = ReluGradient(output[k].at[v], value);
         float& sum_g = sum->plane[0].at[v];
         float& sum_x = sum->plane[1].at[v];
@@ -272,17 +276,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <bool kRelu, bool kResidual>
+template <bool kRelu, bool kResidual, class T>
 struct ForwardMap {
+  using Element = T;
   static constexpr int kUnroll = kResidual ? 2 : 4;  // rows whose loads are in flight
 
-  const float* x;
+  const T* x;
   Moments moments;
   float epsilon;
   const float* weight;
   const float* bias;
-  const float* residual;
-  float* y;
+  const T* residual;
+  T* y;
 
   template <int kVector>
   struct Channel {
@@ -321,20 +326,21 @@ struct ForwardMap {
   };
 };
 
-template <bool kRelu>
+template <bool kRelu, class T>
 struct BackwardMap {
+  using Element = T;
   static constexpr int kUnroll = 2;  // rows whose loads are in flight
 
-  const float* x;
-  const float* y;
-  const float* dy;
+  const T* x;
+  const T* y;
+  const T* dy;
   Moments moments;
   float epsilon;
   const float* weight;
   const float* sum_dy;
   const float* sum_dy_xhat;
   int64_t sums_stride;
-  float* dx;
+  T* dx;
 
   template <int kVector>
   struct Channel {
@@ -404,7 +410,7 @@ template <class Map>
 void RunMap(const Queue& q, int64_t channels, const Leaves& leaves, bool aligned, const Map& map) {
   if (channels == 0) return;
   if (aligned) {
-    RunMapBy<4>(q, channels, leaves, map);
+    RunMapBy<kWideLanes<typename Map::Element>>(q, channels, leaves, map);
   } else {
     RunMapBy<1>(q, channels, leaves, map);
   }
@@ -423,74 +429,83 @@ __global__ void __launch_bounds__(kThreads)
 // Chunks of a leaf that one block takes; more where one stream is read than where three are.
 constexpr int kMomentsChunks = 16, kGradientChunks = 8;
 
-template <bool kRelu, bool kMore>
-void RunGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves, const float* x,
-                 const float* y, const float* dy, const float* more, const Moments& moments,
-                 float epsilon, float* g, float* sum_dy, float* sum_dy_xhat, int64_t stride) {
-  bool aligned = TakenByFour(shape.channels, x, dy, g);
-  if constexpr (kRelu) aligned = aligned && IsAligned16(y);
-  if constexpr (kMore) aligned = aligned && IsAligned16(more);
-  const GradientReduction<kRelu, kMore> reduction = {
-      x, y, dy, more, shape.channels, moments, epsilon, g, sum_dy, sum_dy_xhat, stride};
-  ReduceRows(q, reduction, leaves, shape.channels, aligned, kGradientChunks);
+template <bool kRelu, bool kMore, class T>
+void RunGradient(const Queue& q, const Leaves& leaves,
+                 const GradientReduction<kRelu, kMore, T>& r) {
+  bool aligned = TakenWide(r.channels, r.x, r.dy, r.g);
+  if constexpr (kRelu) aligned = aligned && IsAligned16(r.y);
+  if constexpr (kMore) aligned = aligned && IsAligned16(r.more);
+  ReduceRows<kWideLanes<T>>(q, r, leaves, r.channels, aligned, kGradientChunks);
 }
 
 }  // namespace
 
-void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* x,
-                      float* mean, float* m2, int64_t stride) {
-  ReduceRows(q, MomentsReduction{x, channels, mean, m2, stride}, leaves, channels,
-             TakenByFour(channels, x), kMomentsChunks);
+void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const void* x,
+                      float* mean, float* m2, int64_t stride, ElementType type) {
+  WithElement(type, [&]<class T>() {
+    const T* const elements = static_cast<const T*>(x);
+    ReduceRows<kWideLanes<T>>(q, MomentsReduction<T>{elements, channels, mean, m2, stride}, leaves,
+                              channels, TakenWide(channels, elements), kMomentsChunks);
+  });
 }
 
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
-                      const float* x, const Moments& moments, float epsilon, const float* weight,
-                      const float* bias, const float* residual, float* y) {
-  const bool aligned = TakenByFour(shape.channels, x, residual, y);
-  const auto run = [&]<bool kRelu, bool kResidual>() {
-    RunMap(q, shape.channels, leaves, aligned,
-           ForwardMap<kRelu, kResidual>{x, moments, epsilon, weight, bias, residual, y});
+                      const void* x, const Moments& moments, float epsilon, const float* weight,
+                      const float* bias, const void* residual, void* y) {
+  const auto run = [&]<bool kRelu, bool kResidual, class T>() {
+    const ForwardMap<kRelu, kResidual, T> map = {
+        static_cast<const T*>(x),        moments,           epsilon, weight, bias,
+        static_cast<const T*>(residual), static_cast<T*>(y)};
+    RunMap(q, shape.channels, leaves, TakenWide(shape.channels, map.x, map.residual, map.y), map);
   };
-  if (shape.relu) {
-    residual != nullptr ? run.template operator()<true, true>()
-                        : run.template operator()<true, false>();
-  } else {
-    residual != nullptr ? run.template operator()<false, true>()
-                        : run.template operator()<false, false>();
-  }
+  WithElement(shape.type, [&]<class T>() {
+    if (shape.relu) {
+      residual != nullptr ? run.template operator()<true, true, T>()
+                          : run.template operator()<true, false, T>();
+    } else {
+      residual != nullptr ? run.template operator()<false, true, T>()
+                          : run.template operator()<false, false, T>();
+    }
+  });
 }
 
 void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
-                       const float* x, const float* y, const float* dy, const float* more,
-                       const Moments& moments, float epsilon, float* g, float* sum_dy,
+                       const void* x, const void* y, const void* dy, const void* more,
+                       const Moments& moments, float epsilon, void* g, float* sum_dy,
                        float* sum_dy_xhat, int64_t stride) {
-  const auto run = [&]<bool kRelu, bool kMore>() {
-    RunGradient<kRelu, kMore>(q, shape, leaves, x, y, dy, more, moments, epsilon, g, sum_dy,
-                              sum_dy_xhat, stride);
+  const auto run = [&]<bool kRelu, bool kMore, class T>() {
+    const auto elements = [](const void* p) { return static_cast<const T*>(p); };
+    RunGradient(q, leaves,
+                GradientReduction<kRelu, kMore, T>{
+                    elements(x), elements(y), elements(dy), elements(more), shape.channels, moments,
+                    epsilon, static_cast<T*>(g), sum_dy, sum_dy_xhat, stride});
   };
-  if (shape.relu) {
-    more != nullptr ? run.template operator()<true, true>()
-                    : run.template operator()<true, false>();
-  } else {
-    more != nullptr ? run.template operator()<false, true>()
-                    : run.template operator()<false, false>();
-  }
+  WithElement(shape.type, [&]<class T>() {
+    if (shape.relu) {
+      more != nullptr ? run.template operator()<true, true, T>()
+                      : run.template operator()<true, false, T>();
+    } else {
+      more != nullptr ? run.template operator()<false, true, T>()
+                      : run.template operator()<false, false, T>();
+    }
+  });
 }
 
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
-                       const float* x, const float* y, const float* dy, const Moments& moments,
+                       const void* x, const void* y, const void* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
-                       const float* sum_dy_xhat, int64_t sums_stride, float* dx) {
-  const bool aligned = TakenByFour(shape.channels, x, dy, dx);
-  if (shape.relu) {
-    RunMap(q, shape.channels, leaves, aligned && IsAligned16(y),
-           BackwardMap<true>{x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, sums_stride,
-                             dx});
-  } else {
-    RunMap(q, shape.channels, leaves, aligned,
-           BackwardMap<false>{x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, sums_stride,
-                              dx});
-  }
+                       const float* sum_dy_xhat, int64_t sums_stride, void* dx) {
+  const auto run = [&]<bool kRelu, class T>() {
+    const auto elements = [](const void* p) { return static_cast<const T*>(p); };
+    const BackwardMap<kRelu, T> map = {
+        elements(x), elements(y), elements(dy), moments,     epsilon,
+        weight,      sum_dy,      sum_dy_xhat,  sums_stride, static_cast<T*>(dx)};
+    const bool aligned = TakenWide(shape.channels, map.x, map.dy, map.dx);
+    RunMap(q, shape.channels, leaves, aligned && (!kRelu || IsAligned16(y)), map);
+  };
+  WithElement(shape.type, [&]<class T>() {
+    shape.relu ? run.template operator()<true, T>() : run.template operator()<false, T>();
+  });
 }
 
 void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,

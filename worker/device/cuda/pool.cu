@@ -53,8 +53,8 @@ __device__ __forceinline__ int64_t InputAt(const Geometry& g, uint32_t row, int 
 
 // Calls body(place in the window, values there) for every place of an output's window that lies
 // inside the input. kKernel: its size, so that the loads of all places are in flight; 0: any.
-template <int kLanes, int kKernel, class Body>
-__device__ __forceinline__ void ForEachPlace(const Geometry& g, const Place& output, const float* x,
+template <int kLanes, int kKernel, class T, class Body>
+__device__ __forceinline__ void ForEachPlace(const Geometry& g, const Place& output, const T* x,
                                              Body body) {
   const int top = output.y * g.stride - g.padding, left = output.x * g.stride - g.padding;
   if constexpr (kKernel > 0) {
@@ -125,9 +125,9 @@ __device__ __forceinline__ void StoreBytes(uint8_t* p, uint32_t bytes) {
   }
 }
 
-template <int kLanes, int kKernel>
+template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
-    MaxForward(uint32_t threads, Geometry g, const float* __restrict__ x, float* __restrict__ y,
+    MaxForward(uint32_t threads, Geometry g, const T* __restrict__ x, T* __restrict__ y,
                uint8_t* __restrict__ argmax) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
@@ -151,10 +151,10 @@ __global__ void __launch_bounds__(kThreads)
   StoreBytes<kLanes>(argmax + int64_t{index} * kLanes, places);
 }
 
-template <int kLanes>
+template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads)
-    MaxBackward(uint32_t threads, Geometry g, const float* __restrict__ dy,
-                const uint8_t* __restrict__ argmax, float* __restrict__ dx) {
+    MaxBackward(uint32_t threads, Geometry g, const T* __restrict__ dy,
+                const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
@@ -172,20 +172,20 @@ __global__ void __launch_bounds__(kThreads)
 
 // Where windows neither overlap nor leave an input out (stride = kernel = kKernel, no padding): a
 // thread for an output, which is read once, writes all of its window.
-template <int kLanes, int kKernel>
+template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
-    MaxBackwardTiles(uint32_t threads, Geometry g, const float* __restrict__ dy,
-                     const uint8_t* __restrict__ argmax, float* __restrict__ dx) {
+    MaxBackwardTiles(uint32_t threads, Geometry g, const T* __restrict__ dy,
+                     const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   const uint32_t winners = LoadBytes<kLanes>(argmax + int64_t{index} * kLanes);
   const Lanes<kLanes> gradient = LoadLanes<kLanes>(dy + int64_t{index} * kLanes);
   const Place output(g, index, kLanes);
-  float* const window =
+  T* const window =
       dx + InputAt(g, output.row, output.y * kKernel, output.x * kKernel, output.channel);
 #pragma unroll
   for (int i = 0; i < kKernel; ++i) {
-    float* const to = window + int64_t{i} * g.width * g.channels;
+    T* const to = window + int64_t{i} * g.width * g.channels;
 #pragma unroll
     for (int j = 0; j < kKernel; ++j) {
       Lanes<kLanes> sum;
@@ -199,10 +199,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <int kLanes, int kKernel>
+template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
-    AverageForward(uint32_t threads, Geometry g, float share, const float* __restrict__ x,
-                   float* __restrict__ y) {
+    AverageForward(uint32_t threads, Geometry g, float share, const T* __restrict__ x,
+                   T* __restrict__ y) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kThreads)
   StoreLanes<kLanes>(y + int64_t{index} * kLanes, sum);
 }
 
-template <int kLanes>
+template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads)
-    AverageBackward(uint32_t threads, Geometry g, float share, const float* __restrict__ dy,
-                    float* __restrict__ dx) {
+    AverageBackward(uint32_t threads, Geometry g, float share, const T* __restrict__ dy,
+                    T* __restrict__ dx) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
@@ -252,10 +252,10 @@ __device__ __forceinline__ void AddRun(const Lanes<kLanes> (&values)[kRun],
 
 // Few threads read much each: the next run is on its way while one is added, and registers for both
 // are worth more than blocks.
-template <int kLanes>
+template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     GlobalAverage(int spatial, int channels, int tiles, int tile_units, float share,
-                  const float* __restrict__ x, float* __restrict__ y) {
+                  const T* __restrict__ x, float* __restrict__ y) {
   double* const sums = SharedMemory<double>();  // {kSums, tile_units, kLanes}
   const int64_t row = blockIdx.x / static_cast<unsigned>(tiles);
   const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiles));
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   double total[kLanes] = {};
   if (inside) {
     const int64_t step = int64_t{kSums} * channels;  // of a sum's places
-    const float* from = x + (row * spatial + part) * channels + channel;
+    const T* from = x + (row * spatial + part) * channels + channel;
     const auto load = [&](Lanes<kLanes>(&values)[kRun]) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) values[i] = LoadLanes<kLanes>(from + i * step);
@@ -316,10 +316,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   StoreLanes<kLanes>(y + row * channels + channel, average);
 }
 
-template <int kLanes>
+template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads)
     GlobalAverageSpread(uint32_t threads, int channels, Divisor by_units, Divisor by_spatial,
-                        float share, const float* __restrict__ dy, float* __restrict__ dx) {
+                        float share, const float* __restrict__ dy, T* __restrict__ dx) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   uint32_t row = index;
@@ -352,24 +352,24 @@ void ForEachPartOf(Walk walk, const PoolShape& shape, int64_t rows, int lanes, L
   });
 }
 
-template <int kLanes>
-void RunMaxForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x, float* y,
+template <int kLanes, class T>
+void RunMaxForward(const Queue& q, const PoolShape& shape, int64_t rows, const T* x, T* y,
                    uint8_t* argmax) {
-  const auto kernel = shape.kernel == 2   ? MaxForward<kLanes, 2>
-                      : shape.kernel == 3 ? MaxForward<kLanes, 3>
-                                          : MaxForward<kLanes, 0>;
+  const auto kernel = shape.kernel == 2   ? MaxForward<kLanes, 2, T>
+                      : shape.kernel == 3 ? MaxForward<kLanes, 3, T>
+                                          : MaxForward<kLanes, 0, T>;
   ForEachPartOf(Walk::kOutputs, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
     Launch(q, GridOf(threads), dim3(kThreads), 0, kernel, threads, g, x + row * InputOf(shape),
            y + row * OutputOf(shape), argmax + row * OutputOf(shape));
   });
 }
 
-template <int kLanes>
-void RunMaxBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
-                    const uint8_t* argmax, float* dx) {
+template <int kLanes, class T>
+void RunMaxBackward(const Queue& q, const PoolShape& shape, int64_t rows, const T* dy,
+                    const uint8_t* argmax, T* dx) {
   const bool tiles = shape.kernel == 2 && shape.stride == 2 && shape.padding == 0 &&
                      shape.height % 2 == 0 && shape.width % 2 == 0;
-  const auto kernel = tiles ? MaxBackwardTiles<kLanes, 2> : MaxBackward<kLanes>;
+  const auto kernel = tiles ? MaxBackwardTiles<kLanes, 2, T> : MaxBackward<kLanes, T>;
   const Walk walk = tiles ? Walk::kOutputs : Walk::kInputs;
   ForEachPartOf(walk, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
     Launch(q, GridOf(threads), dim3(kThreads), 0, kernel, threads, g, dy + row * OutputOf(shape),
@@ -381,30 +381,28 @@ float ShareOf(const PoolShape& shape) {
   return 1.0f / static_cast<float>(shape.kernel * shape.kernel);
 }
 
-template <int kLanes>
-void RunAverageForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x,
-                       float* y) {
-  const auto kernel = shape.kernel == 2   ? AverageForward<kLanes, 2>
-                      : shape.kernel == 3 ? AverageForward<kLanes, 3>
-                                          : AverageForward<kLanes, 0>;
+template <int kLanes, class T>
+void RunAverageForward(const Queue& q, const PoolShape& shape, int64_t rows, const T* x, T* y) {
+  const auto kernel = shape.kernel == 2   ? AverageForward<kLanes, 2, T>
+                      : shape.kernel == 3 ? AverageForward<kLanes, 3, T>
+                                          : AverageForward<kLanes, 0, T>;
   ForEachPartOf(Walk::kOutputs, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
     Launch(q, GridOf(threads), dim3(kThreads), 0, kernel, threads, g, ShareOf(shape),
            x + row * InputOf(shape), y + row * OutputOf(shape));
   });
 }
 
-template <int kLanes>
-void RunAverageBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
-                        float* dx) {
+template <int kLanes, class T>
+void RunAverageBackward(const Queue& q, const PoolShape& shape, int64_t rows, const T* dy, T* dx) {
   ForEachPartOf(Walk::kInputs, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
-    Launch(q, GridOf(threads), dim3(kThreads), 0, AverageBackward<kLanes>, threads, g,
+    Launch(q, GridOf(threads), dim3(kThreads), 0, AverageBackward<kLanes, T>, threads, g,
            ShareOf(shape), dy + row * OutputOf(shape), dx + row * InputOf(shape));
   });
 }
 
-template <int kLanes>
-void RunGlobalAverage(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
-                      const float* x, float* y) {
+template <int kLanes, class T>
+void RunGlobalAverage(const Queue& q, int64_t rows, int64_t spatial, int64_t channels, const T* x,
+                      float* y) {
   const int64_t units = channels / kLanes;
   int tile_units = kThreads / kSums;
   while (tile_units / 2 >= units) tile_units /= 2;
@@ -415,19 +413,19 @@ void RunGlobalAverage(const Queue& q, int64_t rows, int64_t spatial, int64_t cha
   const int threads = tile_units * kSums;
   ForEachPart(rows, tiles, [&](int64_t row, int64_t count) {
     Launch(q, dim3(static_cast<unsigned>(count * tiles)), dim3(static_cast<unsigned>(threads)),
-           static_cast<size_t>(threads * kLanes) * sizeof(double), GlobalAverage<kLanes>, spatial,
-           channels, tiles, tile_units, 1.0f / static_cast<float>(spatial),
+           static_cast<size_t>(threads * kLanes) * sizeof(double), GlobalAverage<kLanes, T>,
+           spatial, channels, tiles, tile_units, 1.0f / static_cast<float>(spatial),
            x + row * spatial * channels, y + row * channels);
   });
 }
 
-template <int kLanes>
+template <int kLanes, class T>
 void RunGlobalAverageSpread(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
-                            const float* dy, float* dx) {
+                            const float* dy, T* dx) {
   const Divisor by_units(channels / kLanes), by_spatial(spatial);
   ForEachPart(rows, spatial * channels, [&](int64_t row, int64_t count) {
     const auto threads = static_cast<uint32_t>(count * spatial * channels / kLanes);
-    Launch(q, GridOf(threads), dim3(kThreads), 0, GlobalAverageSpread<kLanes>, threads, channels,
+    Launch(q, GridOf(threads), dim3(kThreads), 0, GlobalAverageSpread<kLanes, T>, threads, channels,
            by_units, by_spatial, 1.0f / static_cast<float>(spatial), dy + row * channels,
            dx + row * spatial * channels);
   });
@@ -437,41 +435,61 @@ bool IsAligned4(const void* p) { return reinterpret_cast<uintptr_t>(p) % 4 == 0;
 
 }  // namespace
 
-void MaxPoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x, float* y,
+void MaxPoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const void* x, void* y,
                     uint8_t* argmax) {
   const bool by_four = TakenByFour(shape.channels, x, y) && IsAligned4(argmax);
-  (by_four ? RunMaxForward<4> : RunMaxForward<1>)(q, shape, rows, x, y, argmax);
+  WithElement(shape.type, [&]<class T>() {
+    (by_four ? RunMaxForward<4, T> : RunMaxForward<1, T>)(q, shape, rows, static_cast<const T*>(x),
+                                                          static_cast<T*>(y), argmax);
+  });
 }
 
-void MaxPoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
-                     const uint8_t* argmax, float* dx) {
+void MaxPoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const void* dy,
+                     const uint8_t* argmax, void* dx) {
   const bool by_four = TakenByFour(shape.channels, dy, dx) && IsAligned4(argmax);
-  (by_four ? RunMaxBackward<4> : RunMaxBackward<1>)(q, shape, rows, dy, argmax, dx);
+  WithElement(shape.type, [&]<class T>() {
+    (by_four ? RunMaxBackward<4, T> : RunMaxBackward<1, T>)(q, shape, rows,
+                                                            static_cast<const T*>(dy), argmax,
+                                                            static_cast<T*>(dx));
+  });
 }
 
-void AveragePoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const float* x,
-                        float* y) {
+void AveragePoolForward(const Queue& q, const PoolShape& shape, int64_t rows, const void* x,
+                        void* y) {
   const bool by_four = TakenByFour(shape.channels, x, y);
-  (by_four ? RunAverageForward<4> : RunAverageForward<1>)(q, shape, rows, x, y);
+  WithElement(shape.type, [&]<class T>() {
+    (by_four ? RunAverageForward<4, T> : RunAverageForward<1, T>)(q, shape, rows,
+                                                                  static_cast<const T*>(x),
+                                                                  static_cast<T*>(y));
+  });
 }
 
-void AveragePoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const float* dy,
-                         float* dx) {
+void AveragePoolBackward(const Queue& q, const PoolShape& shape, int64_t rows, const void* dy,
+                         void* dx) {
   const bool by_four = TakenByFour(shape.channels, dy, dx);
-  (by_four ? RunAverageBackward<4> : RunAverageBackward<1>)(q, shape, rows, dy, dx);
+  WithElement(shape.type, [&]<class T>() {
+    (by_four ? RunAverageBackward<4, T> : RunAverageBackward<1, T>)(q, shape, rows,
+                                                                    static_cast<const T*>(dy),
+                                                                    static_cast<T*>(dx));
+  });
 }
 
 void GlobalAveragePoolForward(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
-                              const float* x, float* y) {
+                              const void* x, float* y, ElementType type) {
   const bool by_four = TakenByFour(channels, x, y);
-  (by_four ? RunGlobalAverage<4> : RunGlobalAverage<1>)(q, rows, spatial, channels, x, y);
+  WithElement(type, [&]<class T>() {
+    (by_four ? RunGlobalAverage<4, T> : RunGlobalAverage<1, T>)(q, rows, spatial, channels,
+                                                                static_cast<const T*>(x), y);
+  });
 }
 
 void GlobalAveragePoolBackward(const Queue& q, int64_t rows, int64_t spatial, int64_t channels,
-                               const float* dy, float* dx) {
+                               const float* dy, void* dx, ElementType type) {
   const bool by_four = TakenByFour(channels, dy, dx);
-  (by_four ? RunGlobalAverageSpread<4> : RunGlobalAverageSpread<1>)(q, rows, spatial, channels, dy,
-                                                                    dx);
+  WithElement(type, [&]<class T>() {
+    (by_four ? RunGlobalAverageSpread<4, T>
+             : RunGlobalAverageSpread<1, T>)(q, rows, spatial, channels, dy, static_cast<T*>(dx));
+  });
 }
 
 }  // namespace lockstep::device::cuda

@@ -268,7 +268,8 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
   }
   constexpr int kGroups = Reduction::kMostThreads / kRowLanes;  // of lanes, in a block
   // A row of a tile has at least the 32 bytes of a sector, at most a line's 128.
-  constexpr int kNarrowest = 8 / kVector, kWidest = std::min(32 / kVector, kGroups);
+  constexpr int kVectorBytes = kVector > 4 ? 16 : 4 * kVector;  // by eight, they are bf16
+  constexpr int kNarrowest = 32 / kVectorBytes, kWidest = std::min(128 / kVectorBytes, kGroups);
   constexpr int kOrdinaryGroups = 8;
   constexpr int64_t kFill = 132;  // blocks that occupy a large GPU
   const int64_t vectors = columns / kVector;
@@ -307,7 +308,7 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
     return launch(part, leaves.count);
   }
   constexpr int64_t kRoom = kWorkspaceBytes / sizeof(float) / kPlanes;
-  const int64_t most_columns = kRoom / chunks / 4 * 4;
+  const int64_t most_columns = kRoom / chunks / 8 * 8;
   for (; part.first_column < columns; part.first_column += most_columns) {
     part.columns = static_cast<int>(std::min(most_columns, columns - part.first_column));
     const int most_leaves = static_cast<int>(
@@ -320,12 +321,12 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
 
 // `aligned`: what is read and written row by row lies on 16-byte boundaries. Leaves of at most
 // `most_chunks_a_block` chunks take one launch: more than a few pay where little is read.
-template <class Reduction>
+template <int kWide = 4, class Reduction>
 void ReduceRows(const Queue& q, const Reduction& reduction, const Leaves& leaves, int64_t columns,
                 bool aligned, int most_chunks_a_block) {
   if (columns == 0) return;
-  if (aligned && columns % 4 == 0) {
-    ReduceRowsBy<Reduction, 4>(q, reduction, leaves, columns, most_chunks_a_block);
+  if (aligned && columns % kWide == 0) {
+    ReduceRowsBy<Reduction, kWide>(q, reduction, leaves, columns, most_chunks_a_block);
   } else {
     ReduceRowsBy<Reduction, 1>(q, reduction, leaves, columns, most_chunks_a_block);
   }

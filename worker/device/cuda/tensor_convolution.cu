@@ -1,5 +1,5 @@
 // y and dx of convolutions in bf16 on tensor cores, as products of matrices that are not written
-// out (implicit GEMM): x and dy are fp32 in memory and are rounded on their way to shared memory,
+// out (implicit GEMM): x and dy that are fp32 in memory are rounded on their way to shared memory,
 // weights when they are packed. The next tile is on its way while warps multiply the present one.
 //
 // Order, which is all that bits depend on: an element's terms run over (block of channels, kh, kw,
@@ -137,7 +137,7 @@ __device__ __forceinline__ int PieceAt(int row, int piece) { return piece ^ (row
 template <int kTilesDown, int kTilesAcross, class Element>
 __device__ __forceinline__ void Finish(const Windows& s, const Terms& terms, int group,
                                        int first_feature, const float* __restrict__ bias, bool relu,
-                                       float* __restrict__ result,
+                                       void* __restrict__ result,
                                        const float (&sums)[kTilesDown][2 * kTilesAcross][4],
                                        Element element) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -160,7 +160,12 @@ __device__ __forceinline__ void Finish(const Windows& s, const Terms& terms, int
           if (bias != nullptr && n < left) v[n] = v[n] + __ldg(bias + column + n);
           if (relu) v[n] = Relu(v[n]);
         }
-        StoreFour(result + (at + column), s.wide_result, left, make_float4(v[0], v[1], v[2], v[3]));
+        const float4 four = make_float4(v[0], v[1], v[2], v[3]);
+        if (s.result_type == ElementType::kBf16) {
+          StoreFour(static_cast<StoredBf16*>(result) + (at + column), s.wide_result, left, four);
+        } else {
+          StoreFour(static_cast<float*>(result) + (at + column), s.wide_result, left, four);
+        }
       }
     }
   }
@@ -176,12 +181,12 @@ struct WindowTile {
 };
 
 // A block of kDown x kAcross warps makes kPlaces x kFeatures. kFlat: terms one by one.
-template <class Factor, int kPlaces, int kFeatures, int kDown, int kAcross, bool kFlat>
+template <class Factor, class T, int kPlaces, int kFeatures, int kDown, int kAcross, bool kFlat>
 __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>::kThreads,
                                   WindowTile<kPlaces, kFeatures, kDown, kAcross>::kBlocks)
-    MultiplyWindows(Windows s, Terms terms, bool backward, const float* __restrict__ source,
+    MultiplyWindows(Windows s, Terms terms, bool backward, const T* __restrict__ source,
                     const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
-                    float* __restrict__ result) {
+                    void* __restrict__ result) {
   using Tile = WindowTile<kPlaces, kFeatures, kDown, kAcross>;
   constexpr int kThreads = Tile::kThreads, kStage = Tile::kStage, kQuads = Factor::kQuads;
   constexpr int kRows = kPlaces * kQuads / kThreads;      // of the tile, that a thread loads from
@@ -271,7 +276,7 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
     move_by(own_quad >> terms.shift);
   }
 
-  float4 next[kRows];
+  Four<T> next[kRows];
   const auto load_by = [&](auto is_wide) {
     if constexpr (kFlat) {
       int moves[4], bits[4];
@@ -286,10 +291,9 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const auto element = [&](int j) {
-          return (inside[i] & bits[j]) == bits[j] ? __ldg(source + (begin[i] + moves[j])) : 0.0f;
-        };
-        next[i] = make_float4(element(0), element(1), element(2), element(3));
+        next[i] = GatherFour<T>([&](int j) {
+          return (inside[i] & bits[j]) == bits[j] ? source + (begin[i] + moves[j]) : nullptr;
+        });
       }
     } else {
       constexpr bool kWide = decltype(is_wide)::value;
@@ -297,7 +301,7 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
       const int bits = channel < terms.channels ? 1 << tap_y | 1 << (tap_x + 16) : -1;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        next[i] = LoadFour<kWide>(source + (begin[i] + move), (inside[i] & bits) == bits ? 4 : 0);
+        next[i] = LoadStored<kWide>(source + (begin[i] + move), (inside[i] & bits) == bits ? 4 : 0);
       }
     }
   };
@@ -382,17 +386,17 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
                                    sums, [&](int row) { return places[warp_down + row].z; });
 }
 
-template <int kPlaces, int kFeatures, int kDown, int kAcross, bool kFlat>
+template <class T, int kPlaces, int kFeatures, int kDown, int kAcross, bool kFlat>
 void LaunchWindows(const Queue& q, const Windows& s, const Terms& terms, bool backward,
-                   const float* source, const uint4* weights, const float* bias, bool relu,
-                   float* result) {
+                   const T* source, const uint4* weights, const float* bias, bool relu,
+                   void* result) {
   using Tile = WindowTile<kPlaces, kFeatures, kDown, kAcross>;
   // Of the first phase, the largest.
   const int64_t places = int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases);
   const int64_t tiles = CeilDiv(places, kPlaces) * (terms.padded / kFeatures) * terms.groups;
   const uint32_t phases = static_cast<uint32_t>(s.phases);
   Launch(q, dim3(static_cast<uint32_t>(tiles), phases, phases), dim3(Tile::kThreads), Tile::kBytes,
-         MultiplyWindows<Bf16, kPlaces, kFeatures, kDown, kAcross, kFlat>, s, terms, backward,
+         MultiplyWindows<Bf16, T, kPlaces, kFeatures, kDown, kAcross, kFlat>, s, terms, backward,
          source, weights, bias, relu, result);
 }
 
@@ -426,12 +430,12 @@ struct Runs {
 };
 
 // kHalves: of a row of terms, that a pixel's channels of a block fill.
-template <class Factor, int kFeatures, int kDown, int kAcross, int kHalves>
+template <class Factor, class T, int kFeatures, int kDown, int kAcross, int kHalves>
 __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::kThreads,
                                   RunTile<kFeatures, kDown, kAcross, kHalves>::kBlocks)
-    MultiplyRuns(Windows s, Terms terms, Runs runs, bool backward, const float* __restrict__ source,
+    MultiplyRuns(Windows s, Terms terms, Runs runs, bool backward, const T* __restrict__ source,
                  const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
-                 float* __restrict__ result) {
+                 void* __restrict__ result) {
   using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kSteps = Tile::kSteps;
   constexpr int kPixelBytes = kHalves * kRowBytes / 2, kPixelQuads = kHalves * Factor::kQuads / 2;
@@ -494,8 +498,8 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
     for (int i = 0; i < kCount; ++i) {
       const bool inside = i < count && pixel + i * kPixelsApart < runs.pixels &&
                           static_cast<unsigned>(at + i * kPixelsApart) < static_cast<unsigned>(all);
-      next[i] = LoadFour<decltype(is_wide)::value>(source + (begin + i * kPixelsApart * s.channels),
-                                                   inside ? 4 : 0);
+      next[i] = LoadStored<decltype(is_wide)::value>(
+          source + (begin + i * kPixelsApart * s.channels), inside ? 4 : 0);
     }
   };
   const auto load_run = [&](auto& next, int block, int first, int count) {
@@ -519,7 +523,7 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
 
   copy_weights(0, 0, steps_of_block);
   for (int first = 0; first < runs.loads; first += Tile::kFirstLoads) {
-    float4 next[Tile::kFirstLoads];
+    Four<T> next[Tile::kFirstLoads];
     load_run(next, 0, first, runs.loads - first);
     store_run(next, 0, first, runs.loads - first);
   }
@@ -609,7 +613,7 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
     }
     const int first_load = of_block * loads_of_stage;
     const int loads = block + 1 < blocks ? min(loads_of_stage, runs.loads - first_load) : 0;
-    float4 next[Tile::kLoads] = {};
+    Four<T> next[Tile::kLoads] = {};
     if (loads > 0) load_run(next, block + 1, first_load, loads);
     const char* const now = shared + (stage & (runs.buffers - 1)) * Tile::kStage;
     const int run_at = runs.runs_at + (block & 1) * (runs.pixels * kPixelBytes);
@@ -660,36 +664,36 @@ bool MakeRuns(const Windows& s, const Terms& terms, Runs* runs) {
   return blocks == 1 || CeilDiv(runs->loads, runs->stages) <= Tile::kLoads;
 }
 
-template <int kFeatures, int kDown, int kAcross, int kHalves>
+template <class T, int kFeatures, int kDown, int kAcross, int kHalves>
 bool LaunchRuns(const Queue& q, const Windows& s, const Terms& terms, bool backward,
-                const float* source, const uint4* weights, const float* bias, bool relu,
-                float* result) {
+                const T* source, const uint4* weights, const float* bias, bool relu, void* result) {
   using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
   Runs runs;
   if (!MakeRuns<kFeatures, kDown, kAcross, kHalves>(s, terms, &runs)) return false;
   const int64_t places = int64_t{s.rows} * s.height * s.width;
   const int64_t tiles = CeilDiv(places, Tile::kPlaces) * (terms.padded / kFeatures) * terms.groups;
   Launch(q, dim3(static_cast<uint32_t>(tiles)), dim3(Tile::kThreads),
-         static_cast<size_t>(runs.bytes), MultiplyRuns<Bf16, kFeatures, kDown, kAcross, kHalves>, s,
-         terms, runs, backward, source, weights, bias, relu, result);
+         static_cast<size_t>(runs.bytes), MultiplyRuns<Bf16, T, kFeatures, kDown, kAcross, kHalves>,
+         s, terms, runs, backward, source, weights, bias, relu, result);
   return true;
 }
 
-template <int kHalves>
+template <class T, int kHalves>
 bool LaunchRunsOf(int tile, const Queue& q, const Windows& s, const Terms& terms, bool backward,
-                  const float* source, const uint4* weights, const float* bias, bool relu,
-                  float* result) {
-  const auto launch = tile == 16   ? LaunchRuns<16, 4, 1, kHalves>
-                      : tile == 32 ? LaunchRuns<32, 4, 1, kHalves>
-                      : tile == 64 ? LaunchRuns<64, 2, 2, kHalves>
-                                   : LaunchRuns<128, 2, 2, kHalves>;
+                  const T* source, const uint4* weights, const float* bias, bool relu,
+                  void* result) {
+  const auto launch = tile == 16   ? LaunchRuns<T, 16, 4, 1, kHalves>
+                      : tile == 32 ? LaunchRuns<T, 32, 4, 1, kHalves>
+                      : tile == 64 ? LaunchRuns<T, 64, 2, 2, kHalves>
+                                   : LaunchRuns<T, 128, 2, 2, kHalves>;
   return launch(q, s, terms, backward, source, weights, bias, relu, result);
 }
 
 // Any number of rows.
+template <class T>
 void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward, int64_t rows,
-                        const float* source, const void* packed, const float* bias, bool relu,
-                        float* result) {
+                        const T* source, const void* packed, const float* bias, bool relu,
+                        void* result) {
   const Terms terms = TermsOf<Bf16>(s, groups);
   const int64_t source_row = int64_t{s.source_height} * s.source_width * s.channels;
   const int64_t result_row = int64_t{s.height} * s.width * s.features;
@@ -700,21 +704,22 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
       s.stride == 1 && s.kernel > 1 && s.height == s.source_height && s.width == s.source_width;
   const int tile = std::min(FeaturesOfTile(terms.features), flat ? 64 : 128);
   const auto launch =
-      tile == 16 ? (flat ? LaunchWindows<128, 16, 4, 1, true> : LaunchWindows<128, 16, 4, 1, false>)
+      tile == 16
+          ? (flat ? LaunchWindows<T, 128, 16, 4, 1, true> : LaunchWindows<T, 128, 16, 4, 1, false>)
       : tile == 32
-          ? (flat ? LaunchWindows<128, 32, 4, 1, true> : LaunchWindows<128, 32, 4, 1, false>)
+          ? (flat ? LaunchWindows<T, 128, 32, 4, 1, true> : LaunchWindows<T, 128, 32, 4, 1, false>)
       : tile == 64
-          ? (flat ? LaunchWindows<128, 64, 2, 2, true> : LaunchWindows<128, 64, 2, 2, false>)
-          : LaunchWindows<128, 128, 2, 2, false>;
+          ? (flat ? LaunchWindows<T, 128, 64, 2, 2, true> : LaunchWindows<T, 128, 64, 2, 2, false>)
+          : LaunchWindows<T, 128, 128, 2, 2, false>;
   const int64_t most = std::max<int64_t>(1, kPartElements / std::max(source_row, result_row));
   for (int64_t row = 0; row < rows; row += most) {
     s.rows = static_cast<int>(std::min(most, rows - row));
-    const float* const from = source + row * source_row;
+    const T* const from = source + row * source_row;
     const uint4* const weights = static_cast<const uint4*>(packed);
-    float* const to = result + row * result_row;
+    void* const to = static_cast<char*>(result) + row * result_row * ElementBytes(s.result_type);
     const bool whole = terms.quads == Bf16::kQuads;
     const bool half = terms.channels == Bf16::kDepth / 2;
-    const auto launch_runs = whole ? LaunchRunsOf<2> : LaunchRunsOf<1>;
+    const auto launch_runs = whole ? LaunchRunsOf<T, 2> : LaunchRunsOf<T, 1>;
     const bool by_runs = keeps_size && (whole || half) &&
                          launch_runs(tile, q, s, terms, backward, from, weights, bias, relu, to);
     if (!by_runs) launch(q, s, terms, backward, from, weights, bias, relu, to);
@@ -768,16 +773,25 @@ void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, voi
          w);
 }
 
-void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const float* x,
-                              const void* packed, const float* bias, bool relu, float* y) {
-  MultiplyAllWindows(q, WindowsOf(s), s.groups, false, rows, x, packed, bias, relu, y);
+void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const void* x,
+                              const void* packed, const float* bias, bool relu, void* y) {
+  Windows windows = WindowsOf(s);
+  windows.result_type = s.y_type;
+  WithElement(s.x_type, [&]<class T>() {
+    MultiplyAllWindows(q, windows, s.groups, false, rows, static_cast<const T*>(x), packed, bias,
+                       relu, y);
+  });
 }
 
 void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
-                                    const float* dy, const void* packed, float* dx) {
+                                    const void* dy, const void* packed, void* dx) {
   const void* const weights = static_cast<const char*>(packed) + BackwardAt(PackingOf(s));
-  MultiplyAllWindows(q, BackwardWindowsOf(s), s.groups, true, rows, dy, weights, nullptr, false,
-                     dx);
+  Windows windows = BackwardWindowsOf(s);
+  windows.result_type = s.x_type;
+  WithElement(s.y_type, [&]<class T>() {
+    MultiplyAllWindows(q, windows, s.groups, true, rows, static_cast<const T*>(dy), weights,
+                       nullptr, false, dx);
+  });
 }
 
 }  // namespace lockstep::device::cuda

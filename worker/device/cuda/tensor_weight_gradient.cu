@@ -1,5 +1,5 @@
 // dw of convolutions in bf16 on tensor cores: the product of dy and windows of x, over the places
-// (row, oh, ow) of a leaf; both are fp32 in memory and are rounded on their way to shared memory.
+// (row, oh, ow) of a leaf; what of them is fp32 in memory is rounded on its way to shared memory.
 //
 // Order, which is all that bits depend on: a leaf's places are cut into chunks by its rows and the
 // shape, a chunk's places are summed in their order by as many groups of warps as the shape says,
@@ -57,12 +57,13 @@ struct GradientTile {
 
 // A block makes kOut x kColumns of one chunk of a leaf. Columns are (block of channels, kh, kw,
 // channel of the block), or where kFlat (kh, kw, channel).
-template <int kOut, int kColumns, int kDown, int kAcross, int kGroups, int kDepths, bool kFlat>
+template <class X, class Y, int kOut, int kColumns, int kDown, int kAcross, int kGroups,
+          int kDepths, bool kFlat>
 __global__ void __launch_bounds__(
     GradientTile<kOut, kColumns, kDown, kAcross, kGroups, kDepths>::kThreads,
     GradientTile<kOut, kColumns, kDown, kAcross, kGroups, kDepths>::kBlocks)
-    MultiplyGradients(WeightGradient s, Chunks chunks, const float* __restrict__ x,
-                      const float* __restrict__ dy, float* __restrict__ results) {
+    MultiplyGradients(WeightGradient s, Chunks chunks, const X* __restrict__ x,
+                      const Y* __restrict__ dy, float* __restrict__ results) {
   using Tile = GradientTile<kOut, kColumns, kDown, kAcross, kGroups, kDepths>;
   constexpr int kThreads = Tile::kThreads, kStage = Tile::kStage, kPlaces = Tile::kPlaces;
   constexpr int kColumnQuads = kColumns / 4, kOutQuads = kOut / 4;
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(
     moves[j] = column.move;
   }
   const int own_outs = s.own_out - (first_out + out_quad * 4);
-  float4 next_x[kColumnLoads], next_dy[kOutLoads];
+  Four<X> next_x[kColumnLoads];
+  Four<Y> next_dy[kOutLoads];
   const auto load_by = [&](auto is_wide, int step) {
     constexpr bool kWide = decltype(is_wide)::value;
     const int4* const windows = table + (step * kPlaces & (2 * kSpan - 1));
@@ -157,25 +159,23 @@ __global__ void __launch_bounds__(
       const int own = column_place + i * kColumnApart;
       if (kPlaces % kColumnApart != 0 && own >= kPlaces) continue;
       const int4 window = windows[own];
-      const float* const from =
+      const X* const from =
           x + static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(window.y)) << 32 |
                                    static_cast<uint32_t>(window.x));
       if constexpr (kFlat) {
-        const auto element = [&](int j) {
-          return (window.z & bits[j]) == bits[j] ? __ldg(from + moves[j]) : 0.0f;
-        };
-        next_x[i] = make_float4(element(0), element(1), element(2), element(3));
+        next_x[i] = GatherFour<X>(
+            [&](int j) { return (window.z & bits[j]) == bits[j] ? from + moves[j] : nullptr; });
       } else {
-        next_x[i] = LoadFour<kWide>(from + moves[0], (window.z & bits[0]) == bits[0] ? 4 : 0);
+        next_x[i] = LoadStored<kWide>(from + moves[0], (window.z & bits[0]) == bits[0] ? 4 : 0);
       }
     }
     const int place = first + step * kPlaces + out_place;
-    const float* const from = dy + static_cast<int64_t>(place) * s.out + (first_out + out_quad * 4);
+    const Y* const from = dy + static_cast<int64_t>(place) * s.out + (first_out + out_quad * 4);
 #pragma unroll
     for (int i = 0; i < kOutLoads; ++i) {
       if (kPlaces % kOutApart != 0 && out_place + i * kOutApart >= kPlaces) continue;
-      next_dy[i] = LoadFour<kWide>(from + static_cast<int64_t>(i * kOutApart) * s.out,
-                                   place + i * kOutApart < end ? own_outs : 0);
+      next_dy[i] = LoadStored<kWide>(from + static_cast<int64_t>(i * kOutApart) * s.out,
+                                     place + i * kOutApart < end ? own_outs : 0);
     }
   };
   const auto load = [&](int step) {
@@ -310,15 +310,16 @@ __global__ void __launch_bounds__(
   }
 }
 
-template <int kOut, int kColumns, int kDown, int kAcross, int kGroups, int kDepths, bool kFlat>
+template <class X, class Y, int kOut, int kColumns, int kDown, int kAcross, int kGroups,
+          int kDepths, bool kFlat>
 void LaunchGradients(const Queue& q, WeightGradient s, const Chunks& leaves, uint32_t chunks,
-                     const float* x, const float* dy, float* results) {
+                     const X* x, const Y* dy, float* results) {
   using Tile = GradientTile<kOut, kColumns, kDown, kAcross, kGroups, kDepths>;
   const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
                   static_cast<uint32_t>(leaves.count));
   Launch(q, grid, dim3(Tile::kThreads), Tile::kBytes,
-         MultiplyGradients<kOut, kColumns, kDown, kAcross, kGroups, kDepths, kFlat>, s, leaves, x,
-         dy, results);
+         MultiplyGradients<X, Y, kOut, kColumns, kDown, kAcross, kGroups, kDepths, kFlat>, s,
+         leaves, x, dy, results);
 }
 
 // ---- dw of convolutions that keep the size, as y and dx of them: a ring of pixels round the
@@ -345,11 +346,11 @@ struct GradientRunTile {
   static constexpr int kRingAt = 2 * kStage;
 };
 
-template <int kOut, int kHalves>
+template <class X, class Y, int kOut, int kHalves>
 __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
                                   GradientRunTile<kOut, kHalves>::kBlocks)
-    MultiplyGradientRuns(WeightGradient s, Chunks chunks, int ring, const float* __restrict__ x,
-                         const float* __restrict__ dy, float* __restrict__ results) {
+    MultiplyGradientRuns(WeightGradient s, Chunks chunks, int ring, const X* __restrict__ x,
+                         const Y* __restrict__ dy, float* __restrict__ results) {
   using Tile = GradientRunTile<kOut, kHalves>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStage = Tile::kStage;
   constexpr int kPixelQuads = kHalves * 4, kOutQuads = kOut / 4, kOutPieces = kOut / 8;
@@ -389,8 +390,8 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
   const auto load_pixel = [&](auto is_wide, int pixel, int quad) {
     const int at = first - reach + pixel;
     const bool inside = static_cast<unsigned>(at) < static_cast<unsigned>(all);
-    const float* const from = x + (static_cast<int64_t>(at) * s.in + quad * 4);
-    return LoadFour<decltype(is_wide)::value>(from, inside ? 4 : 0);
+    const X* const from = x + (static_cast<int64_t>(at) * s.in + quad * 4);
+    return LoadStored<decltype(is_wide)::value>(from, inside ? 4 : 0);
   };
   // Eight pixels of one piece, wherever they begin, are in different banks.
   const auto at_pixel = [&](int pixel, int piece) {
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
     const int turned = kHalves == 2 ? piece ^ (pixel >> 1 & 3) : piece ^ (pixel >> 2 & 1);
     return Tile::kRingAt + pixel * Tile::kPixelBytes + turned * 16;
   };
-  const auto store_pixel = [&](int pixel, int quad, float4 v) {
+  const auto store_pixel = [&](int pixel, int quad, Four<X> v) {
     *reinterpret_cast<uint2*>(shared + at_pixel(pixel, quad / 2) + quad % 2 * 8) = Bf16::Round(v);
   };
   // The taps that are inside of the input, of a place of a step.
@@ -423,15 +424,15 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
   };
   const int out_place = thread / kOutQuads, out_quad = thread % kOutQuads;
   const int own_outs = s.own_out - (first_out + out_quad * 4);
-  float4 next_dy[kOutLoads];
+  Four<Y> next_dy[kOutLoads];
   const auto load_dy = [&](auto is_wide, int step) {
     const int place = first + step * kPlaces + out_place;
-    const float* const from = dy + (static_cast<int64_t>(place) * s.out + out_quad * 4);
+    const Y* const from = dy + (static_cast<int64_t>(place) * s.out + out_quad * 4);
 #pragma unroll
     for (int i = 0; i < kOutLoads; ++i) {
       const int count =
           out_place + i * kOutApart < kPlaces && place + i * kOutApart < end ? own_outs : 0;
-      next_dy[i] = LoadFour<decltype(is_wide)::value>(
+      next_dy[i] = LoadStored<decltype(is_wide)::value>(
           from + static_cast<int64_t>(i * kOutApart) * s.out, count);
     }
   };
@@ -485,7 +486,7 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
     look_up(step, thread - (kThreads - kPlaces));
   };
   constexpr int kStepQuads = kPlaces * kPixelQuads;
-  float4 next[kPixelLoads];
+  Four<X> next[kPixelLoads];
   const auto load = [&](auto is_wide, int step) {
     load_dy(is_wide, step);
 #pragma unroll
@@ -571,57 +572,57 @@ bool KeepsSize(const Conv2dShape& s) {
   return s.stride == 1 && s.kernel > 1 && 2 * s.padding == s.extent() - 1;
 }
 
-template <int kOut, int kHalves>
+template <class X, class Y, int kOut, int kHalves>
 void LaunchGradientRuns(const Queue& q, const WeightGradient& s, const Chunks& leaves,
-                        uint32_t chunks, int ring, const float* x, const float* dy,
-                        float* results) {
+                        uint32_t chunks, int ring, const X* x, const Y* dy, float* results) {
   using Tile = GradientRunTile<kOut, kHalves>;
   const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
                   static_cast<uint32_t>(leaves.count));
   Launch(q, grid, dim3(Tile::kThreads),
          static_cast<size_t>(BytesOfGradientRun(kOut, kHalves, ring)),
-         MultiplyGradientRuns<kOut, kHalves>, s, leaves, ring, x, dy, results);
+         MultiplyGradientRuns<X, Y, kOut, kHalves>, s, leaves, ring, x, dy, results);
 }
 
 // The tile of a shape and what launches it.
+template <class X, class Y>
 struct GradientPlan {
   int out_tile, column_tile;
-  void (*launch)(const Queue&, WeightGradient, const Chunks&, uint32_t, const float*, const float*,
-                 float*);
+  void (*launch)(const Queue&, WeightGradient, const Chunks&, uint32_t, const X*, const Y*, float*);
 };
-GradientPlan PlanOf(int64_t outs, int64_t columns, bool flat) {
+template <class X, class Y>
+GradientPlan<X, Y> PlanOf(int64_t outs, int64_t columns, bool flat) {
   const int out_tile = std::min(FeaturesOfTile(outs), flat ? 64 : 128);
   if (flat) {
     if (columns <= 32) {
       return {out_tile, 32,
-              out_tile == 16   ? LaunchGradients<16, 32, 1, 1, 4, 1, true>
-              : out_tile == 32 ? LaunchGradients<32, 32, 1, 1, 4, 1, true>
-                               : LaunchGradients<64, 32, 2, 1, 2, 1, true>};
+              out_tile == 16   ? LaunchGradients<X, Y, 16, 32, 1, 1, 4, 1, true>
+              : out_tile == 32 ? LaunchGradients<X, Y, 32, 32, 1, 1, 4, 1, true>
+                               : LaunchGradients<X, Y, 64, 32, 2, 1, 2, 1, true>};
     }
     return {out_tile, 160,
-            out_tile == 16   ? LaunchGradients<16, 160, 1, 5, 1, 2, true>
-            : out_tile == 32 ? LaunchGradients<32, 160, 1, 5, 1, 2, true>
-                             : LaunchGradients<64, 160, 1, 5, 1, 1, true>};
+            out_tile == 16   ? LaunchGradients<X, Y, 16, 160, 1, 5, 1, 2, true>
+            : out_tile == 32 ? LaunchGradients<X, Y, 32, 160, 1, 5, 1, 2, true>
+                             : LaunchGradients<X, Y, 64, 160, 1, 5, 1, 1, true>};
   }
   // As for features: the fewest columns to spare, then the widest.
   const int64_t narrow = RoundUp(columns, 64);
   if (out_tile <= 32 && RoundUp(columns, 144) <= narrow) {
     return {out_tile, 144,
-            out_tile == 16 ? LaunchGradients<16, 144, 1, 9, 1, 2, false>
-                           : LaunchGradients<32, 144, 1, 9, 1, 2, false>};
+            out_tile == 16 ? LaunchGradients<X, Y, 16, 144, 1, 9, 1, 2, false>
+                           : LaunchGradients<X, Y, 32, 144, 1, 9, 1, 2, false>};
   }
   if (columns <= 256 && RoundUp(columns, 128) > narrow) {
     return {out_tile, 64,
-            out_tile == 16   ? LaunchGradients<16, 64, 1, 2, 2, 1, false>
-            : out_tile == 32 ? LaunchGradients<32, 64, 1, 2, 2, 1, false>
-            : out_tile == 64 ? LaunchGradients<64, 64, 2, 2, 1, 2, false>
-                             : LaunchGradients<128, 64, 2, 2, 1, 2, false>};
+            out_tile == 16   ? LaunchGradients<X, Y, 16, 64, 1, 2, 2, 1, false>
+            : out_tile == 32 ? LaunchGradients<X, Y, 32, 64, 1, 2, 2, 1, false>
+            : out_tile == 64 ? LaunchGradients<X, Y, 64, 64, 2, 2, 1, 2, false>
+                             : LaunchGradients<X, Y, 128, 64, 2, 2, 1, 2, false>};
   }
   return {out_tile, 128,
-          out_tile == 16   ? LaunchGradients<16, 128, 1, 4, 1, 2, false>
-          : out_tile == 32 ? LaunchGradients<32, 128, 1, 4, 1, 2, false>
-          : out_tile == 64 ? LaunchGradients<64, 128, 2, 2, 1, 2, false>
-                           : LaunchGradients<128, 128, 2, 2, 1, 1, false>};
+          out_tile == 16   ? LaunchGradients<X, Y, 16, 128, 1, 4, 1, 2, false>
+          : out_tile == 32 ? LaunchGradients<X, Y, 32, 128, 1, 4, 1, 2, false>
+          : out_tile == 64 ? LaunchGradients<X, Y, 64, 128, 2, 2, 1, 2, false>
+                           : LaunchGradients<X, Y, 128, 128, 2, 2, 1, 1, false>};
 }
 
 }  // namespace
@@ -632,20 +633,24 @@ size_t TensorScratchBytes(const Conv2dShape& s) {
   return static_cast<size_t>(std::min(kMostBytes, elements * 4 * kChunks));
 }
 
-void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
-                                     const float* x, const float* dy, float* dw, int64_t stride,
-                                     void* scratch) {
+namespace {
+
+template <class X, class Y>
+void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, const X* x,
+                    const Y* dy, float* dw, int64_t stride, void* scratch) {
   const int64_t own_in = s.in / s.groups, own_out = s.out / s.groups;
   const int64_t columns = s.kernel * s.kernel * own_in, elements = s.out * columns;
   const int64_t out_places = s.out_height() * s.out_width();
   const bool flat = own_in % 4 != 0;
   // By runs, where channels fill tiles and the ring fits.
-  const int run_out_tile = std::min(FeaturesOfTile(own_out), 64), ring = RingOf(s);
+  // A wider tile of these two has too few registers.
+  constexpr int kWidest = sizeof(X) < sizeof(Y) ? 32 : 64;
+  const int run_out_tile = std::min(FeaturesOfTile(own_out), kWidest), ring = RingOf(s);
   const int halves =
       own_in % 32 == 0 && BytesOfGradientRun(run_out_tile, 2, ring) <= kMostShared ? 2 : 1;
   const bool by_runs = KeepsSize(s) && own_in % 16 == 0 &&
                        BytesOfGradientRun(run_out_tile, halves, ring) <= kMostShared;
-  GradientPlan plan = PlanOf(own_out, columns, flat);
+  GradientPlan<X, Y> plan = PlanOf<X, Y>(own_out, columns, flat);
   int64_t column_tiles = CeilDiv(columns, plan.column_tile);
   if (by_runs) {
     plan.out_tile = run_out_tile;
@@ -683,16 +688,31 @@ void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const
     g.leaf_stride = leaf_stride;
     g.wide_result = !flat && leaf_stride % 2 == 0 && reinterpret_cast<uintptr_t>(results) % 8 == 0;
     if (!by_runs) return plan.launch(q, g, part, chunks, x, dy, results);
-    const auto launch = plan.out_tile == 16
-                            ? (halves == 2 ? LaunchGradientRuns<16, 2> : LaunchGradientRuns<16, 1>)
-                        : plan.out_tile == 32
-                            ? (halves == 2 ? LaunchGradientRuns<32, 2> : LaunchGradientRuns<32, 1>)
-                            : (halves == 2 ? LaunchGradientRuns<64, 2> : LaunchGradientRuns<64, 1>);
+    const auto launch =
+        plan.out_tile == 16
+            ? (halves == 2 ? LaunchGradientRuns<X, Y, 16, 2> : LaunchGradientRuns<X, Y, 16, 1>)
+        : plan.out_tile == 32
+            ? (halves == 2 ? LaunchGradientRuns<X, Y, 32, 2> : LaunchGradientRuns<X, Y, 32, 1>)
+            : (halves == 2 ? LaunchGradientRuns<X, Y, kWidest, 2>
+                           : LaunchGradientRuns<X, Y, kWidest, 1>);
     launch(q, g, part, chunks, ring, x, dy, results);
   };
   const int64_t floats = static_cast<int64_t>(TensorScratchBytes(s) / sizeof(float));
   const PartialSums partial = {static_cast<float*>(scratch), floats, floats / 4};
   SumOverPlaces(q, leaves, out_places, wanted, 64, elements, partial, dw, stride, multiply);
+}
+
+}  // namespace
+
+void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
+                                     const void* x, const void* dy, float* dw, int64_t stride,
+                                     void* scratch) {
+  WithElement(s.x_type, [&]<class X>() {
+    WithElement(s.y_type, [&]<class Y>() {
+      BackwardWeight(q, s, leaves, static_cast<const X*>(x), static_cast<const Y*>(dy), dw, stride,
+                     scratch);
+    });
+  });
 }
 
 }  // namespace lockstep::device::cuda

@@ -54,6 +54,7 @@ struct Windows {
   int tap_move;            // what that moves in the source
   bool wide, wide_result;  // source and weights; the result
   Divisor by_channels, by_kernel;
+  ElementType result_type = ElementType::kFp32;
 };
 
 // One dimension of a phase: place i of it is place i * phases + phase of the result; its tap j is
