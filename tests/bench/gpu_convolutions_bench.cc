@@ -1,7 +1,8 @@
 // Convolutions of ResNet-20 (batch 128 in leaves of 16) and ResNet-50 (batch 256 in leaves of 32)
-// on a GPU: our kernels in bf16 and fp32, and cuDNN in bf16 (operands rounded beforehand), which
-// takes all rows in one call for y and dx and each leaf by itself for dw. Prints a line of JSON for
-// each layer, pass and way, and at the end each way's sum over the layers of a network.
+// on a GPU: our kernels in bf16, of tensors stored as bf16 (images as fp32) or as fp32, and in
+// fp32, and cuDNN in bf16 (operands rounded beforehand), which takes all rows in one call for y and
+// dx and each leaf by itself for dw. Prints a line of JSON for each layer, pass and way, and at the
+// end each way's sum over the layers of a network.
 //   gpu_convolutions_bench [seconds after which cuDNN is left out]
 #include <cuda_runtime.h>
 
@@ -197,17 +198,24 @@ class Bench {
 
     s.precision = Precision::kBf16;
     PackTensorWeights(queue_, s, w_.floats, packed_);
-    print("bf16", Time([&] {
-            if (pass == "forward") {
-              TensorConvolutionForward(queue_, s, rows, x_.floats, packed_, nullptr, false,
-                                       result_);
-            } else if (pass == "dx") {
-              TensorConvolutionBackwardInput(queue_, s, rows, y_.floats, packed_, result_);
-            } else {
-              TensorConvolutionBackwardWeight(queue_, s, leaves, x_.floats, y_.floats, result_,
-                                              Weights(s), library_workspace_);
-            }
-          }));
+    const auto measure = [&](const std::string& way, const void* x, const void* y) {
+      print(way, Time([&] {
+              if (pass == "forward") {
+                TensorConvolutionForward(queue_, s, rows, x, packed_, nullptr, false, result_);
+              } else if (pass == "dx") {
+                TensorConvolutionBackwardInput(queue_, s, rows, y, packed_, result_);
+              } else {
+                TensorConvolutionBackwardWeight(queue_, s, leaves, x, y, result_, Weights(s),
+                                                library_workspace_);
+              }
+            }));
+    };
+    measure("bf16", x_.floats, y_.floats);
+    const bool image = s.in == 3;
+    if (!image) s.x_type = ElementType::kBf16;
+    s.y_type = ElementType::kBf16;
+    measure("bf16 stored", image ? static_cast<const void*>(x_.floats) : x_.bf16, y_.bf16);
+    s.x_type = s.y_type = ElementType::kFp32;
     if (pass == "forward") {
       print("bf16 pack", Time([&] { PackTensorWeights(queue_, s, w_.floats, packed_); }));
     }

@@ -101,7 +101,8 @@ class Floor {
   }
 
   void Kernels() {
-    BatchNorms();
+    BatchNorms(ElementType::kFp32);
+    BatchNorms(ElementType::kBf16);
     Maps();
     Flat();
     Samples();
@@ -234,13 +235,13 @@ class Floor {
   }
 
   // `bytes` that a call must read and write, each once.
-  void Kernel(const char* name, const std::string& shape, double bytes,
+  void Kernel(const std::string& name, const std::string& shape, double bytes,
               const std::function<void()>& call) {
     const double rate = bytes / Time(call) / 1e6;
     std::printf(
         "{\"what\": \"kernel\", \"name\": \"%s\", \"shape\": \"%s\", \"mbytes\": %.1f, "
         "\"gb_per_second\": %.1f, \"of_copy\": %.3f}\n",
-        name, shape.c_str(), bytes / 1e6, rate, rate / copy_);
+        name.c_str(), shape.c_str(), bytes / 1e6, rate, rate / copy_);
     std::fflush(stdout);
     failures += !(rate > 0);
   }
@@ -253,40 +254,55 @@ class Floor {
     return leaves;
   }
 
-  void BatchNorms() {
-    const std::string shape = "64x56x56x256 in 8 leaves";
+  void BatchNorms(ElementType type) {
+    const bool stored = type == ElementType::kBf16;
+    const std::string shape = std::string("64x56x56x256 in 8 leaves") + (stored ? ", bf16" : "");
+    const auto named = [stored](const char* name) {
+      return std::string(name) + (stored ? ", bf16" : "");
+    };
     const Leaves leaves = EightLeaves(kRows * kSpatial);
-    constexpr double kPass = kElements * 4.0;
+    const double pass = static_cast<double>(kElements * ElementBytes(type));
+    const void* inputs[] = {a_, b_, c_, d_};
+    for (const void*& input : inputs) {
+      if (!stored) break;
+      auto* const bf16 = Allocate<uint16_t>(kElements);
+      RoundToBf16(q_, kElements, static_cast<const float*>(input), bf16);
+      input = bf16;
+    }
+    const auto [a, b, c, d] = inputs;
     auto* const mean = Allocate<float>(kLeafCount * kChannels);
     auto* const m2 = Random(kLeafCount * kChannels);
     auto* const sum_dy = Allocate<float>(kLeafCount * kChannels);
     auto* const sum_dy_xhat = Allocate<float>(kLeafCount * kChannels);
     auto* const weight = Random(kChannels);
-    Kernel("BatchNormMoments", shape, kPass,
-           [&] { BatchNormMoments(q_, kChannels, leaves, a_, mean, m2, kChannels); });
+    Kernel(named("BatchNormMoments"), shape, pass,
+           [&] { BatchNormMoments(q_, kChannels, leaves, a, mean, m2, kChannels, type); });
     const Moments moments = {mean, m2, kChannels, 0};
-    const BatchNormShape relu = {kChannels, true};
-    Kernel("BatchNormForward relu", shape, 2 * kPass, [&] {
-      BatchNormForward(q_, relu, leaves, a_, moments, 1e-5f, weight, weight, nullptr, out_);
+    const BatchNormShape relu = {kChannels, true, type};
+    Kernel(named("BatchNormForward relu"), shape, 2 * pass, [&] {
+      BatchNormForward(q_, relu, leaves, a, moments, 1e-5f, weight, weight, nullptr, out_);
     });
-    Kernel("BatchNormForward residual relu", shape, 3 * kPass, [&] {
-      BatchNormForward(q_, relu, leaves, a_, moments, 1e-5f, weight, weight, b_, out_);
-    });
-    Kernel("BatchNormGradient relu", shape, 3 * kPass, [&] {
-      BatchNormGradient(q_, relu, leaves, a_, b_, c_, nullptr, moments, 1e-5f, nullptr, sum_dy,
+    Kernel(named("BatchNormForward residual relu"), shape, 3 * pass,
+           [&] { BatchNormForward(q_, relu, leaves, a, moments, 1e-5f, weight, weight, b, out_); });
+    Kernel(named("BatchNormGradient relu"), shape, 3 * pass, [&] {
+      BatchNormGradient(q_, relu, leaves, a, b, c, nullptr, moments, 1e-5f, nullptr, sum_dy,
                         sum_dy_xhat, kChannels);
     });
-    Kernel("BatchNormGradient relu, more, written", shape, 5 * kPass, [&] {
-      BatchNormGradient(q_, relu, leaves, a_, b_, c_, d_, moments, 1e-5f, out_, sum_dy, sum_dy_xhat,
+    Kernel(named("BatchNormGradient relu, more, written"), shape, 5 * pass, [&] {
+      BatchNormGradient(q_, relu, leaves, a, b, c, d, moments, 1e-5f, out_, sum_dy, sum_dy_xhat,
                         kChannels);
     });
-    Kernel("BatchNormBackward relu", shape, 4 * kPass, [&] {
-      BatchNormBackward(q_, relu, leaves, a_, b_, c_, moments, 1e-5f, weight, sum_dy, sum_dy_xhat,
+    Kernel(named("BatchNormBackward relu"), shape, 4 * pass, [&] {
+      BatchNormBackward(q_, relu, leaves, a, b, c, moments, 1e-5f, weight, sum_dy, sum_dy_xhat,
                         kChannels, out_);
     });
-    Kernel("ColumnSums", shape, kPass,
-           [&] { ColumnSums(q_, leaves, kChannels, a_, sum_dy, kChannels); });
-    Kernel("BiasForward relu", shape, 2 * kPass,
+    Kernel(named("ColumnSums"), shape, pass,
+           [&] { ColumnSums(q_, leaves, kChannels, a, sum_dy, kChannels, type); });
+    if (stored) {
+      for (const void* const input : inputs) Must(cudaFree(const_cast<void*>(input)), "cudaFree");
+      return;
+    }
+    Kernel("BiasForward relu", shape, 2 * pass,
            [&] { BiasForward(q_, kElements, kChannels, a_, weight, true, out_); });
   }
 

@@ -69,7 +69,11 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 5, .width = 7, .in = 40, .out = 100, .kernel = 3, .padding = 1},
       {.height = 4, .width = 4, .in = 136, .out = 130, .kernel = 1},
       {.height = 6, .width = 6, .in = 128, .out = 256, .kernel = 1},
+      {.height = 4, .width = 4, .in = 192, .out = 128, .kernel = 1},
       {.height = 7, .width = 6, .in = 64, .out = 128, .kernel = 1, .stride = 2},
+      {.height = 6, .width = 6, .in = 96, .out = 128, .kernel = 3, .padding = 1},
+      {.height = 9, .width = 9, .in = 16, .out = 16, .kernel = 3, .padding = 1},
+      {.height = 9, .width = 9, .in = 16, .out = 32, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 7, .width = 7, .in = 64, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 5, .width = 6, .in = 64, .out = 132, .kernel = 3, .padding = 1},
       {.height = 7, .width = 9, .in = 32, .out = 20, .kernel = 3, .padding = 2, .dilation = 2},
@@ -179,6 +183,7 @@ TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
 TEST_P(StoredBf16Test, RowsOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
   constexpr int64_t kRows = 5;
   for (Conv2dShape s : ConvShapes()) {
+    s.bias = false;
     s.x_type = s.y_type = ElementType::kBf16;
     SCOPED_TRACE(std::to_string(s.in) + " to " + std::to_string(s.out) + ", kernel " +
                  std::to_string(s.kernel));
@@ -205,6 +210,20 @@ TEST_P(StoredBf16Test, RowsOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
       (*conv)->BackwardInput(stream(), 1, odd_dy + 1 + row * y_row, own_dx + 1 + row * x_row,
                              scratch);
     }
+    // Leaves of one call, and each as if it were the only one.
+    Leaves leaves;
+    leaves.count = 2;
+    leaves.begin[1] = 3;
+    leaves.begin[2] = kRows;
+    const auto dw = Out(2 * w.size()), own_dw = Out(2 * w.size());
+    (*conv)->BackwardWeights(stream(), leaves, x, dy, dw, nullptr, w.size(), scratch);
+    for (int leaf = 0; leaf < 2; ++leaf) {
+      const int64_t first = leaves.begin[leaf];
+      (*conv)->BackwardWeight(stream(), leaves.begin[leaf + 1] - first, odd_x + 1 + first * x_row,
+                              odd_dy + 1 + first * y_row, own_dw + leaf * w.size(), nullptr,
+                              scratch);
+    }
+    EXPECT_TRUE(SameBits(own_dw.Read(), dw.Read()));
     std::vector<uint16_t> alone_y = own_y.Read(), alone_dx = own_dx.Read();
     alone_y.erase(alone_y.begin());
     alone_dx.erase(alone_dx.begin());

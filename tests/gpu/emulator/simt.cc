@@ -47,8 +47,8 @@ struct Thread {
 
 // That a thread has begun.
 struct Copy {
-  void* to;
-  const void* from;
+  void* to;          // null: the end of a group
+  const void* from;  // null: zeros
   size_t bytes;
 };
 
@@ -131,7 +131,8 @@ class Engine {
                      const Site& site);
   void Together(void* record, void (*perform)(void* const*), const Site& site);
   void CopyLater(const Copy& copy) { copies_[current_].push_back(copy); }
-  void FinishCopies();
+  void FinishCopies() { FinishCopies(copies_[current_].size()); }
+  void FinishGroups(int but);
 
  private:
   static void FiberMain();
@@ -142,6 +143,7 @@ class Engine {
   // The thread to run now: the first runnable position of this warp, else of the next that has one.
   // -1: none.
   int Next();
+  void FinishCopies(size_t count);
   // Lets others run until the calling thread is runnable.
   void Wait();
   void Exit(int thread);
@@ -382,7 +384,10 @@ void Engine::FiberMain() {
 }
 
 void Engine::Exit(int thread) {
-  if (!copies_[thread].empty()) Report("returned without waiting for its copies", false);
+  for (const Copy& copy : copies_[thread]) {
+    if (copy.to != nullptr) Report("returned without waiting for its copies", false);
+  }
+  copies_[thread].clear();
   Warp& warp = warps_[thread / kWarp];
   threads_[thread].state = State::kExited;
   warp.runnable &= ~(1u << position_of_lane_[thread % kWarp]);
@@ -481,9 +486,28 @@ void Engine::Together(void* record, void (*perform)(void* const*), const Site& s
   Exchanged(Exchange::kTogether, ~0u, reinterpret_cast<uintptr_t>(record), 0, kWarp, site);
 }
 
-void Engine::FinishCopies() {
-  for (const Copy& copy : copies_[current_]) std::memcpy(copy.to, copy.from, copy.bytes);
-  copies_[current_].clear();
+// The first `count`, ends of groups included.
+void Engine::FinishCopies(size_t count) {
+  std::vector<Copy>& copies = copies_[current_];
+  for (size_t i = 0; i < count; ++i) {
+    const Copy& copy = copies[i];
+    if (copy.to == nullptr) continue;
+    if (copy.from == nullptr) {
+      std::memset(copy.to, 0, copy.bytes);
+    } else {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
+}
+
+void Engine::FinishGroups(int but) {
+  const std::vector<Copy>& copies = copies_[current_];
+  size_t count = copies.size();
+  for (int ends = 0; count > 0; --count) {
+    if (copies[count - 1].to == nullptr && ends++ == but) break;
+  }
+  FinishCopies(count);
 }
 
 void Engine::Complete(int first, const Group& group) {
@@ -598,7 +622,9 @@ void WarpTogether(void* record, void (*perform)(void* const*), Site site) {
 void CopyLater(void* to, const void* from, size_t bytes) {
   TheEngine().CopyLater({to, from, bytes});
 }
+void CommitCopies() { TheEngine().CopyLater({nullptr, nullptr, 0}); }
 void FinishCopies() { TheEngine().FinishCopies(); }
+void FinishGroups(int but) { TheEngine().FinishGroups(but); }
 
 void BlockBarrier(Site site) { TheEngine().Barrier(site); }
 

@@ -28,9 +28,13 @@ void RunKernel(const KernelLaunch& launch, const Order& order, uint64_t number);
 // For the instructions of emulated_tensor_core.h. All lanes of a full warp come, each with its
 // record; `perform` is called once, with the records in the order of lanes, before any goes on.
 void WarpTogether(void* record, void (*perform)(void* const* records), Site site);
-// A copy of the running thread's that is made when it calls FinishCopies, as it must.
+// A copy of the running thread's (from null: of zeros) that is made when it waits for it, as it
+// must. A commit ends a group of copies; FinishGroups waits for those groups that are not among the
+// last `but`, and for nothing that is in none.
 void CopyLater(void* to, const void* from, size_t bytes);
+void CommitCopies();
 void FinishCopies();
+void FinishGroups(int but);
 
 // "name<<<(1, 1, 1), (32, 1, 1), 0>>>".
 std::string Describe(const KernelLaunch& launch);

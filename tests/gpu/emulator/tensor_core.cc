@@ -106,12 +106,17 @@ uint4 LoadMatricesTransposed(const void* row, const char* file, int line, const 
 }
 
 void CopyInBackground(void* shared, const void* global) {
+  CopyOrZeroInBackground(shared, global, true);
+}
+void CopyOrZeroInBackground(void* shared, const void* global, bool copies) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     emulator::Fatal("a copy in the background is not aligned to 16 bytes");
   }
-  emulator::CopyLater(shared, global, 16);
+  emulator::CopyLater(shared, copies ? global : nullptr, 16);
 }
 void WaitForCopies() { emulator::FinishCopies(); }
+void CommitCopies() { emulator::CommitCopies(); }
+void WaitForGroups(int but) { emulator::FinishGroups(but); }
 
 }  // namespace lockstep::device::cuda

@@ -171,6 +171,35 @@ __device__ __forceinline__ void Finish(const Windows& s, const Terms& terms, int
   }
 }
 
+// Of place `index` of a phase that has `all`: its window's begin in the source, the taps that are
+// inside, its begin in the result (below 0: it is none).
+__device__ __forceinline__ int4 LookUp(const Windows& s, const Axis& axis_y, const Axis& axis_x,
+                                       int phase_y, int phase_x, int all, int index) {
+  int4 place = make_int4(0, 0, -1, 0);
+  uint32_t at = static_cast<uint32_t>(index);
+  if (index < all) {
+    const int x = static_cast<int>(at % static_cast<uint32_t>(axis_x.count));
+    at /= static_cast<uint32_t>(axis_x.count);
+    const int y = static_cast<int>(at % static_cast<uint32_t>(axis_y.count));
+    const int row = static_cast<int>(at / static_cast<uint32_t>(axis_y.count));
+    const int from_y = y * axis_y.scale + axis_y.begin, from_x = x * axis_x.scale + axis_x.begin;
+    place.x = ((row * s.source_height + from_y) * s.source_width + from_x) * s.channels;
+    for (int tap = 0; tap < axis_y.taps; ++tap) {
+      const bool inside =
+          static_cast<unsigned>(from_y + tap * s.tap_move) < static_cast<unsigned>(s.source_height);
+      place.y |= inside ? 1 << tap : 0;
+    }
+    for (int tap = 0; tap < axis_x.taps; ++tap) {
+      const bool inside =
+          static_cast<unsigned>(from_x + tap * s.tap_move) < static_cast<unsigned>(s.source_width);
+      place.y |= inside ? 1 << (tap + 16) : 0;
+    }
+    place.z =
+        ((row * s.height + y * s.phases + phase_y) * s.width + x * s.phases + phase_x) * s.features;
+  }
+  return place;
+}
+
 template <int kPlaces, int kFeatures, int kDown, int kAcross>
 struct WindowTile {
   static constexpr int kThreads = kDown * kAcross * kWarp;
@@ -196,7 +225,6 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
   constexpr int kTilesAcross = kFeatures / kAcross / 16;  // twice the instruction's
   static_assert(kRowsApart % 8 == 0 && kPlaces % kRowsApart == 0);
   char* const shared = SharedMemory<char>();
-  // By place: its window's begin in the source, the taps that are inside, its begin in the result.
   int4* const places = reinterpret_cast<int4*>(shared + 2 * kStage);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp, warp = thread / kWarp;
@@ -215,29 +243,7 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
   source += group * terms.channels;
 
   for (int i = thread; i < kPlaces; i += kThreads) {
-    int4 place = make_int4(0, 0, -1, 0);
-    uint32_t at = static_cast<uint32_t>(first_place + i);
-    if (first_place + i < all) {
-      const int x = static_cast<int>(at % static_cast<uint32_t>(axis_x.count));
-      at /= static_cast<uint32_t>(axis_x.count);
-      const int y = static_cast<int>(at % static_cast<uint32_t>(axis_y.count));
-      const int row = static_cast<int>(at / static_cast<uint32_t>(axis_y.count));
-      const int from_y = y * axis_y.scale + axis_y.begin, from_x = x * axis_x.scale + axis_x.begin;
-      place.x = ((row * s.source_height + from_y) * s.source_width + from_x) * s.channels;
-      for (int tap = 0; tap < axis_y.taps; ++tap) {
-        const bool inside = static_cast<unsigned>(from_y + tap * s.tap_move) <
-                            static_cast<unsigned>(s.source_height);
-        place.y |= inside ? 1 << tap : 0;
-      }
-      for (int tap = 0; tap < axis_x.taps; ++tap) {
-        const bool inside = static_cast<unsigned>(from_x + tap * s.tap_move) <
-                            static_cast<unsigned>(s.source_width);
-        place.y |= inside ? 1 << (tap + 16) : 0;
-      }
-      place.z = ((row * s.height + y * s.phases + phase_y) * s.width + x * s.phases + phase_x) *
-                s.features;
-    }
-    places[i] = place;
+    places[i] = LookUp(s, axis_y, axis_x, phase_y, phase_x, all, first_place + i);
   }
   __syncthreads();
 
@@ -400,12 +406,178 @@ void LaunchWindows(const Queue& q, const Windows& s, const Terms& terms, bool ba
          source, weights, bias, relu, result);
 }
 
+// ---- the same of a source that is stored as bf16, whose channels are by eight: pieces of 16 bytes
+// go to shared memory as they are, in the background and some stages ahead. In the same order.
+
+template <int kPlaces, int kFeatures, int kDown, int kAcross>
+struct StoredTile {
+  static constexpr int kThreads = kDown * kAcross * kWarp;
+  static constexpr int kStages = 4;
+  static constexpr int kStage = (kPlaces + kFeatures) * kRowBytes;
+  static constexpr size_t kBytes = kStages * kStage + kPlaces * sizeof(int4);
+  static constexpr int kBlocks = kFeatures >= 128 ? 2 : 4;
+};
+
+template <class Factor, int kPlaces, int kFeatures, int kDown, int kAcross>
+__global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>::kThreads,
+                                  StoredTile<kPlaces, kFeatures, kDown, kAcross>::kBlocks)
+    MultiplyStored(Windows s, Terms terms, bool backward, const StoredBf16* __restrict__ source,
+                   const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
+                   void* __restrict__ result) {
+  using Tile = StoredTile<kPlaces, kFeatures, kDown, kAcross>;
+  constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kQuads = Factor::kQuads;
+  constexpr int kRowsApart = kThreads / 4, kRows = kPlaces / kRowsApart;  // that a thread copies to
+  constexpr int kPieces = kFeatures * 4;  // of 16 bytes, of the weights' tile
+  constexpr int kTilesDown = kPlaces / kDown / 16, kTilesAcross = kFeatures / kAcross / 16;
+  static_assert(kRowsApart % 8 == 0 && kPlaces % kRowsApart == 0 && (kStages & (kStages - 1)) == 0);
+  char* const shared = SharedMemory<char>();
+  int4* const places = reinterpret_cast<int4*>(shared + kStages * Tile::kStage);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+
+  const int phase_y = static_cast<int>(blockIdx.y), phase_x = static_cast<int>(blockIdx.z);
+  const Axis axis_y = backward ? AxisOf<true>(s, s.height, phase_y) : AxisOf<false>(s, s.height, 0);
+  const Axis axis_x = backward ? AxisOf<true>(s, s.width, phase_x) : AxisOf<false>(s, s.width, 0);
+  const int tiles_of_group = terms.padded / kFeatures;
+  const int tiles_of_places = tiles_of_group * terms.groups;
+  const int own_tile = static_cast<int>(blockIdx.x) % tiles_of_places;
+  const int group = own_tile / tiles_of_group;
+  const int first_feature = own_tile % tiles_of_group * kFeatures;  // of the group
+  const int first_place = static_cast<int>(blockIdx.x) / tiles_of_places * kPlaces;
+  const int all = s.rows * axis_y.count * axis_x.count;
+  if (first_place >= all) return;
+  source += group * terms.channels;
+
+  const int taps = axis_y.taps * axis_x.taps;
+  const int steps = (taps * terms.channels + Factor::kDepth - 1) / Factor::kDepth;
+  const int slot = axis_y.first * terms.slots + axis_x.first;
+  weights += ((static_cast<int64_t>(group) * terms.slots * terms.slots + slot) * terms.steps *
+                  terms.padded +
+              first_feature) *
+             4;
+  const auto stage_of = [&](int step) { return shared + (step & (kStages - 1)) * Tile::kStage; };
+  const auto copy_weights = [&](int step) {
+    char* const to = stage_of(step) + kPlaces * kRowBytes;
+    const uint4* const from = weights + static_cast<int64_t>(step) * terms.padded * 4;
+#pragma unroll
+    for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
+      const int piece = thread + i * kThreads;
+      if (kPieces % kThreads != 0 && piece >= kPieces) continue;
+      CopyInBackground(to + (piece / 4 * 4 + PieceAt(piece / 4, piece % 4)) * 16, from + piece);
+    }
+  };
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) copy_weights(step);
+  }
+  for (int i = thread; i < kPlaces; i += kThreads) {
+    places[i] = LookUp(s, axis_y, axis_x, phase_y, phase_x, all, first_place + i);
+  }
+  __syncthreads();
+
+  // This thread copies one piece of some rows, in each step.
+  const int own_row = thread / 4, own_piece = thread % 4;
+  int begin[kRows], inside[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int4 place = places[own_row + i * kRowsApart];
+    begin[i] = place.x;
+    inside[i] = place.y;
+  }
+  int tap_y = 0, tap_x = 0, channel = (own_piece * 2 & (terms.quads - 1)) * 4;  // of the next step
+  const auto move_by = [&](int count) {                                         // of taps
+    tap_x += count;
+    while (tap_x >= axis_x.taps) {
+      tap_x -= axis_x.taps;
+      if (++tap_y < axis_y.taps) continue;
+      tap_y = 0;
+      channel += 4 << terms.shift;
+    }
+  };
+  if (steps > 0) move_by(own_piece * 2 >> terms.shift);
+  const int copy_at = own_row * kRowBytes + PieceAt(own_row, own_piece) * 16;
+  const auto copy_source = [&](int step) {
+    char* const to = stage_of(step) + copy_at;
+    const int move = (tap_y * s.source_width + tap_x) * s.tap_move * s.channels + channel;
+    const int bits = channel < terms.channels ? 1 << tap_y | 1 << (tap_x + 16) : -1;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool is_inside = (inside[i] & bits) == bits;
+      CopyOrZeroInBackground(to + i * kRowsApart * kRowBytes,
+                             source + (is_inside ? begin[i] + move : 0), is_inside);
+    }
+    move_by(kQuads >> terms.shift);
+  };
+
+  // A row of either tile that this lane names to the instruction that loads.
+  const int warp_down = warp % kDown * (kPlaces / kDown);
+  const int warp_across = warp / kDown * (kFeatures / kAcross);
+  const int down_row = warp_down + lane % 16, across_row = warp_across + lane / 16 * 8 + lane % 8;
+  const int down_at = down_row * kRowBytes + PieceAt(down_row, lane / 16) * 16;
+  const int across_at =
+      kPlaces * kRowBytes + across_row * kRowBytes + PieceAt(across_row, lane / 8 % 2) * 16;
+  float sums[kTilesDown][2 * kTilesAcross][4] = {};
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) copy_source(step);
+    CommitCopies();
+  }
+  for (int step = 0; step < steps; ++step) {
+    WaitForGroups<kStages - 2>();
+    __syncthreads();
+    const int ahead = step + kStages - 1;
+    if (ahead < steps) {
+      copy_weights(ahead);
+      copy_source(ahead);
+    }
+    CommitCopies();
+    const char* const stage = stage_of(step);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4 down[kTilesDown], across[kTilesAcross];
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+        down[i] = LoadMatrices(stage + (down_at ^ half * 32) + i * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        across[j] = LoadMatrices(stage + (across_at ^ half * 32) + j * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          Factor::Multiply(sums[i][2 * j], down[i], across[j].x, across[j].y);
+          Factor::Multiply(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
+        }
+      }
+    }
+  }
+
+  Finish<kTilesDown, kTilesAcross>(s, terms, group, first_feature + warp_across, bias, relu, result,
+                                   sums, [&](int row) { return places[warp_down + row].z; });
+}
+
+template <int kPlaces, int kFeatures, int kDown, int kAcross>
+void LaunchStored(const Queue& q, const Windows& s, const Terms& terms, bool backward,
+                  const StoredBf16* source, const uint4* weights, const float* bias, bool relu,
+                  void* result) {
+  using Tile = StoredTile<kPlaces, kFeatures, kDown, kAcross>;
+  // Of the first phase, the largest.
+  const int64_t places = int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases);
+  const int64_t tiles = CeilDiv(places, kPlaces) * (terms.padded / kFeatures) * terms.groups;
+  const uint32_t phases = static_cast<uint32_t>(s.phases);
+  Launch(q, dim3(static_cast<uint32_t>(tiles), phases, phases), dim3(Tile::kThreads), Tile::kBytes,
+         MultiplyStored<Bf16, kPlaces, kFeatures, kDown, kAcross>, s, terms, backward, source,
+         weights, bias, relu, result);
+}
+
 // ---- y and dx of convolutions that keep the size: place i of the result is the middle of its
 // window, pixel i of the source. The pixels round a tile's places are a run, of which a block of
 // channels is kept in shared memory, and every tap multiplies rows of it. In the order of
-// MultiplyWindows.
+// MultiplyWindows. What is stored as bf16 goes there as it is, in the background.
 
-template <int kFeatures, int kDown, int kAcross, int kHalves>
+template <class T, int kFeatures, int kDown, int kAcross, int kHalves>
 struct RunTile {
   static constexpr int kPlaces = 128;
   static constexpr int kThreads = kDown * kAcross * kWarp;
@@ -415,8 +587,11 @@ struct RunTile {
                                  : kFeatures == 64 || kFeatures * kHalves == 64 ? 3
                                  : kFeatures * kHalves == 16                    ? 5
                                                                                 : 4;
-  // Of a thread at once: of the first block's run, and of the next block's beside a stage.
-  static constexpr int kFirstLoads = kFeatures >= 64 ? 16 : 8;
+  // Stages of weights in memory, at most: so many that the next block's run, which is copied beside
+  // the first stage of the present one, is waited for in time.
+  static constexpr bool kStored = sizeof(T) < sizeof(float);
+  static constexpr int kBuffers = kStored && kFeatures >= 32 ? 4 : 2;
+  // Of a thread at once, of the next block's run beside a stage.
   static constexpr int kLoads = kFeatures >= 128 ? 2 : kFeatures == 64 ? 4 : 8;
 };
 
@@ -431,12 +606,12 @@ struct Runs {
 
 // kHalves: of a row of terms, that a pixel's channels of a block fill.
 template <class Factor, class T, int kFeatures, int kDown, int kAcross, int kHalves>
-__global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::kThreads,
-                                  RunTile<kFeatures, kDown, kAcross, kHalves>::kBlocks)
+__global__ void __launch_bounds__(RunTile<T, kFeatures, kDown, kAcross, kHalves>::kThreads,
+                                  RunTile<T, kFeatures, kDown, kAcross, kHalves>::kBlocks)
     MultiplyRuns(Windows s, Terms terms, Runs runs, bool backward, const T* __restrict__ source,
                  const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
                  void* __restrict__ result) {
-  using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
+  using Tile = RunTile<T, kFeatures, kDown, kAcross, kHalves>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kSteps = Tile::kSteps;
   constexpr int kPixelBytes = kHalves * kRowBytes / 2, kPixelQuads = kHalves * Factor::kQuads / 2;
   constexpr int kPieces = kFeatures * 4;  // of 16 bytes, of a row of terms of the weights
@@ -480,6 +655,12 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
                        from + (step * step_pieces + i % kOfStep * kThreads));
     }
   };
+  // The step that a stage begins with, and how many are left of its block.
+  const auto copy_stage = [&](int stage) {
+    const int first_step = stage % runs.stages * kSteps;
+    copy_weights(stage, stage / runs.stages * steps_of_block + first_step,
+                 steps_of_block - first_step);
+  };
   // Eight pixels of one piece, wherever they begin, are in different banks.
   const auto at_pixel = [](int pixel, int piece) {
     const int turned = kHalves == 2 ? piece ^ (pixel >> 1 & 3) : piece ^ (pixel >> 2 & 1);
@@ -520,12 +701,33 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
     }
   };
   static_assert(kPixelsApart % 8 == 0);
+  // All of it, as it is stored.
+  const auto copy_run = [&](int block) {
+    constexpr int kPixelPieces = kPixelBytes / 16;
+    char* const to = run + (block & 1) * runs.pixels * kPixelBytes;
+    for (int i = thread; i < runs.pixels * kPixelPieces; i += kThreads) {
+      const int pixel = i / kPixelPieces, piece = i % kPixelPieces, at = first_pixel + pixel;
+      const bool inside = static_cast<unsigned>(at) < static_cast<unsigned>(all);
+      const int from = at * s.channels + (block * kPixelPieces + piece) * 8;
+      CopyOrZeroInBackground(to + at_pixel(pixel, piece), source + (inside ? from : 0), inside);
+    }
+  };
 
-  copy_weights(0, 0, steps_of_block);
-  for (int first = 0; first < runs.loads; first += Tile::kFirstLoads) {
-    Four<T> next[Tile::kFirstLoads];
-    load_run(next, 0, first, runs.loads - first);
-    store_run(next, 0, first, runs.loads - first);
+  if constexpr (Tile::kStored) {
+    copy_run(0);
+#pragma unroll
+    for (int stage = 0; stage < Tile::kBuffers - 1; ++stage) {
+      if (stage < stages) copy_stage(stage);
+      CommitCopies();
+    }
+  } else {
+    copy_weights(0, 0, steps_of_block);
+    constexpr int kLoads = kFeatures >= 64 ? 16 : 8;  // at once
+    for (int first = 0; first < runs.loads; first += kLoads) {
+      Four<T> next[kLoads];
+      load_run(next, 0, first, runs.loads - first);
+      store_run(next, 0, first, runs.loads - first);
+    }
   }
   const int begin = backward ? s.padding : -s.padding;
   {
@@ -546,7 +748,7 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
     inside_of[thread] = inside;
   }
   if (thread < kRowBytes / 4) reinterpret_cast<int*>(shared + runs.zeros_at)[thread] = 0;
-  WaitForCopies();
+  if constexpr (!Tile::kStored) WaitForCopies();
   __syncthreads();
 
   // The places, and the row of the weights, that this lane names to the instruction that loads.
@@ -604,27 +806,31 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
   const int loads_of_stage = (runs.loads + runs.stages - 1) / runs.stages;
   int block = 0, of_block = 0;  // the stage in its block
   for (int stage = 0; stage < stages; ++stage) {
-    const bool last = of_block + 1 == runs.stages;
-    const int first_step = block * steps_of_block + of_block * kSteps;
     const int left = steps_of_block - of_block * kSteps;  // steps, of the block
-    if (stage + 1 < stages) {
-      copy_weights(stage + 1, last ? (block + 1) * steps_of_block : first_step + kSteps,
-                   last ? steps_of_block : left - kSteps);
-    }
     const int first_load = of_block * loads_of_stage;
     const int loads = block + 1 < blocks ? min(loads_of_stage, runs.loads - first_load) : 0;
     Four<T> next[Tile::kLoads] = {};
-    if (loads > 0) load_run(next, block + 1, first_load, loads);
+    if constexpr (Tile::kStored) {
+      WaitForGroups<Tile::kBuffers - 2>();
+      __syncthreads();
+      if (stage + Tile::kBuffers - 1 < stages) copy_stage(stage + Tile::kBuffers - 1);
+      if (of_block == 0 && block + 1 < blocks) copy_run(block + 1);
+      CommitCopies();
+    } else {
+      if (stage + 1 < stages) copy_stage(stage + 1);
+      if (loads > 0) load_run(next, block + 1, first_load, loads);
+    }
     const char* const now = shared + (stage & (runs.buffers - 1)) * Tile::kStage;
     const int run_at = runs.runs_at + (block & 1) * (runs.pixels * kPixelBytes);
     for (int step = 0; step < min(kSteps, left); ++step) {
       multiply(run_at, now + step * kFeatures * kRowBytes);
     }
-    if (loads > 0) store_run(next, block + 1, first_load, loads);
-    WaitForCopies();
-    __syncthreads();
-    ++of_block;
-    if (last) {
+    if constexpr (!Tile::kStored) {
+      if (loads > 0) store_run(next, block + 1, first_load, loads);
+      WaitForCopies();
+      __syncthreads();
+    }
+    if (++of_block == runs.stages) {
       of_block = 0;
       ++block;
       tap_y = tap_x = 0;
@@ -639,37 +845,38 @@ __global__ void __launch_bounds__(RunTile<kFeatures, kDown, kAcross, kHalves>::k
 }
 
 // Whether the shape, of Windows of one phase, goes by runs, and how.
-template <int kFeatures, int kDown, int kAcross, int kHalves>
+template <class T, int kFeatures, int kDown, int kAcross, int kHalves>
 bool MakeRuns(const Windows& s, const Terms& terms, Runs* runs) {
-  using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
+  using Tile = RunTile<T, kFeatures, kDown, kAcross, kHalves>;
   const int64_t reach = int64_t{s.padding} * (s.width + 1);
   const int64_t pixels = Tile::kPlaces + 2 * reach;
   const int taps = s.kernel * s.kernel;
   const int steps = kHalves == 2 ? taps : (taps + 1) / 2,
             blocks = terms.channels >> (terms.shift + 2);
   runs->stages = static_cast<int>(CeilDiv(steps, Tile::kSteps));
-  runs->buffers = blocks * runs->stages > 1 ? 2 : 1;
+  runs->buffers = blocks * runs->stages > 1 ? Tile::kBuffers : 1;
   runs->reach = static_cast<int>(reach);
   const int64_t run_bytes = pixels * kHalves * kRowBytes / 2;
   const int weight_bytes = runs->buffers * std::min(steps, Tile::kSteps) * kFeatures * kRowBytes;
   const int64_t bytes = weight_bytes + (blocks > 1 ? 2 : 1) * run_bytes + kRowBytes +
                         Tile::kPlaces * static_cast<int64_t>(sizeof(int));
-  if (bytes > kMostShared) return false;
+  if (bytes > (Tile::kStored ? kMostStoredShared : kMostShared)) return false;
   runs->pixels = static_cast<int>(pixels);
   runs->loads = static_cast<int>(CeilDiv(pixels * kHalves * Bf16::kQuads / 2, Tile::kThreads));
   runs->runs_at = weight_bytes;
   runs->zeros_at = static_cast<int>(bytes) - kRowBytes - Tile::kPlaces * 4;
   runs->taps_at = static_cast<int>(bytes) - Tile::kPlaces * 4;
   runs->bytes = static_cast<int>(bytes);
+  if (Tile::kStored) return blocks == 1 || runs->stages >= Tile::kBuffers - 1;
   return blocks == 1 || CeilDiv(runs->loads, runs->stages) <= Tile::kLoads;
 }
 
 template <class T, int kFeatures, int kDown, int kAcross, int kHalves>
 bool LaunchRuns(const Queue& q, const Windows& s, const Terms& terms, bool backward,
                 const T* source, const uint4* weights, const float* bias, bool relu, void* result) {
-  using Tile = RunTile<kFeatures, kDown, kAcross, kHalves>;
+  using Tile = RunTile<T, kFeatures, kDown, kAcross, kHalves>;
   Runs runs;
-  if (!MakeRuns<kFeatures, kDown, kAcross, kHalves>(s, terms, &runs)) return false;
+  if (!MakeRuns<T, kFeatures, kDown, kAcross, kHalves>(s, terms, &runs)) return false;
   const int64_t places = int64_t{s.rows} * s.height * s.width;
   const int64_t tiles = CeilDiv(places, Tile::kPlaces) * (terms.padded / kFeatures) * terms.groups;
   Launch(q, dim3(static_cast<uint32_t>(tiles)), dim3(Tile::kThreads),
@@ -711,6 +918,15 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
       : tile == 64
           ? (flat ? LaunchWindows<T, 128, 64, 2, 2, true> : LaunchWindows<T, 128, 64, 2, 2, false>)
           : LaunchWindows<T, 128, 128, 2, 2, false>;
+  constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+  const bool by_pieces = !kIsFloat && terms.quads >= 2 && IsAligned16(source);
+  // Of few terms it is bytes that take the time: smaller tiles, of which there are more at once.
+  constexpr int kFewTerms = 128;
+  const bool few = terms.slot_taps * terms.slot_taps * terms.channels <= kFewTerms;
+  const auto stored = tile == 16          ? LaunchStored<128, 16, 4, 1>
+                      : tile == 32        ? LaunchStored<128, 32, 4, 1>
+                      : tile == 64 || few ? LaunchStored<128, 64, 2, 2>
+                                          : LaunchStored<128, 128, 2, 2>;
   const int64_t most = std::max<int64_t>(1, kPartElements / std::max(source_row, result_row));
   for (int64_t row = 0; row < rows; row += most) {
     s.rows = static_cast<int>(std::min(most, rows - row));
@@ -720,9 +936,16 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
     const bool whole = terms.quads == Bf16::kQuads;
     const bool half = terms.channels == Bf16::kDepth / 2;
     const auto launch_runs = whole ? LaunchRunsOf<T, 2> : LaunchRunsOf<T, 1>;
-    const bool by_runs = keeps_size && (whole || half) &&
+    const bool by_runs = keeps_size && (whole || half) && (kIsFloat || by_pieces) &&
                          launch_runs(tile, q, s, terms, backward, from, weights, bias, relu, to);
-    if (!by_runs) launch(q, s, terms, backward, from, weights, bias, relu, to);
+    if (by_runs) continue;
+    if constexpr (!kIsFloat) {
+      if (by_pieces) {
+        stored(q, s, terms, backward, from, weights, bias, relu, to);
+        continue;
+      }
+    }
+    launch(q, s, terms, backward, from, weights, bias, relu, to);
   }
 }
 

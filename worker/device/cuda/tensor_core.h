@@ -59,7 +59,24 @@ __device__ __forceinline__ void CopyInBackground(void* shared, const void* globa
                "l"(global)
                : "memory");
 }
+// The same, or 16 bytes of zeros.
+__device__ __forceinline__ void CopyOrZeroInBackground(void* shared, const void* global,
+                                                       bool copies) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(copies ? 16 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The thread's copies up to here, but for those of earlier groups, are a group; and: waits for all
+// groups but the last kBut.
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kBut>
+__device__ __forceinline__ void WaitForGroups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
+}
 
 }  // namespace lockstep::device::cuda
 

@@ -42,6 +42,128 @@ __device__ __forceinline__ int PieceOf(int row, int piece) {
 
 constexpr int kSpan = 128;  // places whose windows are looked up at once
 
+// Of a place of the leaf, below `end`: its window's begin in x, in 64 bits, and the taps that are
+// inside.
+__device__ __forceinline__ int4 WindowOfPlace(const WeightGradient& s, int at, int end) {
+  int4 place = make_int4(0, 0, 0, 0);
+  if (at >= end) return place;
+  uint32_t rest = static_cast<uint32_t>(at);
+  const int from_x = static_cast<int>(s.by_width.TakeRemainder(rest)) * s.stride - s.padding;
+  const int from_y = static_cast<int>(s.by_height.TakeRemainder(rest)) * s.stride - s.padding;
+  const int64_t begin =
+      ((static_cast<int64_t>(rest) * s.height + from_y) * s.width + from_x) * s.in;
+  place.x = static_cast<int>(static_cast<uint32_t>(begin));
+  place.y = static_cast<int>(begin >> 32);
+  for (int tap = 0; tap < s.kernel; ++tap) {
+    const int move = tap * s.dilation;
+    if (static_cast<unsigned>(from_y + move) < static_cast<unsigned>(s.height)) {
+      place.z |= 1 << tap;
+    }
+    if (static_cast<unsigned>(from_x + move) < static_cast<unsigned>(s.width)) {
+      place.z |= 1 << (tap + 16);
+    }
+  }
+  return place;
+}
+__device__ __forceinline__ int64_t BeginOf(const int4& window) {
+  return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(window.y)) << 32 |
+                              static_cast<uint32_t>(window.x));
+}
+
+// A column as its tap's bits, -1 where it is none, and its move in x and place in the result.
+struct Column {
+  int bits, move, at;
+};
+template <bool kFlat>
+__device__ __forceinline__ Column ColumnOf(const WeightGradient& s, int column) {
+  int tap, c;
+  if constexpr (kFlat) {
+    tap = column / s.own_in;
+    c = column % s.own_in;
+  } else {
+    const int quad = column / 4, of_blocks = quad >> s.shift, taps = s.kernel * s.kernel;
+    tap = of_blocks % taps;
+    c = ((of_blocks / taps << s.shift) + (quad & ((1 << s.shift) - 1))) * 4 + column % 4;
+  }
+  const int y = tap / s.kernel, x = tap % s.kernel;
+  if (column >= s.columns) return {-1, 0, -1};
+  return {1 << y | 1 << (x + 16), (y * s.width + x) * s.dilation * s.in + c, tap * s.own_in + c};
+}
+
+// Writes two neighbouring sums where they belong, of the group's outs and columns.
+template <bool kFlat>
+__device__ __forceinline__ void WriteTwo(const WeightGradient& s, int group, int out, int column,
+                                         float first_sum, float second_sum, float* results) {
+  if (out >= s.own_out || column >= s.columns) return;
+  float* const row = results + static_cast<int64_t>(group * s.own_out + out) * s.columns;
+  float* const to = row + ColumnOf<kFlat>(s, column).at;
+  if (!kFlat && s.wide_result) {
+    *reinterpret_cast<float2*>(to) = make_float2(first_sum, second_sum);
+    return;
+  }
+  *to = first_sum;
+  if (column + 1 < s.columns) row[ColumnOf<kFlat>(s, column + 1).at] = second_sum;
+}
+
+// Writes a block's tile; several groups' sums are added in their order, through shared memory.
+template <int kOut, int kColumns, int kDown, int kAcross, int kGroups, bool kFlat, int kTilesDown,
+          int kTilesAcross2>
+__device__ __forceinline__ void WriteTile(const WeightGradient& s, int group, int first_out,
+                                          int first_column,
+                                          const float (&sums)[kTilesDown][kTilesAcross2][4],
+                                          float* results) {
+  constexpr int kThreads = kDown * kAcross * kGroups * kWarp;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  const int warp_group = warp / (kDown * kAcross), member = warp % (kDown * kAcross);
+  const int warp_down = member % kDown * (kOut / kDown);
+  const int warp_across = member / kDown * (kColumns / kAcross);
+  const auto write = [&](int own_out, int own_column, float first_sum, float second_sum) {
+    WriteTwo<kFlat>(s, group, first_out + own_out, first_column + own_column, first_sum, second_sum,
+                    results);
+  };
+  if constexpr (kGroups > 1) {
+    // The groups' sums, added in their order.
+    __syncthreads();  // behind the last products
+    float2* const handed = SharedMemory<float2>();
+#pragma unroll
+    for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTilesAcross2; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_down + i * 16 + half * 8 + lane / 4;
+          const int pair = (warp_across + j * 8) / 2 + lane % 4;
+          handed[(warp_group * kOut + row) * (kColumns / 2) + pair] =
+              make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < kOut * kColumns / 2; i += kThreads) {
+      float2 sum = handed[i];
+#pragma unroll
+      for (int g = 1; g < kGroups; ++g) {
+        const float2 more = handed[g * kOut * kColumns / 2 + i];
+        sum = make_float2(sum.x + more.x, sum.y + more.y);
+      }
+      write(i / (kColumns / 2), i % (kColumns / 2) * 2, sum.x, sum.y);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kTilesAcross2; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          write(warp_down + i * 16 + half * 8 + lane / 4, warp_across + j * 8 + lane % 4 * 2,
+                sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
 // kDown x kAcross warps make the tile, kGroups such groups of them each in its places of a step.
 template <int kOut, int kColumns, int kDown, int kAcross, int kGroups, int kDepths>
 struct GradientTile {
@@ -94,48 +216,10 @@ __global__ void __launch_bounds__(
 
   const auto look_up = [&](int span) {
     for (int i = thread; i < kSpan; i += kThreads) {
-      int4 place = make_int4(0, 0, 0, 0);
-      const int at = first + span * kSpan + i;
-      if (at < end) {
-        uint32_t rest = static_cast<uint32_t>(at);
-        const int from_x = static_cast<int>(s.by_width.TakeRemainder(rest)) * s.stride - s.padding;
-        const int from_y = static_cast<int>(s.by_height.TakeRemainder(rest)) * s.stride - s.padding;
-        const int64_t begin =
-            ((static_cast<int64_t>(rest) * s.height + from_y) * s.width + from_x) * s.in;
-        place.x = static_cast<int>(static_cast<uint32_t>(begin));
-        place.y = static_cast<int>(begin >> 32);
-        for (int tap = 0; tap < s.kernel; ++tap) {
-          const int move = tap * s.dilation;
-          if (static_cast<unsigned>(from_y + move) < static_cast<unsigned>(s.height)) {
-            place.z |= 1 << tap;
-          }
-          if (static_cast<unsigned>(from_x + move) < static_cast<unsigned>(s.width)) {
-            place.z |= 1 << (tap + 16);
-          }
-        }
-      }
-      table[(span & 1) * kSpan + i] = place;
+      table[(span & 1) * kSpan + i] = WindowOfPlace(s, first + span * kSpan + i, end);
     }
   };
-  // A column as its tap's bits, -1 where it is none, and its move in x and place in the result.
-  struct Column {
-    int bits, move, at;
-  };
-  const auto column_of = [&](int column) {
-    int tap, c;
-    if constexpr (kFlat) {
-      tap = column / s.own_in;
-      c = column % s.own_in;
-    } else {
-      const int quad = column / 4, of_blocks = quad >> s.shift, taps = s.kernel * s.kernel;
-      tap = of_blocks % taps;
-      c = ((of_blocks / taps << s.shift) + (quad & ((1 << s.shift) - 1))) * 4 + column % 4;
-    }
-    const int y = tap / s.kernel, x = tap % s.kernel;
-    if (column >= s.columns) return Column{-1, 0, -1};
-    return Column{1 << y | 1 << (x + 16), (y * s.width + x) * s.dilation * s.in + c,
-                  tap * s.own_in + c};
-  };
+  const auto column_of = [&](int column) { return ColumnOf<kFlat>(s, column); };
 
   // What this thread loads: a quad of columns of some places of each step, and one of dy.
   constexpr int kElements = kFlat ? 4 : 1;
@@ -159,9 +243,7 @@ __global__ void __launch_bounds__(
       const int own = column_place + i * kColumnApart;
       if (kPlaces % kColumnApart != 0 && own >= kPlaces) continue;
       const int4 window = windows[own];
-      const X* const from =
-          x + static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(window.y)) << 32 |
-                                   static_cast<uint32_t>(window.x));
+      const X* const from = x + BeginOf(window);
       if constexpr (kFlat) {
         next_x[i] = GatherFour<X>(
             [&](int j) { return (window.z & bits[j]) == bits[j] ? from + moves[j] : nullptr; });
@@ -257,57 +339,8 @@ __global__ void __launch_bounds__(
   }
 
   results += leaf * s.leaf_stride + chunk * s.chunk_stride;
-  const auto write = [&](int own_out, int own_column, float first_sum, float second_sum) {
-    const int out = first_out + own_out, column = first_column + own_column;
-    if (out >= s.own_out || column >= s.columns) return;
-    float* const row = results + static_cast<int64_t>(group * s.own_out + out) * s.columns;
-    float* const to = row + column_of(column).at;
-    if (!kFlat && s.wide_result) {
-      *reinterpret_cast<float2*>(to) = make_float2(first_sum, second_sum);
-      return;
-    }
-    *to = first_sum;
-    if (column + 1 < s.columns) row[column_of(column + 1).at] = second_sum;
-  };
-  if constexpr (kGroups > 1) {
-    // The groups' sums, added in their order.
-    float2* const handed = reinterpret_cast<float2*>(shared);
-#pragma unroll
-    for (int i = 0; i < kTilesDown; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2 * kTilesAcross; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = warp_down + i * 16 + half * 8 + lane / 4;
-          const int pair = (warp_across + j * 8) / 2 + lane % 4;
-          handed[(warp_group * kOut + row) * (kColumns / 2) + pair] =
-              make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
-        }
-      }
-    }
-    __syncthreads();
-    for (int i = thread; i < kOut * kColumns / 2; i += kThreads) {
-      float2 sum = handed[i];
-#pragma unroll
-      for (int g = 1; g < kGroups; ++g) {
-        const float2 more = handed[g * kOut * kColumns / 2 + i];
-        sum = make_float2(sum.x + more.x, sum.y + more.y);
-      }
-      write(i / (kColumns / 2), i % (kColumns / 2) * 2, sum.x, sum.y);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < 2 * kTilesAcross; ++j) {
-#pragma unroll
-      for (int i = 0; i < kTilesDown; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          write(warp_down + i * 16 + half * 8 + lane / 4, warp_across + j * 8 + lane % 4 * 2,
-                sums[i][j][2 * half], sums[i][j][2 * half + 1]);
-        }
-      }
-    }
-  }
+  WriteTile<kOut, kColumns, kDown, kAcross, kGroups, kFlat>(s, group, first_out, first_column, sums,
+                                                            results);
 }
 
 template <class X, class Y, int kOut, int kColumns, int kDown, int kAcross, int kGroups,
@@ -322,6 +355,162 @@ void LaunchGradients(const Queue& q, WeightGradient s, const Chunks& leaves, uin
          leaves, x, dy, results);
 }
 
+// ---- the same of x and dy that are both stored as bf16, with channels by eight: pieces of 16
+// bytes go to shared memory as they are, in the background and some steps ahead. In the same order.
+
+template <int kOut, int kColumns, int kDown, int kAcross, int kGroups>
+struct StoredGradientTile {
+  static constexpr int kThreads = kDown * kAcross * kGroups * kWarp;
+  static constexpr int kStages = 4, kPlaces = 32;  // of a step
+  static constexpr int kSums = kOut * kColumns * kGroups / kThreads;
+  static constexpr int kBlocks = kThreads > 128 || kSums >= 128 ? 2 : kSums >= 64 ? 3 : 4;
+  static constexpr int kStage = kPlaces * (kOut + kColumns) * 2;
+  static constexpr int kHanded = kGroups > 1 ? kGroups* kOut* kColumns * 4 : 0;
+  static constexpr int kTable = std::max(kStages * kStage, kHanded);  // where it begins
+  static constexpr size_t kBytes = kTable + 2 * kSpan * sizeof(int4);
+  // A step that is copied is one of the present span of places, or of the next.
+  static_assert(kStages <= kSpan / kPlaces && (kStages & (kStages - 1)) == 0);
+};
+
+template <int kOut, int kColumns, int kDown, int kAcross, int kGroups>
+__global__ void __launch_bounds__(
+    StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>::kThreads,
+    StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>::kBlocks)
+    MultiplyStoredGradients(WeightGradient s, Chunks chunks, const StoredBf16* __restrict__ x,
+                            const StoredBf16* __restrict__ dy, float* __restrict__ results) {
+  using Tile = StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>;
+  constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStages = Tile::kStages;
+  constexpr int kColumnPieces = kColumns / 8, kOutPieces = kOut / 8;
+  constexpr int kColumnApart = kThreads / kColumnPieces, kOutApart = kThreads / kOutPieces;
+  constexpr int kColumnCopies = (kPlaces + kColumnApart - 1) / kColumnApart;
+  constexpr int kOutCopies = (kPlaces + kOutApart - 1) / kOutApart;
+  constexpr int kTilesDown = kOut / kDown / 16, kTilesAcross = kColumns / kAcross / 16;
+  constexpr int kDepths = kPlaces / kGroups / 16;
+  static_assert(kThreads % kColumnPieces == 0 && kThreads % kOutPieces == 0);
+  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
+  const int64_t first_row = chunks.begin[leaf];
+  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
+  const int64_t first_of_chunk = int64_t{chunk} * chunks.places[leaf];
+  if (chunk > 0 && first_of_chunk >= all) return;
+  const int first = static_cast<int>(first_of_chunk);
+  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  int tile = static_cast<int>(blockIdx.x);
+  const int first_column = tile % s.column_tiles * kColumns;
+  tile /= s.column_tiles;
+  const int first_out = tile % s.out_tiles * kOut, group = tile / s.out_tiles;  // of the group
+  x += first_row * s.height * s.width * s.in + group * s.own_in;
+  dy += first_row * s.out_places * s.out + group * s.own_out;
+  char* const shared = SharedMemory<char>();
+  int4* const table = reinterpret_cast<int4*>(shared + Tile::kTable);  // WindowOfPlace
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  const auto look_up = [&](int span) {
+    for (int i = thread; i < kSpan; i += kThreads) {
+      table[(span & 1) * kSpan + i] = WindowOfPlace(s, first + span * kSpan + i, end);
+    }
+  };
+
+  // What this thread copies: a piece of columns of some places of each step, and one of dy.
+  const int column_place = thread / kColumnPieces, column_piece = thread % kColumnPieces;
+  const int out_place = thread / kOutPieces, out_piece = thread % kOutPieces;
+  const Column column = ColumnOf<false>(s, first_column + column_piece * 8);
+  const bool has_outs = first_out + out_piece * 8 < s.own_out;
+  const StoredBf16* const from_x = x + column.move;
+  const StoredBf16* const from_dy =
+      dy + (static_cast<int64_t>(first + out_place) * s.out + first_out + out_piece * 8);
+  const auto copy = [&](int step) {
+    char* const stage = shared + (step & (kStages - 1)) * Tile::kStage;
+    const int4* const windows = table + (step * kPlaces & (2 * kSpan - 1));
+#pragma unroll
+    for (int i = 0; i < kOutCopies; ++i) {
+      const int row = out_place + i * kOutApart, at = step * kPlaces + row;
+      if (kPlaces % kOutApart != 0 && row >= kPlaces) continue;
+      const bool inside = has_outs && first + at < end;
+      const int64_t move = static_cast<int64_t>(step * kPlaces + i * kOutApart) * s.out;
+      CopyOrZeroInBackground(stage + row * kOut * 2 + PieceOf<kOutPieces>(row, out_piece) * 16,
+                             inside ? from_dy + move : dy, inside);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnCopies; ++i) {
+      const int row = column_place + i * kColumnApart;
+      if (kPlaces % kColumnApart != 0 && row >= kPlaces) continue;
+      const int4 window = windows[row];
+      const bool inside = (window.z & column.bits) == column.bits;
+      CopyOrZeroInBackground(stage + kPlaces * kOut * 2 + row * kColumns * 2 +
+                                 PieceOf<kColumnPieces>(row, column_piece) * 16,
+                             inside ? from_x + BeginOf(window) : x, inside);
+    }
+  };
+
+  const int warp_group = warp / (kDown * kAcross), member = warp % (kDown * kAcross);
+  const int warp_down = member % kDown * (kOut / kDown);
+  const int warp_across = member / kDown * (kColumns / kAcross);
+  float sums[kTilesDown][2 * kTilesAcross][4] = {};
+  const auto multiply = [&](const char* stage) {
+#pragma unroll
+    for (int depth = 0; depth < kDepths; ++depth) {
+      const int first_place = (warp_group * kDepths + depth) * 16;
+      // Places go down in the tiles, so they are transposed on their way.
+      const int down_row = first_place + lane / 16 * 8 + lane % 8;
+      const int across_row = first_place + lane % 16;
+      uint4 down[kTilesDown], across[kTilesAcross];
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+        const int piece = warp_down / 8 + i * 2 + lane / 8 % 2;
+        down[i] = LoadMatricesTransposed(stage + down_row * kOut * 2 +
+                                         PieceOf<kOutPieces>(down_row, piece) * 16);
+      }
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        const int piece = warp_across / 8 + j * 2 + lane / 16;
+        across[j] = LoadMatricesTransposed(stage + kPlaces * kOut * 2 + across_row * kColumns * 2 +
+                                           PieceOf<kColumnPieces>(across_row, piece) * 16);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          MultiplyBf16(sums[i][2 * j], down[i], across[j].x, across[j].y);
+          MultiplyBf16(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
+        }
+      }
+    }
+  };
+
+  const int steps = (end - first + kPlaces - 1) / kPlaces;
+  constexpr int kStepsOfSpan = kSpan / kPlaces;
+  look_up(0);
+  __syncthreads();
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) copy(step);
+    CommitCopies();
+  }
+  for (int step = 0; step < steps; ++step) {
+    WaitForGroups<kStages - 2>();
+    __syncthreads();
+    if (step + kStages - 1 < steps) copy(step + kStages - 1);
+    CommitCopies();
+    if ((step & (kStepsOfSpan - 1)) == 0) look_up(step / kStepsOfSpan + 1);
+    multiply(shared + (step & (kStages - 1)) * Tile::kStage);
+  }
+
+  results += leaf * s.leaf_stride + chunk * s.chunk_stride;
+  WriteTile<kOut, kColumns, kDown, kAcross, kGroups, false>(s, group, first_out, first_column, sums,
+                                                            results);
+}
+
+template <int kOut, int kColumns, int kDown, int kAcross, int kGroups>
+void LaunchStoredGradients(const Queue& q, WeightGradient s, const Chunks& leaves, uint32_t chunks,
+                           const StoredBf16* x, const StoredBf16* dy, float* results) {
+  using Tile = StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>;
+  const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
+                  static_cast<uint32_t>(leaves.count));
+  Launch(q, grid, dim3(Tile::kThreads), Tile::kBytes,
+         MultiplyStoredGradients<kOut, kColumns, kDown, kAcross, kGroups>, s, leaves, x, dy,
+         results);
+}
+
 // ---- dw of convolutions that keep the size, as y and dx of them: a ring of pixels round the
 // present places is kept in shared memory, each loaded once, and every tap multiplies rows of it.
 
@@ -333,6 +522,52 @@ constexpr int PlacesOfGradientRun(int out_tile, int halves) {
 int64_t BytesOfGradientRun(int out_tile, int halves, int64_t ring) {
   const int places = PlacesOfGradientRun(out_tile, halves);
   return 2 * places * (out_tile * 2 + 4) + ring * halves * 32 + kRowBytes;
+}
+
+// Of a place of the leaf, below `end`.
+__device__ __forceinline__ int TapsInside(const WeightGradient& s, int place, int end) {
+  int inside = 0;
+  if (place >= end) return inside;
+  uint32_t rest = static_cast<uint32_t>(place);
+  const int from_x = static_cast<int>(s.by_width.TakeRemainder(rest)) - s.padding;
+  const int from_y = static_cast<int>(s.by_height.TakeRemainder(rest)) - s.padding;
+  for (int t = 0; t < s.kernel; ++t) {
+    const int move = t * s.dilation;
+    if (static_cast<unsigned>(from_y + move) < static_cast<unsigned>(s.height)) inside |= 1 << t;
+    if (static_cast<unsigned>(from_x + move) < static_cast<unsigned>(s.width)) {
+      inside |= 1 << (t + 16);
+    }
+  }
+  return inside;
+}
+
+// Writes a warp's sums of a tap.
+template <int kTilesDown, int kAcross>
+__device__ __forceinline__ void WriteTap(const WeightGradient& s, int group, int first_out, int tap,
+                                         int first_channel,
+                                         const float (&sums)[kTilesDown][kAcross][4],
+                                         float* results) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int out = first_out + i * 16 + half * 8 + lane / 4;
+      if (out >= s.own_out) continue;
+      float* const to = results + static_cast<int64_t>(group * s.own_out + out) * s.columns +
+                        tap * s.own_in + first_channel + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        const float* const v = sums[i][j] + 2 * half;
+        if (s.wide_result) {
+          *reinterpret_cast<float2*>(to + j * 8) = make_float2(v[0], v[1]);
+        } else {
+          to[j * 8] = v[0];
+          to[j * 8 + 1] = v[1];
+        }
+      }
+    }
+  }
 }
 
 // A warp makes kOut x kHalves * 16 channels of one tap.
@@ -404,23 +639,7 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
   };
   // The taps that are inside of the input, of a place of a step.
   const auto look_up = [&](int step, int own) {
-    const int place = first + step * kPlaces + own;
-    int inside = 0;
-    if (place < end) {
-      uint32_t rest = static_cast<uint32_t>(place);
-      const int from_x = static_cast<int>(s.by_width.TakeRemainder(rest)) - s.padding;
-      const int from_y = static_cast<int>(s.by_height.TakeRemainder(rest)) - s.padding;
-      for (int t = 0; t < s.kernel; ++t) {
-        const int move = t * s.dilation;
-        if (static_cast<unsigned>(from_y + move) < static_cast<unsigned>(s.height)) {
-          inside |= 1 << t;
-        }
-        if (static_cast<unsigned>(from_x + move) < static_cast<unsigned>(s.width)) {
-          inside |= 1 << (t + 16);
-        }
-      }
-    }
-    inside_of[(step & 1) * kPlaces + own] = inside;
+    inside_of[(step & 1) * kPlaces + own] = TapsInside(s, first + step * kPlaces + own, end);
   };
   const int out_place = thread / kOutQuads, out_quad = thread % kOutQuads;
   const int own_outs = s.own_out - (first_out + out_quad * 4);
@@ -540,26 +759,160 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
 
   if (tap >= taps) return;
   results += leaf * s.leaf_stride + chunk * s.chunk_stride;
+  WriteTap(s, group, first_out, tap, first_channel, sums, results);
+}
+
+// The same of x and dy that are both stored as bf16, with outs by eight: pieces of 16 bytes go
+// there as they are, in the background and some steps ahead. In the same order.
+constexpr int kRunStages = 4;
+int64_t BytesOfStoredRun(int out_tile, int halves, int64_t ring) {
+  const int places = PlacesOfGradientRun(out_tile, halves);
+  return kRunStages * places * out_tile * 2 + ring * halves * 32 + kRowBytes + 2 * places * 4;
+}
+// Pixels of its ring: those of the steps that are there or on their way.
+int StoredRingOf(const Conv2dShape& s, int places) {
+  int64_t ring = 128;
+  while (ring < 2 * s.padding * (s.width + 1) + kRunStages * places && ring < (1 << 20)) ring *= 2;
+  return static_cast<int>(ring);
+}
+
+template <int kOut, int kHalves>
+__global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
+                                  GradientRunTile<kOut, kHalves>::kBlocks)
+    MultiplyStoredGradientRuns(WeightGradient s, Chunks chunks, int ring,
+                               const StoredBf16* __restrict__ x, const StoredBf16* __restrict__ dy,
+                               float* __restrict__ results) {
+  using Tile = GradientRunTile<kOut, kHalves>;
+  constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStage = Tile::kStage;
+  constexpr int kPixelPieces = kHalves * 2, kOutPieces = kOut / 8;
+  constexpr int kOutCopies = (kPlaces * kOutPieces + kThreads - 1) / kThreads;
+  constexpr int kPixelCopies = (kPlaces * kPixelPieces + kThreads - 1) / kThreads;
+  constexpr int kTilesDown = kOut / 16, kRingAt = kRunStages * kStage;
+  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
+  const int64_t first_row = chunks.begin[leaf];
+  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
+  const int64_t first_of_chunk = int64_t{chunk} * chunks.places[leaf];
+  if (chunk > 0 && first_of_chunk >= all) return;
+  const int first = static_cast<int>(first_of_chunk);
+  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  const int taps = s.kernel * s.kernel;
+  const int tap_tiles = (taps + kTapsOfTile - 1) / kTapsOfTile;
+  int tile = static_cast<int>(blockIdx.x);
+  const int first_tap = tile % tap_tiles * kTapsOfTile;
+  tile /= tap_tiles;
+  const int channel_tiles = s.column_tiles / tap_tiles;
+  const int first_channel = tile % channel_tiles * (kHalves * 16);
+  tile /= channel_tiles;
+  const int first_out = tile % s.out_tiles * kOut, group = tile / s.out_tiles;  // of the group
+  x += first_row * s.out_places * s.in + group * s.own_in + first_channel;
+  dy += first_row * s.out_places * s.out + group * s.own_out + first_out;
+  const int reach = s.padding * (s.width + 1);  // pixels in front of the first place
+
+  char* const shared = SharedMemory<char>();
+  const int zeros_at = kRingAt + ring * Tile::kPixelBytes;
+  int* const inside_of = reinterpret_cast<int*>(shared + zeros_at + kRowBytes);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  const int tap = first_tap + warp, tap_y = tap / s.kernel, tap_x = tap % s.kernel;
+  const int bits = 1 << tap_y | 1 << (tap_x + 16);
+
+  // Eight pixels of one piece, wherever they begin, are in different banks.
+  const auto at_pixel = [&](int pixel, int piece) {
+    pixel &= ring - 1;
+    const int turned = kHalves == 2 ? piece ^ (pixel >> 1 & 3) : piece ^ (pixel >> 2 & 1);
+    return kRingAt + pixel * Tile::kPixelBytes + turned * 16;
+  };
+  // Pixels of the run, from 0, which is `reach` in front of the chunk's first place.
+  const auto copy_pixel = [&](int pixel, int piece) {
+    const int at = first - reach + pixel;
+    const bool inside = static_cast<unsigned>(at) < static_cast<unsigned>(all);
+    CopyOrZeroInBackground(shared + at_pixel(pixel, piece),
+                           x + (inside ? static_cast<int64_t>(at) * s.in + piece * 8 : 0), inside);
+  };
+  const int ahead =
+      2 * reach;  // of a step's first place, of the pixels that it is the last to need
+  const auto copy = [&](int step) {
 #pragma unroll
-  for (int i = 0; i < kTilesDown; ++i) {
+    for (int i = 0; i < kOutCopies; ++i) {
+      const int index = thread + i * kThreads;
+      if (kPlaces * kOutPieces % kThreads != 0 && index >= kPlaces * kOutPieces) continue;
+      const int row = index / kOutPieces, piece = index % kOutPieces;
+      const int place = first + step * kPlaces + row;
+      const bool inside = place < end && first_out + piece * 8 < s.own_out;
+      CopyOrZeroInBackground(shared + (step & (kRunStages - 1)) * kStage + row * kOut * 2 +
+                                 PieceOf<kOutPieces>(row, piece) * 16,
+                             dy + (inside ? static_cast<int64_t>(place) * s.out + piece * 8 : 0),
+                             inside);
+    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int out = first_out + i * 16 + half * 8 + lane / 4;
-      if (out >= s.own_out) continue;
-      float* const to = results + static_cast<int64_t>(group * s.own_out + out) * s.columns +
-                        tap * s.own_in + first_channel + lane % 4 * 2;
+    for (int i = 0; i < kPixelCopies; ++i) {
+      const int index = thread + i * kThreads;
+      if (kPlaces * kPixelPieces % kThreads != 0 && index >= kPlaces * kPixelPieces) continue;
+      copy_pixel(step * kPlaces + ahead + index / kPixelPieces, index % kPixelPieces);
+    }
+  };
+  const auto look_up = [&](int step) {
+    if (warp < kTapsOfTile - kPlaces / kWarp) return;  // the last warps, which copy least
+    const int own = thread - (kThreads - kPlaces);
+    inside_of[(step & 1) * kPlaces + own] = TapsInside(s, first + step * kPlaces + own, end);
+  };
+
+  float sums[kTilesDown][2 * kHalves][4] = {};
+  const int move = tap_y * s.dilation * s.width + tap_x * s.dilation;  // from the window's begin
+  const auto multiply = [&](int step) {
+    const char* const stage = shared + (step & (kRunStages - 1)) * kStage;
 #pragma unroll
-      for (int j = 0; j < 2 * kHalves; ++j) {
-        const float* const v = sums[i][j] + 2 * half;
-        if (s.wide_result) {
-          *reinterpret_cast<float2*>(to + j * 8) = make_float2(v[0], v[1]);
-        } else {
-          to[j * 8] = v[0];
-          to[j * 8 + 1] = v[1];
+    for (int depth = 0; depth < kPlaces / 16; ++depth) {
+      // Places go down in the tiles, so they are transposed on their way.
+      const int down_row = depth * 16 + lane / 16 * 8 + lane % 8, place = depth * 16 + lane % 16;
+      uint4 down[kTilesDown], across[kHalves];
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+        down[i] = LoadMatricesTransposed(stage + down_row * kOut * 2 +
+                                         PieceOf<kOutPieces>(down_row, i * 2 + lane / 8 % 2) * 16);
+      }
+      const bool inside = (inside_of[(step & 1) * kPlaces + place] & bits) == bits;
+      const int at =
+          inside ? at_pixel(step * kPlaces + place + move, lane / 16) : zeros_at + lane / 16 * 16;
+#pragma unroll
+      for (int j = 0; j < kHalves; ++j) {
+        across[j] = LoadMatricesTransposed(shared + (at ^ j * 32));
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kHalves; ++j) {
+          MultiplyBf16(sums[i][2 * j], down[i], across[j].x, across[j].y);
+          MultiplyBf16(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
         }
       }
     }
+  };
+
+  const int steps = (end - first + kPlaces - 1) / kPlaces;
+  for (int i = thread; i < ahead * kPixelPieces; i += kThreads) {
+    copy_pixel(i / kPixelPieces, i % kPixelPieces);
   }
+  look_up(0);
+  if (thread < kRowBytes / 4) reinterpret_cast<int*>(shared + zeros_at)[thread] = 0;
+#pragma unroll
+  for (int step = 0; step < kRunStages - 1; ++step) {
+    if (step < steps) copy(step);
+    CommitCopies();
+  }
+  for (int step = 0; step < steps; ++step) {
+    WaitForGroups<kRunStages - 2>();
+    __syncthreads();
+    if (step + kRunStages - 1 < steps) copy(step + kRunStages - 1);
+    CommitCopies();
+    if (step + 1 < steps) look_up(step + 1);
+    if (tap < taps) multiply(step);
+  }
+  if (steps == 0) WaitForCopies();  // of pixels that nothing needed
+
+  if (tap >= taps) return;
+  results += leaf * s.leaf_stride + chunk * s.chunk_stride;
+  WriteTap(s, group, first_out, tap, first_channel, sums, results);
 }
 
 // Pixels of the ring: those of the present step and the next, of at most 64 places.
@@ -583,11 +936,25 @@ void LaunchGradientRuns(const Queue& q, const WeightGradient& s, const Chunks& l
          MultiplyGradientRuns<X, Y, kOut, kHalves>, s, leaves, ring, x, dy, results);
 }
 
+template <int kOut, int kHalves>
+void LaunchStoredRuns(const Queue& q, const WeightGradient& s, const Chunks& leaves,
+                      uint32_t chunks, int ring, const StoredBf16* x, const StoredBf16* dy,
+                      float* results) {
+  using Tile = GradientRunTile<kOut, kHalves>;
+  const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
+                  static_cast<uint32_t>(leaves.count));
+  Launch(q, grid, dim3(Tile::kThreads), static_cast<size_t>(BytesOfStoredRun(kOut, kHalves, ring)),
+         MultiplyStoredGradientRuns<kOut, kHalves>, s, leaves, ring, x, dy, results);
+}
+
 // The tile of a shape and what launches it.
 template <class X, class Y>
 struct GradientPlan {
   int out_tile, column_tile;
   void (*launch)(const Queue&, WeightGradient, const Chunks&, uint32_t, const X*, const Y*, float*);
+  // Where both are stored as bf16, by pieces, of the same tile.
+  void (*launch_stored)(const Queue&, WeightGradient, const Chunks&, uint32_t, const StoredBf16*,
+                        const StoredBf16*, float*) = nullptr;
 };
 template <class X, class Y>
 GradientPlan<X, Y> PlanOf(int64_t outs, int64_t columns, bool flat) {
@@ -609,20 +976,30 @@ GradientPlan<X, Y> PlanOf(int64_t outs, int64_t columns, bool flat) {
   if (out_tile <= 32 && RoundUp(columns, 144) <= narrow) {
     return {out_tile, 144,
             out_tile == 16 ? LaunchGradients<X, Y, 16, 144, 1, 9, 1, 2, false>
-                           : LaunchGradients<X, Y, 32, 144, 1, 9, 1, 2, false>};
+                           : LaunchGradients<X, Y, 32, 144, 1, 9, 1, 2, false>,
+            out_tile == 16 ? LaunchStoredGradients<16, 144, 1, 9, 1>
+                           : LaunchStoredGradients<32, 144, 1, 9, 1>};
   }
   if (columns <= 256 && RoundUp(columns, 128) > narrow) {
     return {out_tile, 64,
             out_tile == 16   ? LaunchGradients<X, Y, 16, 64, 1, 2, 2, 1, false>
             : out_tile == 32 ? LaunchGradients<X, Y, 32, 64, 1, 2, 2, 1, false>
             : out_tile == 64 ? LaunchGradients<X, Y, 64, 64, 2, 2, 1, 2, false>
-                             : LaunchGradients<X, Y, 128, 64, 2, 2, 1, 2, false>};
+                             : LaunchGradients<X, Y, 128, 64, 2, 2, 1, 2, false>,
+            out_tile == 16   ? LaunchStoredGradients<16, 64, 1, 2, 2>
+            : out_tile == 32 ? LaunchStoredGradients<32, 64, 1, 2, 2>
+            : out_tile == 64 ? LaunchStoredGradients<64, 64, 2, 2, 1>
+                             : LaunchStoredGradients<128, 64, 2, 2, 1>};
   }
   return {out_tile, 128,
           out_tile == 16   ? LaunchGradients<X, Y, 16, 128, 1, 4, 1, 2, false>
           : out_tile == 32 ? LaunchGradients<X, Y, 32, 128, 1, 4, 1, 2, false>
           : out_tile == 64 ? LaunchGradients<X, Y, 64, 128, 2, 2, 1, 2, false>
-                           : LaunchGradients<X, Y, 128, 128, 2, 2, 1, 1, false>};
+                           : LaunchGradients<X, Y, 128, 128, 2, 2, 1, 1, false>,
+          out_tile == 16   ? LaunchStoredGradients<16, 128, 1, 4, 1>
+          : out_tile == 32 ? LaunchStoredGradients<32, 128, 1, 4, 1>
+          : out_tile == 64 ? LaunchStoredGradients<64, 128, 2, 2, 1>
+                           : LaunchStoredGradients<128, 128, 2, 2, 1>};
 }
 
 }  // namespace
@@ -683,10 +1060,27 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
                       elements,
                       Divisor(s.out_width()),
                       Divisor(s.out_height())};
+  // Which kernel it is changes no bit; chunks follow from the shape alone.
+  constexpr bool kStored = sizeof(X) == 2 && sizeof(Y) == 2;
+  const bool by_pieces =
+      kStored && own_in % 8 == 0 && own_out % 8 == 0 && IsAligned16(x) && IsAligned16(dy);
+  const int stored_ring = StoredRingOf(s, PlacesOfGradientRun(plan.out_tile, halves));
+  const int64_t stored_bytes = BytesOfStoredRun(plan.out_tile, halves, stored_ring);
   const auto multiply = [&](const Chunks& part, uint32_t chunks, float* results,
                             int64_t leaf_stride) {
     g.leaf_stride = leaf_stride;
     g.wide_result = !flat && leaf_stride % 2 == 0 && reinterpret_cast<uintptr_t>(results) % 8 == 0;
+    if constexpr (kStored) {
+      if (by_pieces && !by_runs) return plan.launch_stored(q, g, part, chunks, x, dy, results);
+      if (by_pieces && stored_bytes <= kMostStoredShared) {
+        const auto launch = plan.out_tile == 16
+                                ? (halves == 2 ? LaunchStoredRuns<16, 2> : LaunchStoredRuns<16, 1>)
+                            : plan.out_tile == 32
+                                ? (halves == 2 ? LaunchStoredRuns<32, 2> : LaunchStoredRuns<32, 1>)
+                                : (halves == 2 ? LaunchStoredRuns<64, 2> : LaunchStoredRuns<64, 1>);
+        return launch(q, g, part, chunks, stored_ring, x, dy, results);
+      }
+    }
     if (!by_runs) return plan.launch(q, g, part, chunks, x, dy, results);
     const auto launch =
         plan.out_tile == 16

@@ -18,7 +18,14 @@ void MultiplyBf16(float (&sums)[4], const uint4& a, uint32_t b0, uint32_t b1,
 uint4 LoadMatrices(const void* row, LOCKSTEP_EMULATED_SITE);
 uint4 LoadMatricesTransposed(const void* row, LOCKSTEP_EMULATED_SITE);
 void CopyInBackground(void* shared, const void* global);
+void CopyOrZeroInBackground(void* shared, const void* global, bool copies);
 void WaitForCopies();
+void CommitCopies();
+void WaitForGroups(int but);
+template <int kBut>
+void WaitForGroups() {
+  WaitForGroups(kBut);
+}
 
 #undef LOCKSTEP_EMULATED_SITE
 
