@@ -15,6 +15,7 @@
 
 #include "tests/gpu/emulator/fiber.h"  // LOCKSTEP_EMULATOR_ASAN
 #include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/tensor_core.h"
 
 namespace lockstep::emulator {
 namespace {
@@ -174,6 +175,37 @@ TEST_F(EmulatorTest, AMissingBarrierChangesResults) {
       EXPECT_EQ(Read(x, 64) == turned, barrier);
     }
   }
+}
+
+// Copies in the background come with the wait for their group, and not before: what was there is
+// seen until then.
+__global__ void CopyInGroups(const uint4* from, uint4* seen) {
+  using namespace device::cuda;
+  uint4* const shared = SharedMemory<uint4>();
+  for (int i = 0; i < 3; ++i) shared[i] = make_uint4(7, 7, 7, 7);
+  const auto look = [&] {
+    for (int i = 0; i < 3; ++i) *seen++ = shared[i];
+  };
+  CopyInBackground(shared, from);
+  CommitCopies();
+  CopyOrZeroInBackground(shared + 1, from, false);
+  CommitCopies();
+  CopyInBackground(shared + 2, from + 1);
+  WaitForGroups<1>();
+  look();
+  WaitForGroups<0>();
+  look();
+  WaitForCopies();
+  look();
+}
+
+TEST_F(EmulatorTest, CopiesInTheBackgroundComeByGroups) {
+  const uint4* const from = Device(std::vector<uint4>{{1, 1, 1, 1}, {2, 2, 2, 2}});
+  uint4* const seen = Device<uint4>(9);
+  Launch(queue_, dim3(1), dim3(1), 3 * sizeof(uint4), CopyInGroups, from, seen);
+  std::vector<unsigned> first;
+  for (const uint4& piece : Read(seen, 9)) first.push_back(piece.w);
+  EXPECT_THAT(first, ElementsAreArray({1, 7, 7, 1, 0, 7, 1, 0, 2}));
 }
 
 struct Exchanged {

@@ -34,9 +34,6 @@ inline void Fail(const Queue& queue, const std::string& text) {
   if (queue.failure != nullptr && queue.failure->empty()) *queue.failure = text;
 }
 
-// What every kernel may have of shared memory; more of it has to be asked for.
-constexpr size_t kOrdinaryShared = size_t{48} << 10;
-
 // A failure is kept by the runtime and returned by Stream::Synchronize.
 template <class... Parameters, class... Arguments>
 void Launch(const Queue& queue, dim3 grid, dim3 block, size_t shared_bytes,
@@ -46,11 +43,15 @@ void Launch(const Queue& queue, dim3 grid, dim3 block, size_t shared_bytes,
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = queue.stream;
-  if (shared_bytes > kOrdinaryShared) {
-    static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes)));
-  }
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// Before a launch with more shared memory than every kernel may have.
+template <class... Parameters>
+void AllowShared(void (*kernel)(Parameters...), size_t bytes) {
+  if (bytes <= size_t{48} << 10) return;
+  static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(bytes)));
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

@@ -567,9 +567,10 @@ void LaunchStored(const Queue& q, const Windows& s, const Terms& terms, bool bac
   const int64_t places = int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases);
   const int64_t tiles = CeilDiv(places, kPlaces) * (terms.padded / kFeatures) * terms.groups;
   const uint32_t phases = static_cast<uint32_t>(s.phases);
+  const auto kernel = MultiplyStored<Bf16, kPlaces, kFeatures, kDown, kAcross>;
+  AllowShared(kernel, Tile::kBytes);
   Launch(q, dim3(static_cast<uint32_t>(tiles), phases, phases), dim3(Tile::kThreads), Tile::kBytes,
-         MultiplyStored<Bf16, kPlaces, kFeatures, kDown, kAcross>, s, terms, backward, source,
-         weights, bias, relu, result);
+         kernel, s, terms, backward, source, weights, bias, relu, result);
 }
 
 // ---- y and dx of convolutions that keep the size: place i of the result is the middle of its
@@ -879,9 +880,11 @@ bool LaunchRuns(const Queue& q, const Windows& s, const Terms& terms, bool backw
   if (!MakeRuns<T, kFeatures, kDown, kAcross, kHalves>(s, terms, &runs)) return false;
   const int64_t places = int64_t{s.rows} * s.height * s.width;
   const int64_t tiles = CeilDiv(places, Tile::kPlaces) * (terms.padded / kFeatures) * terms.groups;
+  const auto kernel = MultiplyRuns<Bf16, T, kFeatures, kDown, kAcross, kHalves>;
+  AllowShared(kernel, static_cast<size_t>(runs.bytes));
   Launch(q, dim3(static_cast<uint32_t>(tiles)), dim3(Tile::kThreads),
-         static_cast<size_t>(runs.bytes), MultiplyRuns<Bf16, T, kFeatures, kDown, kAcross, kHalves>,
-         s, terms, runs, backward, source, weights, bias, relu, result);
+         static_cast<size_t>(runs.bytes), kernel, s, terms, runs, backward, source, weights, bias,
+         relu, result);
   return true;
 }
 

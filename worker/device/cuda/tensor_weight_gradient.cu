@@ -506,9 +506,9 @@ void LaunchStoredGradients(const Queue& q, WeightGradient s, const Chunks& leave
   using Tile = StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>;
   const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
                   static_cast<uint32_t>(leaves.count));
-  Launch(q, grid, dim3(Tile::kThreads), Tile::kBytes,
-         MultiplyStoredGradients<kOut, kColumns, kDown, kAcross, kGroups>, s, leaves, x, dy,
-         results);
+  const auto kernel = MultiplyStoredGradients<kOut, kColumns, kDown, kAcross, kGroups>;
+  AllowShared(kernel, Tile::kBytes);
+  Launch(q, grid, dim3(Tile::kThreads), Tile::kBytes, kernel, s, leaves, x, dy, results);
 }
 
 // ---- dw of convolutions that keep the size, as y and dx of them: a ring of pixels round the
@@ -943,8 +943,10 @@ void LaunchStoredRuns(const Queue& q, const WeightGradient& s, const Chunks& lea
   using Tile = GradientRunTile<kOut, kHalves>;
   const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
                   static_cast<uint32_t>(leaves.count));
-  Launch(q, grid, dim3(Tile::kThreads), static_cast<size_t>(BytesOfStoredRun(kOut, kHalves, ring)),
-         MultiplyStoredGradientRuns<kOut, kHalves>, s, leaves, ring, x, dy, results);
+  const auto kernel = MultiplyStoredGradientRuns<kOut, kHalves>;
+  const auto bytes = static_cast<size_t>(BytesOfStoredRun(kOut, kHalves, ring));
+  AllowShared(kernel, bytes);
+  Launch(q, grid, dim3(Tile::kThreads), bytes, kernel, s, leaves, ring, x, dy, results);
 }
 
 // The tile of a shape and what launches it.
