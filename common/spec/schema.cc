@@ -149,6 +149,7 @@ const std::map<std::string, Rule>& Rules() {
       {"TrainSpec.digest_every", Integer(0, kManySteps)},
       {"TrainSpec.accumulate", Integer(1, 4096)},
       {"TrainSpec.precision", Choice({"fp32", "tf32", "bf16"})},
+      {"TrainSpec.exact", {Rule::Kind::kBool}},
       {"EvaluateSpec.every_steps", Integer(0, kManySteps)},
       {"EvaluateSpec.every_epochs", Integer(0, kManyEpochs)},
       {"EvaluateSpec.batch", Integer(1, kLargestBatch)},

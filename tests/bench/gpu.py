@@ -8,6 +8,7 @@ Rows, all with `ratio` above 1 where Lockstep is better and null where there is 
                                    slot; peer: PyTorch's best way of that precision; fraction_of_floor: of the matrix
                                    peak in that precision
   peer/train/M/B/P/WAY             each of PyTorch's ways (torch_gpu.py)
+  host/M/B/P                       percent of the time that the thread of the slot, 8 shards, is not on a processor
   exactness/M/B/P                  percent of samples/s that 8 shards and their canonical tree cost against one shard,
                                    whose gradient has no second one to be added to
   memory/M/B/P/S                   peak MB of GPU memory: ours of the whole process, its context included, as nvidia-smi
@@ -38,7 +39,7 @@ from datetime import datetime, timezone
 
 from floor import flops_of_step
 from own import Programs
-from processes import Failed, last_line, output_of
+from processes import Failed, children_of, last_line, output_of
 from report import Report, number, table
 from turns import Turns
 
@@ -97,6 +98,18 @@ class Memory:
             self.process.wait()
 
 
+def busy_of_slot(process):
+    """Seconds on a processor of the first slot's thread of a worker; None where there is none."""
+    for task in glob.glob(f"/proc/{process}/task/*"):
+        try:
+            with open(f"{task}/comm") as name, open(f"{task}/schedstat") as times:
+                if name.read().strip() == "slot 0":
+                    return int(times.read().split()[0]) / 1e9
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
 class Own(Programs):
     """Runs of ours on the GPU."""
 
@@ -105,6 +118,7 @@ class Own(Programs):
         super().__init__(os.path.join(ROOT, "bin" if bundled else "build/bin"), folder)
         self.memory = memory
         self.libexec = os.path.join(ROOT, "libexec" if bundled else "build/bin")
+        self.idle = None  # percent, of the last run
 
     def doctor(self):
         return json.loads(output_of([self._path("lockstep"), "doctor", "-o", "json"], START_SECONDS))["cuda"]
@@ -113,9 +127,18 @@ class Own(Programs):
         """Steady samples/s by the clock from the end of the warm-up to that of the last step; waiting for data and
         reports are within it, the evaluation and the checkpoint at the end are not."""
         warmup = max(5, min(100, steps // 4))
-        out, base, start = self._folder(), self.memory.now(), time.time()
+        out, base, start, busy = self._folder(), self.memory.now(), time.time(), []
+
+        def look(pid):
+            for one in children_of(pid):
+                seconds = busy_of_slot(one)
+                if seconds is not None:
+                    busy.append((time.time(), seconds))
         self._run(spec, [f"train.steps={steps + warmup}", "resources.device=cuda", *overrides], 1, 1, out,
-                  START_SECONDS + SLOWEST_STEP * (steps + warmup), 0.02, lambda pid: None)
+                  START_SECONDS + SLOWEST_STEP * (steps + warmup), 0.02, look)
+        if len(busy) >= 8:  # the middle half: steps alone
+            (began, before), (ended, after) = busy[len(busy) // 4], busy[len(busy) * 3 // 4]
+            self.idle = 100 * (1 - (after - before) / (ended - began))
         with open(os.path.join(out, "metrics.csv")) as file:
             rows = [row for row in csv.DictReader(file) if row["samples"]]
         if len(rows) != steps + warmup:
@@ -336,9 +359,15 @@ class Benchmark:
             return max(10, int(self.options.seconds * samples_per_second / batch))
         turns = Turns(self.report, self.options.rounds, steps_at, title)
         own = {shards: f"{shards} shard{'s' if shards > 1 else ''}" for shards in SHARDS}
+        idle = []
+
+        def run(steps, shards):
+            figures = self.own.run_steps(spec, [*overrides, f"train.shards={shards}"], steps)
+            if shards == 8 and self.own.idle is not None:
+                idle.append(self.own.idle)
+            return figures
         for shards, name in own.items():
-            turns.add(name, lambda steps, shards=shards: self.own.run_steps(
-                spec, [*overrides, f"train.shards={shards}"], steps))
+            turns.add(name, lambda steps, shards=shards: run(steps, shards))
         ways = []
         for way, answer in (peer.ways.items() if peer else ()):
             if answer["parameters"] != explained["parameters"]:
@@ -357,6 +386,9 @@ class Benchmark:
         for round_number in range(self.options.rounds):
             turns.take([own[8], *ways[:1], own[1], *ways[1:]], round_number)
         self.tell(title, turns, own, ways, flops_of_step(explained), precision)
+        if idle:
+            self.report.add(f"host/{title}", statistics.median(idle), "%")
+            self.rows[-1]["idle"] = statistics.median(idle)
         if self.options.trace:
             self.trace(title, spec, [*overrides, "train.shards=8"])
 
@@ -438,10 +470,11 @@ class Benchmark:
                          *[number(row["ways"].get(way)) for way in ways],
                          shown(row, 8, "ratio", lambda x: f"**{x:.2f}**"), shown(row, 1, "ratio", lambda x: f"{x:.2f}"),
                          shown(row, 8, "fraction_of_floor", lambda x: f"{100 * x:.1f}%"),
-                         f"{row['price']:.1f}%" if "price" in row else "", " / ".join(memory)])
+                         f"{row['price']:.1f}%" if "price" in row else "",
+                         f"{row['idle']:.0f}%" if "idle" in row else "", " / ".join(memory)])
         lines += table(["model", "batch", "precision", "8 shards", "1 shard", *[f"PyTorch {way}" for way in ways],
                         "8 shards / PyTorch's best", "1 shard / PyTorch's best", "of the matrix peak",
-                        "price of exactness", "GPU memory MB, ours / its"], body)
+                        "price of exactness", "host idle", "GPU memory MB, ours / its"], body)
         lines += ["", "Memory is ours of the whole process, its CUDA context included, and PyTorch's of its tensors "
                   "alone.", ""]
         if self.kernels:

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -43,6 +45,35 @@ constexpr absl::Duration kShareTimeout = absl::Minutes(5);
 bool IsEcho(const absl::Status& status) {
   return absl::IsAborted(status) || absl::IsUnavailable(status) ||
          absl::IsDeadlineExceeded(status) || absl::IsCancelled(status);
+}
+
+// The members of a generation that are of one process, a GPU each, load a data set once.
+absl::StatusOr<std::shared_ptr<const data::Dataset>> LoadOnce(const v1::Prepare& prepare,
+                                                              const data::DataOptions& options,
+                                                              data::Split split) {
+  struct Entry {
+    absl::Mutex loading;
+    std::weak_ptr<const data::Dataset> dataset ABSL_GUARDED_BY(loading);
+  };
+  static absl::Mutex mutex(absl::kConstInit);
+  static auto* const entries = new std::map<std::string, std::weak_ptr<Entry>>;
+  std::shared_ptr<Entry> entry;
+  {
+    absl::MutexLock lock(&mutex);
+    std::erase_if(*entries, [](const auto& one) { return one.second.expired(); });
+    std::weak_ptr<Entry>& known = (*entries)[absl::StrCat(prepare.job(), " ", prepare.generation(),
+                                                          " ", static_cast<int>(split))];
+    entry = known.lock();
+    if (entry == nullptr) known = entry = std::make_shared<Entry>();
+  }
+  absl::MutexLock lock(&entry->loading);
+  if (std::shared_ptr<const data::Dataset> dataset = entry->dataset.lock()) return dataset;
+  ASSIGN_OR_RETURN(std::shared_ptr<const data::Dataset> dataset,
+                   data::LoadDataset(RealFileSystem(), options, split));
+  entry->dataset = dataset;
+  // The entry lives as long as what it is of.
+  const data::Dataset* const at = dataset.get();
+  return std::shared_ptr<const data::Dataset>(at, [dataset = std::move(dataset), entry](auto*) {});
 }
 
 // Of a lack of memory, says what for.
@@ -234,9 +265,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       ASSIGN_OR_RETURN(folder, spec::ResolveDataPath(folder));
     }
     const data::DataOptions options = MakeDataOptions(spec_, folder);
-    ASSIGN_OR_RETURN(train_set_, data::LoadDataset(RealFileSystem(), options, data::Split::kTrain));
+    ASSIGN_OR_RETURN(train_set_, LoadOnce(options_.prepare, options, data::Split::kTrain));
     ASSIGN_OR_RETURN(validation_set_,
-                     data::LoadDataset(RealFileSystem(), options, data::Split::kValidation));
+                     LoadOnce(options_.prepare, options, data::Split::kValidation));
     if (train_set_->type() != validation_set_->type()) {
       return absl::InvalidArgumentError(absl::StrCat(
           validation_set_->source(), ": its features are ",

@@ -29,7 +29,9 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t
     error = cudaEventCreateWithFlags(&stream->place_, cudaEventDisableTiming);
   }
   for (cudaEvent_t& place : stream->places_) {
-    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&place, cudaEventDisableTiming);
+    // Who waits for them is ahead, and need not be woken at once.
+    constexpr unsigned kFlags = cudaEventDisableTiming | cudaEventBlockingSync;
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&place, kFlags);
   }
   if (error != cudaSuccess) return ToStatus(error, "making a stream");
   return stream;
