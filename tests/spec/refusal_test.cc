@@ -232,7 +232,7 @@ std::vector<Refusal> Refusals() {
       {"train.precision", "16", "found 16; accepted: fp32, tf32, bf16"},
       {"train.precision", "tf32",
        "tf32 is computed by GPUs, and resources.device is cpu; accepted there: fp32, bf16"},
-      {"train.exact", "1", "found 1; accepted: true, false"},
+      {"train.exact", "1", "found 1; accepted: true or false"},
       {"train.exact", "false",
        "false gives GPUs a faster sum of gradients, and resources.device is cpu; accepted there: "
        "true"},
