@@ -106,8 +106,11 @@ std::string FormatStamp(absl::Time time) {
 
 std::string FormatDevice(const v1::WorkerInfo& worker) {
   if (!worker.has_gpu()) return worker.device();
-  return absl::StrCat(worker.device(), ": ", OneLine(worker.gpu().name()), ", ",
-                      worker.gpu().memory_bytes() >> 30, " GiB");
+  const std::string gpu = absl::StrCat(worker.device(), ": ", OneLine(worker.gpu().name()), ", ",
+                                       worker.gpu().memory_bytes() >> 30, " GiB");
+  if (!worker.has_gpu_usage()) return gpu;
+  return absl::StrCat(gpu, ", ", worker.gpu_usage().used_bytes() >> 30, " used, ",
+                      worker.gpu_usage().busy_percent(), "% busy");
 }
 
 std::string StateName(v1::JobState state) {

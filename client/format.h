@@ -29,7 +29,8 @@ std::string FormatAge(int64_t unix_ms, absl::Time now);
 // 20261124T033346Z, for names of folders.
 std::string FormatStamp(absl::Time time);
 
-// "cpu", or "cuda: NVIDIA H200, 139 GiB" (whole ones).
+// "cpu", or "cuda: NVIDIA H200, 139 GiB" (whole ones) and, where it is known, ", 12 used, 97%
+// busy".
 std::string FormatDevice(const v1::WorkerInfo& worker);
 
 std::string StateName(v1::JobState state);

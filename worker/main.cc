@@ -26,6 +26,7 @@
 #include "spdlog/spdlog.h"
 #include "worker/agent/agent.h"
 #include "worker/device/module/cuda_module.h"
+#include "worker/machine/gpu_usage.h"
 #include "worker/machine/machine.h"
 #include "worker/train/member_job.h"
 #include "worker/train/offline.h"
@@ -159,6 +160,14 @@ lockstep::agent::AgentOptions OptionsOf(const Flags& flags, const std::string& d
     options.gpu->set_memory_bytes(share.gpu->memory_bytes);
     options.gpu->set_ordinal(share.gpu->ordinal);
     options.gpu->set_uuid(share.gpu->uuid);
+    options.gpu_usage = [uuid = share.gpu->uuid]() -> std::optional<lockstep::v1::GpuUsage> {
+      const auto usage = lockstep::machine::ReadGpuUsage(uuid);
+      if (!usage.has_value()) return std::nullopt;
+      lockstep::v1::GpuUsage told;
+      told.set_busy_percent(usage->busy_percent);
+      told.set_used_bytes(usage->used_bytes);
+      return told;
+    };
   }
   options.version = LOCKSTEP_VERSION;
   return options;

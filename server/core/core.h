@@ -78,7 +78,8 @@ struct Worker {
   WorkerState state = WorkerState::kIdle;
   StreamId stream = 0;
   absl::Time last_seen;
-  std::vector<int64_t> owner;  // by slot: number of the job that has it, or 0
+  std::vector<int64_t> owner;             // by slot: number of the job that has it, or 0
+  std::optional<v1::GpuUsage> gpu_usage;  // as it told last
 };
 
 class Core {

@@ -93,6 +93,10 @@ void Core::On(const WorkerSaid& event) {
       return LoseWorker(worker, cause);
     }
     case v1::WorkerMessage::kHeartbeat:
+      if (event.message.heartbeat().has_gpu_usage()) {
+        worker.gpu_usage = event.message.heartbeat().gpu_usage();
+      }
+      return;
     case v1::WorkerMessage::MESSAGE_NOT_SET:  // of a newer worker
       return;
   }
@@ -130,6 +134,7 @@ void Core::OnRegister(StreamId stream, const v1::Register& message) {
   }
   Worker& worker = known->second;
   worker.info = message;
+  worker.gpu_usage.reset();
   worker.stream = stream;
   worker.last_seen = now_;
   worker.owner.assign(message.slots(), 0);
@@ -359,6 +364,7 @@ std::vector<v1::WorkerInfo> Core::DescribeWorkers() const {
     info.set_version(worker.info.version());
     info.set_last_seen_unix_ms(absl::ToUnixMillis(worker.last_seen));
     if (worker.state == WorkerState::kLost) continue;
+    if (worker.gpu_usage.has_value()) *info.mutable_gpu_usage() = *worker.gpu_usage;
     info.set_free_slots(std::count(worker.owner.begin(), worker.owner.end(), 0));
     const std::set<int64_t> owners(worker.owner.begin(), worker.owner.end());
     for (int64_t number : owners) {

@@ -104,6 +104,9 @@ TEST(Format, Devices) {
   worker.mutable_gpu()->set_name("NVIDIA H200");
   worker.mutable_gpu()->set_memory_bytes(150754820096);
   EXPECT_EQ(FormatDevice(worker), "cuda: NVIDIA H200, 140 GiB");
+  worker.mutable_gpu_usage()->set_busy_percent(97);
+  worker.mutable_gpu_usage()->set_used_bytes(uint64_t{12} << 30 | 5);
+  EXPECT_EQ(FormatDevice(worker), "cuda: NVIDIA H200, 140 GiB, 12 used, 97% busy");
 }
 
 TEST(Format, NumberList) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "tests/cluster/programs.h"
 
 namespace lockstep {
@@ -216,6 +217,23 @@ TEST_F(EmulatedCluster, ShowsItsGpus) {
   EXPECT_THAT(doctor.out, HasSubstr("1  Emulated GPU 1  9.0"));
   EXPECT_THAT(doctor.out, HasSubstr("serves CUDA 13.0"));
   EXPECT_THAT(doctor.out, HasSubstr("lockstep run deploy/jobs/mlp.yaml --device cuda"));
+}
+
+TEST_F(EmulatedCluster, ShowsHowBusyItsGpusAre) {
+  const char* const before = getenv("LD_LIBRARY_PATH");
+  const std::string old = before == nullptr ? "" : before;
+  setenv("LD_LIBRARY_PATH", absl::StrCat(LOCKSTEP_EMULATED_NVML, ":", old).c_str(), 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda:1");
+  before == nullptr ? unsetenv("LD_LIBRARY_PATH") : setenv("LD_LIBRARY_PATH", old.c_str(), 1);
+  programs_.WaitForWorkers(1);
+  const std::string shown = "cuda: Emulated GPU, 4 GiB, 5 used, 37% busy";
+  std::string out;
+  for (int i = 0; i < 100 && out.find(shown) == std::string::npos; ++i) {
+    absl::SleepFor(absl::Milliseconds(100));
+    out = programs_.Lockstep({"workers"}).out;
+  }
+  EXPECT_THAT(out, HasSubstr(shown));
 }
 
 TEST_F(EmulatedCluster, AJobForGpusWaitsWhereThereAreNone) {

@@ -239,7 +239,24 @@ class Agent::Impl {
           absl::Milliseconds(std::max(message.registered().heartbeat_ms(), 50));
       std::thread writer([&] {
         v1::WorkerMessage next;
-        while (outbox_.Next(heartbeat, &next) && stream->Write(next)) next.Clear();
+        absl::Time told = absl::InfinitePast();
+        while (outbox_.Next(heartbeat, &next)) {
+          // Also while other messages stand for heartbeats.
+          std::optional<v1::GpuUsage> usage;
+          if (options_.gpu_usage != nullptr && absl::Now() - told >= heartbeat) {
+            told = absl::Now();
+            usage = options_.gpu_usage();
+          }
+          if (usage.has_value() && !next.has_heartbeat()) {
+            v1::WorkerMessage more;
+            *more.mutable_heartbeat()->mutable_gpu_usage() = *usage;
+            if (!stream->Write(more)) break;
+          } else if (usage.has_value()) {
+            *next.mutable_heartbeat()->mutable_gpu_usage() = *usage;
+          }
+          if (!stream->Write(next)) break;
+          next.Clear();
+        }
         if (Broken().ok()) return;
         // The coordinator closes the connection when it has read everything.
         stream->WritesDone();

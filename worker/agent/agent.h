@@ -54,6 +54,8 @@ struct AgentOptions {
   std::string advertise;  // IP address for peers; empty: the local address of the connection
   std::string device = "cpu";
   std::optional<v1::Gpu> gpu;  // that the slots are of
+  // What its driver tells; asked for heartbeats. Null: nothing.
+  std::function<std::optional<v1::GpuUsage>()> gpu_usage;
   int slots = 1;
   std::string version;
 };

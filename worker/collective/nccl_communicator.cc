@@ -445,6 +445,7 @@ void NcclCommunicator::Watch() {
     {
       absl::MutexLock lock(&calls_);
       for (const ncclComm_t comm : comms_) {
+        if (comm == nullptr) continue;
         if (state == ncclSuccess || state == ncclInProgress) state = AskFor(comm);
       }
     }
