@@ -72,6 +72,8 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 4, .width = 4, .in = 192, .out = 128, .kernel = 1},
       {.height = 7, .width = 6, .in = 64, .out = 128, .kernel = 1, .stride = 2},
       {.height = 6, .width = 6, .in = 96, .out = 128, .kernel = 3, .padding = 1},
+      {.height = 5, .width = 5, .in = 64, .out = 192, .kernel = 3, .padding = 1},
+      {.height = 5, .width = 4, .in = 520, .out = 256, .kernel = 1},
       {.height = 9, .width = 9, .in = 16, .out = 16, .kernel = 3, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 32, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 7, .width = 7, .in = 64, .out = 64, .kernel = 3, .stride = 2, .padding = 1},

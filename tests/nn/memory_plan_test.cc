@@ -6,6 +6,7 @@
 #include "gtest/gtest.h"
 #include "tests/nn/cases.h"
 #include "tests/nn/graph_maker.h"
+#include "worker/nn/plan.h"
 
 namespace lockstep::nn {
 namespace {
@@ -76,10 +77,12 @@ void ExpectEveryReadFindsItsValue(const Lowering& lowering, const MemoryPlan& pl
   }
 }
 
-void ExpectSound(const spec::Graph& graph) {
+void ExpectSound(spec::Graph graph) {
+  graph.precision = spec::Precision::kBf16;
   const auto program = Program::Compile(graph).value();
-  for (const bool training : {true, false}) {
-    const Lowering lowering = Lower(*program, training);
+  for (const auto& [training, stores_bf16] :
+       {std::pair(true, false), std::pair(false, false), std::pair(true, true)}) {
+    const Lowering lowering = Lower(*program, training, /*layerwise=*/stores_bf16, stores_bf16);
     ExpectEveryReadFindsItsValue(lowering, PlanMemory(lowering, kRows, kSlotRows));
     int at = 0;
     for (const Segment& segment : lowering.segments) {
@@ -150,6 +153,28 @@ TEST(MemoryPlanTest, ReusesMemory) {
   // forward, the logits and their gradient; backward finds its buffers among those.
   EXPECT_LE(PlanMemory(train, kRows, kRows).bytes, (kDepth + 2) * kBuffer);
   EXPECT_GT(Sum(train), 3 * kDepth * kBuffer);
+}
+
+TEST(MemoryPlanTest, Bf16TakesHalf) {
+  GraphMaker m({8, 8, 8}, 8);
+  for (int i = 0; i < 6; ++i) {
+    m.Conv2d(8, 3, 1, 1);
+    m.BatchNorm(spec::Sync::kShard);
+    m.Relu();
+  }
+  m.GlobalAveragePool();
+  m.Dense(8);
+  m.graph().precision = spec::Precision::kBf16;
+  const auto program = Program::Compile(m.graph()).value();
+  const auto bytes = [&](bool training, bool stores_bf16) {
+    return PlanMemory(Lower(*program, training, true, stores_bf16), kRows, kSlotRows).bytes;
+  };
+  // But for what lies between the mean and the loss.
+  constexpr int64_t kEnd = 4 * kArenaAlignment;
+  EXPECT_NEAR(bytes(true, true), bytes(true, false) / 2, kEnd);
+  EXPECT_NEAR(bytes(false, true), bytes(false, false) / 2, kEnd);
+  EXPECT_EQ(PlannedActivationBytes(*program, 1, kRows, true, /*gpu=*/true),
+            PlanMemory(Lower(*program, true, true, true), kRows, kRows).bytes);
 }
 
 TEST(MemoryPlanTest, AnElementwiseCallWritesOverAnInputThatDies) {

@@ -45,6 +45,55 @@ TEST(ProgramTest, FusesReluOnlyIntoAProducerThatNothingElseReads) {
   EXPECT_THAT(program->nodes()[7].inputs, ElementsAre(4, 6));
 }
 
+// 'b' where a node is stored as bf16, 'f' where as fp32; in the order of nodes.
+std::string StoredTypes(GraphMaker& m, bool stores_bf16 = true,
+                        spec::Precision precision = spec::Precision::kBf16) {
+  m.graph().precision = precision;
+  std::string types;
+  for (const device::ElementType type : MustCompile(m)->StoredTypes(stores_bf16)) {
+    types += type == device::ElementType::kBf16 ? 'b' : 'f';
+  }
+  return types;
+}
+
+TEST(ProgramTest, StoresBf16WhereEveryLayerThatTouchesItTakesItSo) {
+  GraphMaker residual({8, 8, 3}, 3);
+  residual.Conv2d(8, 3, 1, 1);  // of the image, which is fp32
+  residual.BatchNorm(Sync::kBatch);
+  const int relu = residual.Relu();
+  residual.MaxPool(2, 2);
+  residual.Conv2d(8, 1);
+  const int norm = residual.BatchNorm(Sync::kShard);
+  residual.AddLayers({norm, residual.AveragePool(2, 2, 0, relu)});
+  residual.Relu();
+  residual.GlobalAveragePool();  // to fp32
+  residual.Dense(3);
+  EXPECT_EQ(StoredTypes(residual), "bbbbbbbbff");
+  EXPECT_EQ(StoredTypes(residual, false), "ffffffffff");
+  EXPECT_EQ(StoredTypes(residual, true, spec::Precision::kFp32), "ffffffffff");
+  EXPECT_EQ(StoredTypes(residual, true, spec::Precision::kTf32), "ffffffffff");
+
+  // A dense layer behind views takes fp32, and so do all up to the convolution.
+  GraphMaker chain({8, 8, 1}, 3);
+  chain.Conv2d(4, 3, 1, 1);
+  chain.MaxPool(2, 2);
+  chain.Conv2d(4, 3, 1, 1);
+  chain.MaxPool(2, 2);
+  chain.Flatten();
+  chain.Dense(3);
+  EXPECT_EQ(StoredTypes(chain), "bbffff");
+
+  // Of two readers one is enough; and a convolution by single channels keeps both sides fp32.
+  GraphMaker mixed({8, 8, 3}, 3);
+  const int conv = mixed.Conv2d(8, 3, 1, 1);
+  mixed.Multiply({mixed.Tanh(conv), mixed.Conv2d(8, 3, 1, 1, true, conv)});
+  mixed.Conv2dOfParts(8, 3, 1, 1, 8);
+  mixed.Conv2d(8, 3, 1, 1);
+  mixed.GlobalAveragePool();
+  mixed.Dense(3);
+  EXPECT_EQ(StoredTypes(mixed), "fffffbff");
+}
+
 TEST(ProgramTest, FusesAResidualIntoTheNormThatNothingElseReads) {
   GraphMaker m({4, 4, 2}, 3);
   const int stem = m.Conv2d(2, 3, 1, 1);  // node 0

@@ -412,10 +412,10 @@ void LaunchWindows(const Queue& q, const Windows& s, const Terms& terms, bool ba
 template <int kPlaces, int kFeatures, int kDown, int kAcross>
 struct StoredTile {
   static constexpr int kThreads = kDown * kAcross * kWarp;
-  static constexpr int kStages = 4;
+  static constexpr int kStages = kPlaces > 128 ? 3 : 4;
   static constexpr int kStage = (kPlaces + kFeatures) * kRowBytes;
   static constexpr size_t kBytes = kStages * kStage + kPlaces * sizeof(int4);
-  static constexpr int kBlocks = kFeatures >= 128 ? 2 : 4;
+  static constexpr int kBlocks = kFeatures >= 128 ? 256 / kThreads : 4;
 };
 
 template <class Factor, int kPlaces, int kFeatures, int kDown, int kAcross>
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
   constexpr int kRowsApart = kThreads / 4, kRows = kPlaces / kRowsApart;  // that a thread copies to
   constexpr int kPieces = kFeatures * 4;  // of 16 bytes, of the weights' tile
   constexpr int kTilesDown = kPlaces / kDown / 16, kTilesAcross = kFeatures / kAcross / 16;
-  static_assert(kRowsApart % 8 == 0 && kPlaces % kRowsApart == 0 && (kStages & (kStages - 1)) == 0);
+  static_assert(kRowsApart % 8 == 0 && kPlaces % kRowsApart == 0);
   char* const shared = SharedMemory<char>();
   int4* const places = reinterpret_cast<int4*>(shared + kStages * Tile::kStage);
   const int thread = static_cast<int>(threadIdx.x);
@@ -455,7 +455,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
                   terms.padded +
               first_feature) *
              4;
-  const auto stage_of = [&](int step) { return shared + (step & (kStages - 1)) * Tile::kStage; };
+  const auto stage_of = [&](int step) { return shared + step % kStages * Tile::kStage; };
   const auto copy_weights = [&](int step) {
     char* const to = stage_of(step) + kPlaces * kRowBytes;
     const uint4* const from = weights + static_cast<int64_t>(step) * terms.padded * 4;
@@ -923,13 +923,15 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
           : LaunchWindows<T, 128, 128, 2, 2, false>;
   constexpr bool kIsFloat = sizeof(T) == sizeof(float);
   const bool by_pieces = !kIsFloat && terms.quads >= 2 && IsAligned16(source);
-  // Of few terms it is bytes that take the time: smaller tiles, of which there are more at once.
-  constexpr int kFewTerms = 128;
-  const bool few = terms.slot_taps * terms.slot_taps * terms.channels <= kFewTerms;
-  const auto stored = tile == 16          ? LaunchStored<128, 16, 4, 1>
-                      : tile == 32        ? LaunchStored<128, 32, 4, 1>
-                      : tile == 64 || few ? LaunchStored<128, 64, 2, 2>
-                                          : LaunchStored<128, 128, 2, 2>;
+  // Of few terms it is bytes that take the time: smaller tiles, of which there are more at once. Of
+  // many it is what comes to shared memory, which is less for a larger tile.
+  constexpr int kFewTerms = 128, kManyTerms = 512;
+  const int most_terms = terms.slot_taps * terms.slot_taps * terms.channels;
+  const auto stored = tile == 16                              ? LaunchStored<128, 16, 4, 1>
+                      : tile == 32                            ? LaunchStored<128, 32, 4, 1>
+                      : tile == 64 || most_terms <= kFewTerms ? LaunchStored<128, 64, 2, 2>
+                      : most_terms < kManyTerms               ? LaunchStored<128, 128, 2, 2>
+                                                              : LaunchStored<256, 128, 4, 2>;
   const int64_t most = std::max<int64_t>(1, kPartElements / std::max(source_row, result_row));
   for (int64_t row = 0; row < rows; row += most) {
     s.rows = static_cast<int>(std::min(most, rows - row));

@@ -81,9 +81,9 @@ __device__ __forceinline__ void StoreFour(StoredBf16* p, bool wide, int count, f
   if (count > 3) p[3].bits = static_cast<uint16_t>(two.y >> 16);
 }
 
-constexpr int64_t kMostShared = 48 << 10;  // bytes of a block, without asking for more
-constexpr int64_t kMostStoredShared = 96 << 10;  // of those that ask for more
-constexpr int kMostKernel = 15;            // along each dimension: taps are bits of a word
+constexpr int64_t kMostShared = 48 << 10;        // bytes of a block, without asking for more
+constexpr int64_t kMostStoredShared = 99 << 10;  // of those that ask for it: what each GPU has
+constexpr int kMostKernel = 15;                  // along each dimension: taps are bits of a word
 
 // The quads of a block of channels, as a power of two: a row of terms at most, all of one tap.
 template <class Factor>

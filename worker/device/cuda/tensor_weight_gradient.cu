@@ -361,15 +361,19 @@ void LaunchGradients(const Queue& q, WeightGradient s, const Chunks& leaves, uin
 template <int kOut, int kColumns, int kDown, int kAcross, int kGroups>
 struct StoredGradientTile {
   static constexpr int kThreads = kDown * kAcross * kGroups * kWarp;
-  static constexpr int kStages = 4, kPlaces = 32;  // of a step
+  static constexpr int kPlaces = 32;  // of a step
+  static constexpr int kStages = kOut * kColumns > 128 * 128 ? 3 : 4;
   static constexpr int kSums = kOut * kColumns * kGroups / kThreads;
-  static constexpr int kBlocks = kThreads > 128 || kSums >= 128 ? 2 : kSums >= 64 ? 3 : 4;
+  static constexpr int kBlocks = kSums >= 128     ? 256 / kThreads
+                                 : kThreads > 128 ? 2
+                                 : kSums >= 64    ? 3
+                                                  : 4;
   static constexpr int kStage = kPlaces * (kOut + kColumns) * 2;
   static constexpr int kHanded = kGroups > 1 ? kGroups* kOut* kColumns * 4 : 0;
   static constexpr int kTable = std::max(kStages * kStage, kHanded);  // where it begins
   static constexpr size_t kBytes = kTable + 2 * kSpan * sizeof(int4);
   // A step that is copied is one of the present span of places, or of the next.
-  static_assert(kStages <= kSpan / kPlaces && (kStages & (kStages - 1)) == 0);
+  static_assert(kStages <= kSpan / kPlaces);
 };
 
 template <int kOut, int kColumns, int kDown, int kAcross, int kGroups>
@@ -419,7 +423,7 @@ __global__ void __launch_bounds__(
   const StoredBf16* const from_dy =
       dy + (static_cast<int64_t>(first + out_place) * s.out + first_out + out_piece * 8);
   const auto copy = [&](int step) {
-    char* const stage = shared + (step & (kStages - 1)) * Tile::kStage;
+    char* const stage = shared + step % kStages * Tile::kStage;
     const int4* const windows = table + (step * kPlaces & (2 * kSpan - 1));
 #pragma unroll
     for (int i = 0; i < kOutCopies; ++i) {
@@ -492,7 +496,7 @@ __global__ void __launch_bounds__(
     if (step + kStages - 1 < steps) copy(step + kStages - 1);
     CommitCopies();
     if ((step & (kStepsOfSpan - 1)) == 0) look_up(step / kStepsOfSpan + 1);
-    multiply(shared + (step & (kStages - 1)) * Tile::kStage);
+    multiply(shared + step % kStages * Tile::kStage);
   }
 
   results += leaf * s.leaf_stride + chunk * s.chunk_stride;
@@ -504,6 +508,7 @@ template <int kOut, int kColumns, int kDown, int kAcross, int kGroups>
 void LaunchStoredGradients(const Queue& q, WeightGradient s, const Chunks& leaves, uint32_t chunks,
                            const StoredBf16* x, const StoredBf16* dy, float* results) {
   using Tile = StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>;
+  s.column_tiles = static_cast<int>(CeilDiv(s.columns, kColumns));
   const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
                   static_cast<uint32_t>(leaves.count));
   const auto kernel = MultiplyStoredGradients<kOut, kColumns, kDown, kAcross, kGroups>;
@@ -936,6 +941,174 @@ void LaunchGradientRuns(const Queue& q, const WeightGradient& s, const Chunks& l
          MultiplyGradientRuns<X, Y, kOut, kHalves>, s, leaves, ring, x, dy, results);
 }
 
+// The same of 3 x 3 taps and many outs: two by six warps, or one by six, each of which makes 64
+// outs by three halves of the 32 channels of taps, so that as much is multiplied for what is loaded
+// from shared memory as there are registers for.
+template <int kOut>
+struct NineTapsTile {
+  static constexpr int kDown = kOut / 64, kAcross = 6;
+  static constexpr int kThreads = kDown * kAcross * kWarp;
+  static constexpr int kPlaces = 64;         // of a step
+  static constexpr int kBlocks = 2 / kDown;  // of a multiprocessor
+  static constexpr int kStage = kPlaces * kOut * 2;
+  static constexpr int kPixelBytes = 64;
+  static constexpr int kRingAt = kRunStages * kStage;
+  static int64_t bytes(int64_t ring) {
+    return kRingAt + ring * kPixelBytes + kRowBytes + 2 * kPlaces * 4;
+  }
+};
+
+template <int kOut>
+__global__ void __launch_bounds__(NineTapsTile<kOut>::kThreads, NineTapsTile<kOut>::kBlocks)
+    MultiplyNineTaps(WeightGradient s, Chunks chunks, int ring, const StoredBf16* __restrict__ x,
+                     const StoredBf16* __restrict__ dy, float* __restrict__ results) {
+  using Tile = NineTapsTile<kOut>;
+  constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStage = Tile::kStage;
+  constexpr int kPixelPieces = 4, kOutPieces = kOut / 8, kTilesDown = 4, kTilesAcross = 3;
+  constexpr int kOutCopies = (kPlaces * kOutPieces + kThreads - 1) / kThreads;
+  constexpr int kPixelCopies = (kPlaces * kPixelPieces + kThreads - 1) / kThreads;
+  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
+  const int64_t first_row = chunks.begin[leaf];
+  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
+  const int64_t first_of_chunk = int64_t{chunk} * chunks.places[leaf];
+  if (chunk > 0 && first_of_chunk >= all) return;
+  const int first = static_cast<int>(first_of_chunk);
+  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  int tile = static_cast<int>(blockIdx.x);
+  const int first_channel = tile % s.column_tiles * 32;
+  tile /= s.column_tiles;
+  const int first_out = tile % s.out_tiles * kOut, group = tile / s.out_tiles;  // of the group
+  x += first_row * s.out_places * s.in + group * s.own_in + first_channel;
+  dy += first_row * s.out_places * s.out + group * s.own_out + first_out;
+  const int reach = s.padding * (s.width + 1);  // pixels in front of the first place
+
+  char* const shared = SharedMemory<char>();
+  const int zeros_at = Tile::kRingAt + ring * Tile::kPixelBytes;
+  int* const inside_of = reinterpret_cast<int*>(shared + zeros_at + kRowBytes);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+
+  // Eight pixels of one piece, wherever they begin, are in different banks.
+  const auto at_pixel = [&](int pixel, int piece) {
+    pixel &= ring - 1;
+    return Tile::kRingAt + pixel * Tile::kPixelBytes + (piece ^ (pixel >> 1 & 3)) * 16;
+  };
+  // Pixels of the run, from 0, which is `reach` in front of the chunk's first place.
+  const auto copy_pixel = [&](int pixel, int piece) {
+    const int at = first - reach + pixel;
+    const bool inside = static_cast<unsigned>(at) < static_cast<unsigned>(all);
+    CopyOrZeroInBackground(shared + at_pixel(pixel, piece),
+                           x + (inside ? static_cast<int64_t>(at) * s.in + piece * 8 : 0), inside);
+  };
+  const int ahead =
+      2 * reach;  // of a step's first place, of the pixels that it is the last to need
+  const auto copy = [&](int step) {
+    char* const stage = shared + (step & (kRunStages - 1)) * kStage;
+#pragma unroll
+    for (int i = 0; i < kOutCopies; ++i) {
+      const int index = thread + i * kThreads;
+      if (kPlaces * kOutPieces % kThreads != 0 && index >= kPlaces * kOutPieces) continue;
+      const int row = index / kOutPieces, piece = index % kOutPieces;
+      const int place = first + step * kPlaces + row;
+      const bool inside = place < end && first_out + piece * 8 < s.own_out;
+      CopyOrZeroInBackground(stage + row * kOut * 2 + PieceOf<kOutPieces>(row, piece) * 16,
+                             dy + (inside ? static_cast<int64_t>(place) * s.out + piece * 8 : 0),
+                             inside);
+    }
+#pragma unroll
+    for (int i = 0; i < kPixelCopies; ++i) {
+      const int index = thread + i * kThreads;
+      if (kPlaces * kPixelPieces % kThreads != 0 && index >= kPlaces * kPixelPieces) continue;
+      copy_pixel(step * kPlaces + ahead + index / kPixelPieces, index % kPixelPieces);
+    }
+  };
+  const auto look_up = [&](int step) {
+    const int own = thread - (kThreads - kPlaces);
+    if (own < 0) return;
+    inside_of[(step & 1) * kPlaces + own] = TapsInside(s, first + step * kPlaces + own, end);
+  };
+
+  // This warp's outs, and its halves of taps: their bits, moves from the window's begin, and the
+  // pieces that this lane names to the instruction that loads.
+  const int warp_down = warp % Tile::kDown * 64;
+  const int first_half = warp / Tile::kDown * kTilesAcross;
+  int bits[kTilesAcross], moves[kTilesAcross], pieces[kTilesAcross];
+#pragma unroll
+  for (int j = 0; j < kTilesAcross; ++j) {
+    const int tap = (first_half + j) / 2, y = tap / 3, x_of = tap % 3;
+    bits[j] = 1 << y | 1 << (x_of + 16);
+    moves[j] = (y * s.width + x_of) * s.dilation;
+    pieces[j] = (first_half + j) % 2 * 2 + lane / 16;
+  }
+  float sums[kTilesDown][2 * kTilesAcross][4] = {};
+  // Places go down in the tiles, so they are transposed on their way.
+  const int down_row = lane / 16 * 8 + lane % 8;
+  const int down_at =
+      down_row * kOut * 2 + PieceOf<kOutPieces>(down_row, warp_down / 8 + lane / 8 % 2) * 16;
+  const auto multiply = [&](int step) {
+    const char* const stage = shared + (step & (kRunStages - 1)) * kStage;
+#pragma unroll 1  // for the registers
+    for (int depth = 0; depth < kPlaces / 16; ++depth) {
+      const int place = depth * 16 + lane % 16;
+      uint4 down[kTilesDown], across[kTilesAcross];
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+        down[i] = LoadMatricesTransposed(stage + depth * (16 * kOut * 2) + (down_at ^ i * 32));
+      }
+      const int inside = inside_of[(step & 1) * kPlaces + place];
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        const int at = (inside & bits[j]) == bits[j]
+                           ? at_pixel(step * kPlaces + place + moves[j], pieces[j])
+                           : zeros_at + lane / 16 * 16;
+        across[j] = LoadMatricesTransposed(shared + at);
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          MultiplyBf16(sums[i][2 * j], down[i], across[j].x, across[j].y);
+          MultiplyBf16(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
+        }
+      }
+    }
+  };
+
+  const int steps = (end - first + kPlaces - 1) / kPlaces;
+  for (int i = thread; i < ahead * kPixelPieces; i += kThreads) {
+    copy_pixel(i / kPixelPieces, i % kPixelPieces);
+  }
+  look_up(0);
+  if (thread < kRowBytes / 4) reinterpret_cast<int*>(shared + zeros_at)[thread] = 0;
+#pragma unroll
+  for (int step = 0; step < kRunStages - 1; ++step) {
+    if (step < steps) copy(step);
+    CommitCopies();
+  }
+  for (int step = 0; step < steps; ++step) {
+    WaitForGroups<kRunStages - 2>();
+    __syncthreads();
+    if (step + kRunStages - 1 < steps) copy(step + kRunStages - 1);
+    CommitCopies();
+    if (step + 1 < steps) look_up(step + 1);
+    multiply(step);
+  }
+  if (steps == 0) WaitForCopies();  // of pixels that nothing needed
+
+  results += leaf * s.leaf_stride + chunk * s.chunk_stride;
+#pragma unroll
+  for (int j = 0; j < kTilesAcross; ++j) {
+    float own[kTilesDown][2][4];
+#pragma unroll
+    for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+      for (int v = 0; v < 8; ++v) own[i][v / 4][v % 4] = sums[i][2 * j + v / 4][v % 4];
+    }
+    WriteTap(s, group, first_out + warp_down, (first_half + j) / 2,
+             first_channel + (first_half + j) % 2 * 16, own, results);
+  }
+}
+
 template <int kOut, int kHalves>
 void LaunchStoredRuns(const Queue& q, const WeightGradient& s, const Chunks& leaves,
                       uint32_t chunks, int ring, const StoredBf16* x, const StoredBf16* dy,
@@ -945,6 +1118,19 @@ void LaunchStoredRuns(const Queue& q, const WeightGradient& s, const Chunks& lea
                   static_cast<uint32_t>(leaves.count));
   const auto kernel = MultiplyStoredGradientRuns<kOut, kHalves>;
   const auto bytes = static_cast<size_t>(BytesOfStoredRun(kOut, kHalves, ring));
+  AllowShared(kernel, bytes);
+  Launch(q, grid, dim3(Tile::kThreads), bytes, kernel, s, leaves, ring, x, dy, results);
+}
+
+template <int kOut>
+void LaunchNineTaps(const Queue& q, WeightGradient s, const Chunks& leaves, uint32_t chunks,
+                    int ring, const StoredBf16* x, const StoredBf16* dy, float* results) {
+  using Tile = NineTapsTile<kOut>;
+  s.out_tiles = static_cast<int>(CeilDiv(s.own_out, kOut));
+  const dim3 grid(static_cast<uint32_t>(s.groups * s.out_tiles * s.column_tiles), chunks,
+                  static_cast<uint32_t>(leaves.count));
+  const auto kernel = MultiplyNineTaps<kOut>;
+  const auto bytes = static_cast<size_t>(Tile::bytes(ring));
   AllowShared(kernel, bytes);
   Launch(q, grid, dim3(Tile::kThreads), bytes, kernel, s, leaves, ring, x, dy, results);
 }
@@ -1073,7 +1259,21 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
     g.leaf_stride = leaf_stride;
     g.wide_result = !flat && leaf_stride % 2 == 0 && reinterpret_cast<uintptr_t>(results) % 8 == 0;
     if constexpr (kStored) {
-      if (by_pieces && !by_runs) return plan.launch_stored(q, g, part, chunks, x, dy, results);
+      if (by_pieces && !by_runs) {
+        const bool wide = plan.out_tile == 128 && RoundUp(columns, 256) == RoundUp(columns, 128);
+        return wide ? LaunchStoredGradients<128, 256, 2, 4, 1>(q, g, part, chunks, x, dy, results)
+                    : plan.launch_stored(q, g, part, chunks, x, dy, results);
+      }
+      if (by_pieces && s.kernel == 3 && halves == 2 && own_out > 32) {
+        const int nine_ring = StoredRingOf(s, 64);
+        const bool wide = RoundUp(own_out, 128) == RoundUp(own_out, 64);
+        if (wide && NineTapsTile<128>::bytes(nine_ring) <= kMostStoredShared) {
+          return LaunchNineTaps<128>(q, g, part, chunks, nine_ring, x, dy, results);
+        }
+        if (NineTapsTile<64>::bytes(nine_ring) <= kMostStoredShared) {
+          return LaunchNineTaps<64>(q, g, part, chunks, nine_ring, x, dy, results);
+        }
+      }
       if (by_pieces && stored_bytes <= kMostStoredShared) {
         const auto launch = plan.out_tile == 16
                                 ? (halves == 2 ? LaunchStoredRuns<16, 2> : LaunchStoredRuns<16, 1>)
