@@ -181,6 +181,33 @@ TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
   }
 }
 
+// Tiles are the largest where there are so many that they occupy a GPU.
+TEST_P(StoredBf16Test, ConvolutionsOfManyTilesMatchTheReference) {
+  constexpr int64_t kOut = 132 * 128, kRows = 2;
+  for (Conv2dShape s :
+       {Conv2dShape{.height = 1, .width = 2, .in = 160, .out = kOut, .kernel = 1},
+        {.height = 1, .width = 2, .in = 520, .out = kOut, .kernel = 1},
+        {.height = 1, .width = 2, .in = 32, .out = kOut, .kernel = 3, .padding = 1}}) {
+    SCOPED_TRACE(std::to_string(s.in) + ", kernel " + std::to_string(s.kernel));
+    s.precision = Precision::kBf16;
+    s.x_type = s.y_type = ElementType::kBf16;
+    const Values of_x(RandomFloats(kRows * s.height * s.width * s.in, 48)),
+        of_w(RandomFloats(s.out * s.kernel * s.kernel * s.in, 49));
+    auto conv = device().MakeConv2d(s, {kRows});
+    ASSERT_TRUE(conv.ok()) << conv.status();
+    const auto x = In(of_x.stored), y = OutStored(kRows * 2 * kOut);
+    const auto w = In(of_w.floats);
+    const auto scratch = Scratch((*conv)->scratch_bytes());
+    (*conv)->Pack(stream(), w);
+    (*conv)->Forward(stream(), kRows, x, nullptr, y, scratch);
+    std::vector<double> expected(y.size(), 0.0);
+    ForEachProduct(s, kRows, [&](int64_t at_y, int64_t at_x, int64_t at_w) {
+      expected[at_y] += static_cast<double>(of_x.floats[at_x]) * of_w.floats[at_w];
+    });
+    EXPECT_TRUE(NearestOf(FloatsOf(y.Read()), expected, 2e-5));
+  }
+}
+
 // Also where they lie anywhere: a row begins at an odd element.
 TEST_P(StoredBf16Test, RowsOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
   constexpr int64_t kRows = 5;
@@ -368,6 +395,58 @@ TEST_P(StoredBf16Test, NormsGiveTheSameBitsWhereverTheyLie) {
     }
     EXPECT_EQ(results[0], results[1]) << c.channels << " channels, " << c.n;
     EXPECT_TRUE(SameBits(sums[0], sums[1])) << c.channels << " channels, " << c.n;
+  }
+}
+
+TEST_P(StoredBf16Test, LeavesOfNormsHaveTheBitsThatTheyHaveAlone) {
+  const std::vector<int64_t> rows = {1, 33, 700, 2, 2100, 129};
+  Leaves leaves;
+  leaves.count = static_cast<int>(rows.size());
+  for (size_t l = 0; l < rows.size(); ++l) leaves.begin[l + 1] = leaves.begin[l] + rows[l];
+  for (const int64_t channels : {3, 8, 64, 120}) {
+    for (const bool more : {false, true}) {
+      SCOPED_TRACE(std::to_string(channels) + " channels" + (more ? ", two gradients" : ""));
+      const size_t size = static_cast<size_t>(leaves.total() * channels);
+      const auto x = In(Values(RandomFloats(size, 70)).stored),
+                 dy = In(Values(RandomFloats(size, 71)).stored),
+                 second = In(Values(RandomFloats(size, 72)).stored);
+      const auto weight = In(RandomFloats(channels, 73)), bias = In(RandomFloats(channels, 74));
+      const BatchNormShape shape = {channels, true, ElementType::kBf16},
+                           unmasked = {channels, false, ElementType::kBf16};
+      const int64_t stride = 4 * channels;
+      // Into `own` from row `first` and record `leaf` on.
+      struct Results {
+        Buffer<uint16_t> y, g, dx;
+        Buffer<float> records;
+      };
+      const auto make = [&] {
+        return Results{OutStored(size), OutStored(size), OutStored(size),
+                       Out(rows.size() * stride)};
+      };
+      const auto run = [&](const Leaves& of, int64_t first, int64_t leaf, const Results& own) {
+        const int64_t at = first * channels;
+        float* const record = own.records + leaf * stride;
+        const Moments moments = {record, record + channels, stride, 0};
+        device().BatchNormMoments(stream(), shape, of, x + at, record, record + channels, stride);
+        device().BatchNormForward(stream(), shape, of, x + at, moments, kEpsilon, weight, bias,
+                                  more ? second + at : nullptr, own.y + at);
+        device().BatchNormGradient(stream(), shape, of, x + at, own.y + at, dy + at,
+                                   more ? second + at : nullptr, moments, kEpsilon, own.g + at,
+                                   record + 2 * channels, record + 3 * channels, stride);
+        device().BatchNormBackward(stream(), unmasked, of, x + at, nullptr, own.g + at, moments,
+                                   kEpsilon, weight, record + 2 * channels, record + 3 * channels,
+                                   stride, own.dx + at);
+      };
+      const Results together = make(), alone = make();
+      run(leaves, 0, 0, together);
+      for (size_t l = 0; l < rows.size(); ++l) {
+        run(rows[l], leaves.begin[l], static_cast<int64_t>(l), alone);
+      }
+      EXPECT_EQ(together.y.Read(), alone.y.Read());
+      EXPECT_EQ(together.g.Read(), alone.g.Read());
+      EXPECT_EQ(together.dx.Read(), alone.dx.Read());
+      EXPECT_TRUE(SameBits(together.records.Read(), alone.records.Read()));
+    }
   }
 }
 

@@ -395,7 +395,7 @@ void RunMapBy(const Queue& q, int64_t channels, const Leaves& leaves, const Map&
   const int64_t width = CeilDiv(vectors, tiles);
   const int64_t height = std::min<int64_t>(kThreads / width, n);
   // What a thread knows of its channels is worth several groups of rows where there are many.
-  constexpr int64_t kFill = 132 * 16, kMostGroups = 8, kMostGrid = 65535;
+  constexpr int64_t kFill = 132 * 16, kMostGroups = kVector > 4 ? 16 : 8, kMostGrid = 65535;
   const int64_t groups = CeilDiv(n, height * Map::kUnroll);
   int64_t group_rows = std::clamp<int64_t>(groups * tiles * leaves.count / kFill, 1, kMostGroups);
   group_rows = std::max(group_rows, CeilDiv(groups, kMostGrid));

@@ -899,6 +899,23 @@ bool LaunchRunsOf(int tile, const Queue& q, const Windows& s, const Terms& terms
   return launch(q, s, terms, backward, source, weights, bias, relu, result);
 }
 
+constexpr int64_t kFill = 132;  // blocks that occupy a large GPU
+int64_t TilesOf(const Terms& terms, int64_t places, int tile_places, int tile_features) {
+  return CeilDiv(places, tile_places) * (terms.padded / tile_features) * terms.groups;
+}
+
+// Of few terms it is bytes that take the time: smaller tiles, of which there are more at once. Of
+// many it is what comes to shared memory, which is less for a larger tile.
+auto StoredLauncher(int tile, const Terms& terms, int64_t places) {
+  constexpr int kFewTerms = 128, kManyTerms = 512;
+  const int most_terms = terms.slot_taps * terms.slot_taps * terms.channels;
+  if (tile == 16) return LaunchStored<128, 16, 4, 1>;
+  if (tile == 32) return LaunchStored<128, 32, 4, 1>;
+  if (tile == 64 || most_terms <= kFewTerms) return LaunchStored<128, 64, 2, 2>;
+  const bool many = most_terms >= kManyTerms && TilesOf(terms, places, 256, 128) >= kFill;
+  return many ? LaunchStored<256, 128, 4, 2> : LaunchStored<128, 128, 2, 2>;
+}
+
 // Any number of rows.
 template <class T>
 void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward, int64_t rows,
@@ -923,15 +940,6 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
           : LaunchWindows<T, 128, 128, 2, 2, false>;
   constexpr bool kIsFloat = sizeof(T) == sizeof(float);
   const bool by_pieces = !kIsFloat && terms.quads >= 2 && IsAligned16(source);
-  // Of few terms it is bytes that take the time: smaller tiles, of which there are more at once. Of
-  // many it is what comes to shared memory, which is less for a larger tile.
-  constexpr int kFewTerms = 128, kManyTerms = 512;
-  const int most_terms = terms.slot_taps * terms.slot_taps * terms.channels;
-  const auto stored = tile == 16                              ? LaunchStored<128, 16, 4, 1>
-                      : tile == 32                            ? LaunchStored<128, 32, 4, 1>
-                      : tile == 64 || most_terms <= kFewTerms ? LaunchStored<128, 64, 2, 2>
-                      : most_terms < kManyTerms               ? LaunchStored<128, 128, 2, 2>
-                                                              : LaunchStored<256, 128, 4, 2>;
   const int64_t most = std::max<int64_t>(1, kPartElements / std::max(source_row, result_row));
   for (int64_t row = 0; row < rows; row += most) {
     s.rows = static_cast<int>(std::min(most, rows - row));
@@ -941,12 +949,17 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
     const bool whole = terms.quads == Bf16::kQuads;
     const bool half = terms.channels == Bf16::kDepth / 2;
     const auto launch_runs = whole ? LaunchRunsOf<T, 2> : LaunchRunsOf<T, 1>;
-    const bool by_runs = keeps_size && (whole || half) && (kIsFloat || by_pieces) &&
-                         launch_runs(tile, q, s, terms, backward, from, weights, bias, relu, to);
+    // A tile of 128 features only where such tiles occupy the GPU.
+    const int64_t places = int64_t{s.rows} * s.height * s.width;
+    const bool narrow = by_pieces && tile == 128 && TilesOf(terms, places, 128, 128) < kFill;
+    const bool by_runs =
+        keeps_size && (whole || half) && (kIsFloat || by_pieces) &&
+        launch_runs(narrow ? 64 : tile, q, s, terms, backward, from, weights, bias, relu, to);
     if (by_runs) continue;
     if constexpr (!kIsFloat) {
       if (by_pieces) {
-        stored(q, s, terms, backward, from, weights, bias, relu, to);
+        StoredLauncher(narrow ? 64 : tile, terms, places)(q, s, terms, backward, from, weights,
+                                                          bias, relu, to);
         continue;
       }
     }
