@@ -181,30 +181,44 @@ TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
   }
 }
 
-// Tiles are the largest where there are so many that they occupy a GPU.
+// Kernels are others where there are so many tiles that they occupy a GPU: larger tiles, or blocks
+// that make several.
 TEST_P(StoredBf16Test, ConvolutionsOfManyTilesMatchTheReference) {
   constexpr int64_t kOut = 132 * 128, kRows = 2;
-  for (Conv2dShape s :
-       {Conv2dShape{.height = 1, .width = 2, .in = 160, .out = kOut, .kernel = 1},
-        {.height = 1, .width = 2, .in = 520, .out = kOut, .kernel = 1},
-        {.height = 1, .width = 2, .in = 32, .out = kOut, .kernel = 3, .padding = 1}}) {
-    SCOPED_TRACE(std::to_string(s.in) + ", kernel " + std::to_string(s.kernel));
+  const Conv2dShape shapes[] = {
+      {.height = 1, .width = 2, .in = 160, .out = kOut, .kernel = 1},
+      {.height = 1, .width = 2, .in = 520, .out = kOut, .kernel = 1},
+      {.height = 1, .width = 2, .in = 32, .out = kOut, .kernel = 3, .padding = 1},
+      {.height = 185, .width = 184, .in = 40, .out = 136, .kernel = 1},
+      {.height = 190, .width = 190, .in = 8, .out = 128, .kernel = 3, .dilation = 2},
+      {.height = 259, .width = 261, .in = 136, .out = 16, .kernel = 1, .stride = 2}};
+  for (Conv2dShape s : shapes) {
+    SCOPED_TRACE(std::to_string(s.in) + " to " + std::to_string(s.out) + ", kernel " +
+                 std::to_string(s.kernel));
     s.precision = Precision::kBf16;
     s.x_type = s.y_type = ElementType::kBf16;
-    const Values of_x(RandomFloats(kRows * s.height * s.width * s.in, 48)),
+    const int64_t inputs = kRows * s.height * s.width * s.in,
+                  outputs = kRows * s.out_height() * s.out_width() * s.out;
+    const bool backward = s.stride > 1;  // dx of it, in phases
+    const Values of_source(RandomFloats(backward ? outputs : inputs, 48)),
         of_w(RandomFloats(s.out * s.kernel * s.kernel * s.in, 49));
     auto conv = device().MakeConv2d(s, {kRows});
     ASSERT_TRUE(conv.ok()) << conv.status();
-    const auto x = In(of_x.stored), y = OutStored(kRows * 2 * kOut);
+    const auto source = In(of_source.stored), result = OutStored(backward ? inputs : outputs);
     const auto w = In(of_w.floats);
     const auto scratch = Scratch((*conv)->scratch_bytes());
     (*conv)->Pack(stream(), w);
-    (*conv)->Forward(stream(), kRows, x, nullptr, y, scratch);
-    std::vector<double> expected(y.size(), 0.0);
+    if (backward) {
+      (*conv)->BackwardInput(stream(), kRows, source, result, scratch);
+    } else {
+      (*conv)->Forward(stream(), kRows, source, nullptr, result, scratch);
+    }
+    std::vector<double> expected(result.size(), 0.0);
     ForEachProduct(s, kRows, [&](int64_t at_y, int64_t at_x, int64_t at_w) {
-      expected[at_y] += static_cast<double>(of_x.floats[at_x]) * of_w.floats[at_w];
+      expected[backward ? at_x : at_y] +=
+          static_cast<double>(of_source.floats[backward ? at_y : at_x]) * of_w.floats[at_w];
     });
-    EXPECT_TRUE(NearestOf(FloatsOf(y.Read()), expected, 2e-5));
+    EXPECT_TRUE(NearestOf(FloatsOf(result.Read()), expected, 2e-5));
   }
 }
 

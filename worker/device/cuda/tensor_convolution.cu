@@ -409,6 +409,54 @@ void LaunchWindows(const Queue& q, const Windows& s, const Terms& terms, bool ba
 // ---- the same of a source that is stored as bf16, whose channels are by eight: pieces of 16 bytes
 // go to shared memory as they are, in the background and some stages ahead. In the same order.
 
+// What a thread copies of the source: one piece of kRows rows of each step, step by step.
+template <int kRows, int kRowsApart>
+class PieceCopier {
+ public:
+  __device__ __forceinline__ PieceCopier(const Windows& s, const Terms& terms, const Axis& axis_y,
+                                         const Axis& axis_x, const int4* places, int thread)
+      : s_(s), terms_(terms), taps_y_(axis_y.taps), taps_x_(axis_x.taps) {
+    static_assert(kRowsApart % 8 == 0);
+    const int row = thread / 4, piece = thread % 4;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int4 place = places[row + i * kRowsApart];
+      begin_[i] = place.x;
+      inside_[i] = place.y;
+    }
+    at_ = row * kRowBytes + PieceAt(row, piece) * 16;
+    channel_ = (piece * 2 & (terms.quads - 1)) * 4;
+    if (taps_y_ * taps_x_ > 0) MoveBy(piece * 2 >> terms.shift);
+  }
+  __device__ __forceinline__ void CopyNext(const StoredBf16* __restrict__ source, char* rows) {
+    const int move = (tap_y_ * s_.source_width + tap_x_) * s_.tap_move * s_.channels + channel_;
+    const int bits = channel_ < terms_.channels ? 1 << tap_y_ | 1 << (tap_x_ + 16) : -1;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool inside = (inside_[i] & bits) == bits;
+      CopyOrZeroInBackground(rows + at_ + i * kRowsApart * kRowBytes,
+                             source + (inside ? begin_[i] + move : 0), inside);
+    }
+    MoveBy(Bf16::kQuads >> terms_.shift);
+  }
+
+ private:
+  __device__ __forceinline__ void MoveBy(int taps) {
+    tap_x_ += taps;
+    while (tap_x_ >= taps_x_) {
+      tap_x_ -= taps_x_;
+      if (++tap_y_ < taps_y_) continue;
+      tap_y_ = 0;
+      channel_ += 4 << terms_.shift;
+    }
+  }
+  const Windows& s_;
+  const Terms& terms_;
+  const int taps_y_, taps_x_;
+  int begin_[kRows], inside_[kRows];
+  int tap_y_ = 0, tap_x_ = 0, channel_, at_;  // of the next step
+};
+
 template <int kPlaces, int kFeatures, int kDown, int kAcross>
 struct StoredTile {
   static constexpr int kThreads = kDown * kAcross * kWarp;
@@ -425,7 +473,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
                    const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
                    void* __restrict__ result) {
   using Tile = StoredTile<kPlaces, kFeatures, kDown, kAcross>;
-  constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kQuads = Factor::kQuads;
+  constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
   constexpr int kRowsApart = kThreads / 4, kRows = kPlaces / kRowsApart;  // that a thread copies to
   constexpr int kPieces = kFeatures * 4;  // of 16 bytes, of the weights' tile
   constexpr int kTilesDown = kPlaces / kDown / 16, kTilesAcross = kFeatures / kAcross / 16;
@@ -475,39 +523,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
   }
   __syncthreads();
 
-  // This thread copies one piece of some rows, in each step.
-  const int own_row = thread / 4, own_piece = thread % 4;
-  int begin[kRows], inside[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int4 place = places[own_row + i * kRowsApart];
-    begin[i] = place.x;
-    inside[i] = place.y;
-  }
-  int tap_y = 0, tap_x = 0, channel = (own_piece * 2 & (terms.quads - 1)) * 4;  // of the next step
-  const auto move_by = [&](int count) {                                         // of taps
-    tap_x += count;
-    while (tap_x >= axis_x.taps) {
-      tap_x -= axis_x.taps;
-      if (++tap_y < axis_y.taps) continue;
-      tap_y = 0;
-      channel += 4 << terms.shift;
-    }
-  };
-  if (steps > 0) move_by(own_piece * 2 >> terms.shift);
-  const int copy_at = own_row * kRowBytes + PieceAt(own_row, own_piece) * 16;
-  const auto copy_source = [&](int step) {
-    char* const to = stage_of(step) + copy_at;
-    const int move = (tap_y * s.source_width + tap_x) * s.tap_move * s.channels + channel;
-    const int bits = channel < terms.channels ? 1 << tap_y | 1 << (tap_x + 16) : -1;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const bool is_inside = (inside[i] & bits) == bits;
-      CopyOrZeroInBackground(to + i * kRowsApart * kRowBytes,
-                             source + (is_inside ? begin[i] + move : 0), is_inside);
-    }
-    move_by(kQuads >> terms.shift);
-  };
+  PieceCopier<kRows, kRowsApart> copier(s, terms, axis_y, axis_x, places, thread);
 
   // A row of either tile that this lane names to the instruction that loads.
   const int warp_down = warp % kDown * (kPlaces / kDown);
@@ -519,7 +535,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
   float sums[kTilesDown][2 * kTilesAcross][4] = {};
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) copy_source(step);
+    if (step < steps) copier.CopyNext(source, stage_of(step));
     CommitCopies();
   }
   for (int step = 0; step < steps; ++step) {
@@ -528,7 +544,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
     const int ahead = step + kStages - 1;
     if (ahead < steps) {
       copy_weights(ahead);
-      copy_source(ahead);
+      copier.CopyNext(source, stage_of(ahead));
     }
     CommitCopies();
     const char* const stage = stage_of(step);
@@ -571,6 +587,129 @@ void LaunchStored(const Queue& q, const Windows& s, const Terms& terms, bool bac
   AllowShared(kernel, Tile::kBytes);
   Launch(q, dim3(static_cast<uint32_t>(tiles), phases, phases), dim3(Tile::kThreads), Tile::kBytes,
          kernel, s, terms, backward, source, weights, bias, relu, result);
+}
+
+// The same of few terms, whose time is that of bytes: a block keeps all terms of its places, and
+// makes one tile of features after another while the next one's weights are on their way.
+struct ResidentTile {
+  static constexpr int kPlaces = 128, kFeatures = 64, kDown = 2, kAcross = 2;
+  static constexpr int kThreads = kDown * kAcross * kWarp;
+  static constexpr int kMostSteps = 4, kBlocks = 4;
+  static size_t bytes(int steps) {
+    return static_cast<size_t>(steps) * (kPlaces + 2 * kFeatures) * kRowBytes +
+           kPlaces * sizeof(int4);
+  }
+};
+
+template <class Factor>
+__global__ void __launch_bounds__(ResidentTile::kThreads, ResidentTile::kBlocks)
+    MultiplyResident(Windows s, Terms terms, int most_steps, bool backward,
+                     const StoredBf16* __restrict__ source, const uint4* __restrict__ weights,
+                     const float* __restrict__ bias, bool relu, void* __restrict__ result) {
+  using Tile = ResidentTile;
+  constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kFeatures = Tile::kFeatures;
+  constexpr int kRowsApart = kThreads / 4, kRows = kPlaces / kRowsApart;
+  constexpr int kTilesDown = kPlaces / Tile::kDown / 16;
+  constexpr int kTilesAcross = kFeatures / Tile::kAcross / 16;
+  char* const shared = SharedMemory<char>();
+  int4* const places = reinterpret_cast<int4*>(shared);
+  char* const rows = shared + kPlaces * sizeof(int4);
+  char* const packed = rows + most_steps * kPlaces * kRowBytes;  // two tiles
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp, warp = thread / kWarp;
+
+  const int phase_y = static_cast<int>(blockIdx.y), phase_x = static_cast<int>(blockIdx.z);
+  const Axis axis_y = backward ? AxisOf<true>(s, s.height, phase_y) : AxisOf<false>(s, s.height, 0);
+  const Axis axis_x = backward ? AxisOf<true>(s, s.width, phase_x) : AxisOf<false>(s, s.width, 0);
+  const int group = static_cast<int>(blockIdx.x) % terms.groups;
+  const int first_place = static_cast<int>(blockIdx.x) / terms.groups * kPlaces;
+  const int all = s.rows * axis_y.count * axis_x.count;
+  if (first_place >= all) return;
+  source += group * terms.channels;
+
+  const int taps = axis_y.taps * axis_x.taps;
+  const int steps = (taps * terms.channels + Factor::kDepth - 1) / Factor::kDepth;
+  const int slot = axis_y.first * terms.slots + axis_x.first;
+  weights += (static_cast<int64_t>(group) * terms.slots * terms.slots + slot) * terms.steps *
+             terms.padded * 4;
+  const int tiles = terms.padded / kFeatures;
+  const auto copy_weights = [&](int tile) {
+    char* const to = packed + (tile & 1) * most_steps * kFeatures * kRowBytes;
+    for (int i = thread; i < steps * kFeatures * 4; i += kThreads) {
+      const int row = i / 4, step = row / kFeatures, feature = tile * kFeatures + row % kFeatures;
+      CopyInBackground(to + row * kRowBytes + PieceAt(row, i % 4) * 16,
+                       weights + (static_cast<int64_t>(step) * terms.padded + feature) * 4 + i % 4);
+    }
+  };
+  copy_weights(0);
+  for (int i = thread; i < kPlaces; i += kThreads) {
+    places[i] = LookUp(s, axis_y, axis_x, phase_y, phase_x, all, first_place + i);
+  }
+  __syncthreads();
+  PieceCopier<kRows, kRowsApart> copier(s, terms, axis_y, axis_x, places, thread);
+  for (int step = 0; step < steps; ++step) {
+    copier.CopyNext(source, rows + step * kPlaces * kRowBytes);
+  }
+  CommitCopies();
+  if (tiles > 1) copy_weights(1);
+  CommitCopies();
+
+  // A row of either that this lane names to the instruction that loads.
+  const int warp_down = warp % Tile::kDown * (kPlaces / Tile::kDown);
+  const int warp_across = warp / Tile::kDown * (kFeatures / Tile::kAcross);
+  const int down_row = warp_down + lane % 16, across_row = warp_across + lane / 16 * 8 + lane % 8;
+  const int down_at = down_row * kRowBytes + PieceAt(down_row, lane / 16) * 16;
+  const int across_at = across_row * kRowBytes + PieceAt(across_row, lane / 8 % 2) * 16;
+  for (int tile = 0; tile < tiles; ++tile) {
+    WaitForGroups<1>();
+    __syncthreads();
+    float sums[kTilesDown][2 * kTilesAcross][4] = {};
+    const char* const tile_at = packed + (tile & 1) * most_steps * kFeatures * kRowBytes;
+    for (int step = 0; step < steps; ++step) {
+      const char* const down_rows = rows + step * kPlaces * kRowBytes;
+      const char* const across_rows = tile_at + step * kFeatures * kRowBytes;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 down[kTilesDown], across[kTilesAcross];
+#pragma unroll
+        for (int i = 0; i < kTilesDown; ++i) {
+          down[i] = LoadMatrices(down_rows + (down_at ^ half * 32) + i * 16 * kRowBytes);
+        }
+#pragma unroll
+        for (int j = 0; j < kTilesAcross; ++j) {
+          across[j] = LoadMatrices(across_rows + (across_at ^ half * 32) + j * 16 * kRowBytes);
+        }
+#pragma unroll
+        for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+          for (int j = 0; j < kTilesAcross; ++j) {
+            Factor::Multiply(sums[i][2 * j], down[i], across[j].x, across[j].y);
+            Factor::Multiply(sums[i][2 * j + 1], down[i], across[j].z, across[j].w);
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (tile + 2 < tiles) copy_weights(tile + 2);
+    CommitCopies();
+    Finish<kTilesDown, kTilesAcross>(s, terms, group, tile * kFeatures + warp_across, bias, relu,
+                                     result, sums,
+                                     [&](int row) { return places[warp_down + row].z; });
+  }
+}
+
+void LaunchResident(const Queue& q, const Windows& s, const Terms& terms, bool backward,
+                    const StoredBf16* source, const uint4* weights, const float* bias, bool relu,
+                    void* result) {
+  using Tile = ResidentTile;
+  // Of the first phase, the largest.
+  const int64_t places = int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases);
+  const auto blocks = static_cast<uint32_t>(CeilDiv(places, Tile::kPlaces) * terms.groups);
+  const uint32_t phases = static_cast<uint32_t>(s.phases);
+  AllowShared(MultiplyResident<Bf16>, Tile::bytes(terms.steps));
+  Launch(q, dim3(blocks, phases, phases), dim3(Tile::kThreads), Tile::bytes(terms.steps),
+         MultiplyResident<Bf16>, s, terms, terms.steps, backward, source, weights, bias, relu,
+         result);
 }
 
 // ---- y and dx of convolutions that keep the size: place i of the result is the middle of its
@@ -907,10 +1046,14 @@ int64_t TilesOf(const Terms& terms, int64_t places, int tile_places, int tile_fe
 // Of few terms it is bytes that take the time: smaller tiles, of which there are more at once. Of
 // many it is what comes to shared memory, which is less for a larger tile.
 auto StoredLauncher(int tile, const Terms& terms, int64_t places) {
-  constexpr int kFewTerms = 128, kManyTerms = 512;
+  constexpr int kFewTerms = ResidentTile::kMostSteps * Bf16::kDepth, kManyTerms = 512;
   const int most_terms = terms.slot_taps * terms.slot_taps * terms.channels;
   if (tile == 16) return LaunchStored<128, 16, 4, 1>;
   if (tile == 32) return LaunchStored<128, 32, 4, 1>;
+  // Each block is to have several tiles of features, and there are to be blocks enough.
+  const bool few = most_terms <= kFewTerms && terms.padded >= 128 &&
+                   CeilDiv(places, ResidentTile::kPlaces) * terms.groups >= 4 * kFill;
+  if (few) return LaunchResident;
   if (tile == 64 || most_terms <= kFewTerms) return LaunchStored<128, 64, 2, 2>;
   const bool many = most_terms >= kManyTerms && TilesOf(terms, places, 256, 128) >= kFill;
   return many ? LaunchStored<256, 128, 4, 2> : LaunchStored<128, 128, 2, 2>;

@@ -364,10 +364,9 @@ struct StoredGradientTile {
   static constexpr int kPlaces = 32;  // of a step
   static constexpr int kStages = kOut * kColumns > 128 * 128 ? 3 : 4;
   static constexpr int kSums = kOut * kColumns * kGroups / kThreads;
-  static constexpr int kBlocks = kSums >= 128     ? 256 / kThreads
-                                 : kThreads > 128 ? 2
-                                 : kSums >= 64    ? 3
-                                                  : 4;
+  static constexpr int kBlocks = kSums >= 128                    ? 256 / kThreads
+                                 : kThreads > 128 || kSums >= 64 ? 2
+                                                                 : 4;
   static constexpr int kStage = kPlaces * (kOut + kColumns) * 2;
   static constexpr int kHanded = kGroups > 1 ? kGroups* kOut* kColumns * 4 : 0;
   static constexpr int kTable = std::max(kStages * kStage, kHanded);  // where it begins
