@@ -169,7 +169,7 @@ TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
         if (s.activation == Activation::kRelu) expected_y[i] = std::max(expected_y[i], 0.0);
         expected_db[i % s.out] += of_dy.floats[i];
       }
-      constexpr double kTolerance = 2e-5;  // of sums of at most 2000 products
+      constexpr double kTolerance = 5e-5;  // of sums of 2000 products; tensor cores drop low bits
       EXPECT_TRUE(y_stored ? NearestOf(FloatsOf(stored_y.Read()), expected_y, kTolerance)
                            : Near(y.Read(), expected_y, kTolerance));
       EXPECT_TRUE(x_stored ? NearestOf(FloatsOf(stored_dx.Read()), expected_dx, kTolerance)

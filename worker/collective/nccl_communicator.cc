@@ -461,10 +461,16 @@ void NcclCommunicator::Watch() {
       absl::MutexLock lock(&calls_);
       comms = std::exchange(comms_, {});
     }
-    // May wait for graphs that captured them.
+    // Together: one waits for its kernels, which may be behind another's on a stream.
+    std::vector<std::thread> aborts;
     for (const ncclComm_t comm : comms) {
-      if (comm != nullptr) api_.CommAbort(comm);
+      if (comm == nullptr) continue;
+      aborts.emplace_back([this, comm] {
+        device::cuda::UseGpu(options_.gpu);
+        api_.CommAbort(comm);
+      });
     }
+    for (std::thread& abort : aborts) abort.join();
   }
   absl::MutexLock lock(&mutex_);
   watched_ = true;
