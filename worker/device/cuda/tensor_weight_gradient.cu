@@ -1206,8 +1206,8 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
   const int64_t columns = s.kernel * s.kernel * own_in, elements = s.out * columns;
   const int64_t out_places = s.out_height() * s.out_width();
   const bool flat = own_in % 4 != 0;
-  // By runs, where channels fill tiles and the ring fits.
-  // A wider tile of these two has too few registers.
+  // By runs, where channels fill tiles and the ring fits. With x alone stored as bf16 a wider tile
+  // has too few registers.
   constexpr int kWidest = sizeof(X) < sizeof(Y) ? 32 : 64;
   const int run_out_tile = std::min(FeaturesOfTile(own_out), kWidest), ring = RingOf(s);
   const int halves =
