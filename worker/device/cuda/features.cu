@@ -324,6 +324,7 @@ void Run(const Queue& q, int64_t n, int64_t features, bool aligned, Choose choos
 
 // Sums over a leaf's vectors: of dy xhat, and of dy.
 struct WeightReduction {
+  using Order = RowOrder<float>;
   static constexpr int kPlanes = 2;
   static constexpr int kMostThreads = 512;
   static constexpr int kGroup = 4;  // vectors whose loads are in flight
@@ -345,7 +346,7 @@ struct WeightReduction {
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
         if (done + k >= rows.count) continue;
-        const int64_t row = rows.first + int64_t{done + k} * kRowLanes;
+        const int64_t row = rows.first + int64_t{done + k} * Order::kLanes;
         values[k] = LoadLanes<kVector>(x + row * features + column);
         gradient[k] = LoadLanes<kVector>(dy + row * features + column);
         mean[k] = stats[2 * row];
@@ -371,7 +372,7 @@ struct WeightReduction {
   }
 
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double total[2][kVector];
     SumChunks(lanes, total);

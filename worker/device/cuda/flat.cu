@@ -327,8 +327,9 @@ __global__ void __launch_bounds__(kThreads, 4) SumPieces(const DigestPiece* piec
 
 template <class T>
 struct ColumnReduction {
-  static constexpr int kPlanes = 1, kMostThreads = 1024;
-  static constexpr int kGroup = 4;  // rows whose loads are in flight
+  using Order = RowOrder<T>;
+  static constexpr int kPlanes = 1, kMostThreads = Order::kFloat ? 1024 : 512;
+  static constexpr int kGroup = Order::kFloat ? 4 : 8;  // rows whose loads are in flight
 
   const T* x;
   int64_t columns;
@@ -339,18 +340,18 @@ struct ColumnReduction {
   __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
                                              Partial<kVector, 1>* sum) const {
     const T* from = x + rows.first * columns + column;
-    const int64_t step = kRowLanes * columns;
+    const int64_t step = Order::kLanes * columns;
     for (int left = rows.count; left > 0; left -= kGroup) {
-      Lanes<kVector> row[kGroup];
+      Held<T, kVector> row[kGroup];
 #pragma unroll
       for (int k = 0; k < kGroup; ++k, from += step) {
-        if (k < left) row[k] = LoadLanes<kVector>(from);
+        if (k < left) row[k].Load(from);
       }
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
         if (k >= left) continue;
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) sum->plane[0].at[v] += row[k].at[v];
+        for (int v = 0; v < kVector; ++v) sum->plane[0].at[v] += row[k].At(v);
       }
     }
   }
@@ -360,7 +361,7 @@ struct ColumnReduction {
     AddPartial(a, b);
   }
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double total[1][kVector];
     SumChunks(lanes, total);

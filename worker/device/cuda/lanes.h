@@ -53,6 +53,10 @@ __device__ __forceinline__ Lanes<kLanes> LoadLanes(const float* p) {
   if constexpr (kLanes == 4) {
     const float4 v = *reinterpret_cast<const float4*>(p);
     return {{v.x, v.y, v.z, v.w}};
+  } else if constexpr (kLanes == 8) {
+    const Lanes<4> low = LoadLanes<4>(p), high = LoadLanes<4>(p + 4);
+    return {{low.at[0], low.at[1], low.at[2], low.at[3], high.at[0], high.at[1], high.at[2],
+             high.at[3]}};
   } else {
     return {{*p}};
   }
@@ -69,28 +73,42 @@ __device__ __forceinline__ void StoreLanes(float* p, const Lanes<kLanes>& v) {
   }
 }
 
+// Lanes as they are stored: what waits for its turn in registers takes half as many as floats.
+template <class T, int kLanes>
+struct Held;
 template <int kLanes>
-__device__ __forceinline__ Lanes<kLanes> LoadLanes(const StoredBf16* p) {
-  if constexpr (kLanes == 1) {
-    return {{FloatOf(*p)}};
-  } else {
-    constexpr int kWords = kLanes / 2;
-    uint32_t words[kWords];
+struct Held<float, kLanes> {
+  Lanes<kLanes> lanes;
+  __device__ __forceinline__ void Load(const float* p) { lanes = LoadLanes<kLanes>(p); }
+  __device__ __forceinline__ float At(int i) const { return lanes.at[i]; }
+};
+template <int kLanes>
+struct Held<StoredBf16, kLanes> {
+  uint32_t words[(kLanes + 1) / 2];
+  __device__ __forceinline__ void Load(const StoredBf16* p) {
     if constexpr (kLanes == 8) {
       const uint4 v = *reinterpret_cast<const uint4*>(p);
       words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    } else {
+    } else if constexpr (kLanes == 4) {
       const uint2 v = *reinterpret_cast<const uint2*>(p);
       words[0] = v.x, words[1] = v.y;
+    } else {
+      words[0] = p->bits;
     }
-    Lanes<kLanes> result;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      result.at[2 * i] = FloatOfBits(words[i] << 16);
-      result.at[2 * i + 1] = FloatOfBits(words[i] & 0xFFFF0000u);
-    }
-    return result;
   }
+  __device__ __forceinline__ float At(int i) const {
+    return FloatOfBits(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
+  }
+};
+
+template <int kLanes>
+__device__ __forceinline__ Lanes<kLanes> LoadLanes(const StoredBf16* p) {
+  Held<StoredBf16, kLanes> held;
+  held.Load(p);
+  Lanes<kLanes> result;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) result.at[i] = held.At(i);
+  return result;
 }
 template <int kLanes>
 __device__ __forceinline__ void StoreLanes(StoredBf16* p, const Lanes<kLanes>& v) {

@@ -25,12 +25,16 @@ __device__ __forceinline__ float DivisorOf(const Moments& moments, int64_t n) {
 // ---- moments.
 
 // (mean, M2) by Chan, Golub & LeVeque (1983). Means are relative to the leaf's first row, so that
-// where the mean is far from zero they are as precise as the deviations.
+// where the mean is far from zero they are as precise as the deviations. Sums of a few bf16 are as
+// good as exact: a group's are taken as they are, its mean then relative to the leaf's first row.
 template <class T>
 struct MomentsReduction {
+  using Order = RowOrder<T>;
   static constexpr int kPlanes = 2;
-  static constexpr int kMostThreads = sizeof(T) == sizeof(float) ? 1024 : 512;
-  static constexpr int kGroup = 4;  // rows in registers: their mean, then their deviations from it
+  static constexpr int kMostThreads = Order::kFloat ? 1024 : 768;
+  // Rows in registers: their mean, then their deviations from it.
+  static constexpr int kGroup = Order::kFloat ? 4 : 8;
+  static constexpr int kRest = 4;  // of the last rows
 
   const T* x;
   int64_t channels;
@@ -43,30 +47,33 @@ struct MomentsReduction {
     return a == 0.0f ? 1.0f : a == b ? 0.5f : b / (a + b);
   }
 
-  // kFull: count is kGroup.
-  template <bool kFull, int kVector>
+  // kFull: count is kRows.
+  template <bool kFull, int kVector, int kRows>
   __device__ __forceinline__ static void AddGroup(int before, int count,
-                                                  const Lanes<kVector> (&row)[kGroup],
-                                                  const Lanes<kVector>& pivot,
+                                                  const Held<T, kVector> (&row)[kRows],
+                                                  const Held<T, kVector>& pivot,
                                                   Partial<kVector, 2>* sum) {
-    const float rows = kFull ? static_cast<float>(kGroup) : static_cast<float>(count);
+    const float rows = kFull ? static_cast<float>(kRows) : static_cast<float>(count);
     const float earlier = static_cast<float>(before), inverse = 1.0f / rows;
     const float share = ShareOf(earlier, rows), cross = earlier * share;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      float value[kGroup], centre = 0, square = 0;
+      float value[kRows], centre = 0, square = 0;
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) value[k] = row[k].at[v] - pivot.at[v];
+      for (int k = 0; k < kRows; ++k) {
+        value[k] = Order::kFloat ? row[k].At(v) - pivot.At(v) : row[k].At(v);
+      }
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) centre += kFull || k < count ? value[k] : 0.0f;
+      for (int k = 0; k < kRows; ++k) centre += kFull || k < count ? value[k] : 0.0f;
       centre *= inverse;
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
+      for (int k = 0; k < kRows; ++k) {
         const float d = kFull || k < count ? value[k] - centre : 0.0f;
         square = Fma(d, d, square);
       }
       float& sum_mean = sum->plane[0].at[v];
       float& sum_m2 = sum->plane[1].at[v];
+      if constexpr (!Order::kFloat) centre -= pivot.At(v);
       const float delta = centre - sum_mean;
       sum_mean = Fma(delta, share, sum_mean);
       sum_m2 = Fma(delta * delta, cross, sum_m2 + square);
@@ -76,25 +83,29 @@ struct MomentsReduction {
   template <int kVector>
   __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
                                              Partial<kVector, 2>* sum) const {
-    const Lanes<kVector> pivot = LoadLanes<kVector>(x + rows.leaf_first * channels + column);
+    Held<T, kVector> pivot;
+    pivot.Load(x + rows.leaf_first * channels + column);
     const T* from = x + rows.first * channels + column;
-    const int64_t step = kRowLanes * channels;
-    Lanes<kVector> row[kGroup];
-    const auto load = [&](Lanes<kVector>(&group)[kGroup], int count) {
+    const int64_t step = Order::kLanes * channels;
+    const auto load = [&]<int kRows>(Held<T, kVector>(&row)[kRows], int count) {
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k, from += step) {
-        if (k < count) group[k] = LoadLanes<kVector>(from);
+      for (int k = 0; k < kRows; ++k, from += step) {
+        if (k < count) row[k].Load(from);
       }
     };
     int done = 0;
 #pragma unroll 1
     for (; done + kGroup <= rows.count; done += kGroup) {
+      Held<T, kVector> row[kGroup];
       load(row, kGroup);
       AddGroup<true>(done, kGroup, row, pivot, sum);
     }
-    if (done < rows.count) {
-      load(row, rows.count - done);
-      AddGroup<false>(done, rows.count - done, row, pivot, sum);
+#pragma unroll 1
+    for (; done < rows.count; done += kRest) {
+      Held<T, kVector> row[kRest];
+      const int count = rows.count - done < kRest ? rows.count - done : kRest;
+      load(row, count);
+      AddGroup<false>(done, count, row, pivot, sum);
     }
   }
 
@@ -115,7 +126,7 @@ struct MomentsReduction {
 
   // The mean of the means, then deviations from it: nothing cancels here either.
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double centre[kVector] = {}, square[kVector] = {};
     lanes.template ForEachChunk<2>([&](double rows, const Partial<kVector, 2>& chunk) {
@@ -153,11 +164,10 @@ struct MomentsReduction {
 
 template <bool kRelu, bool kMore, class T>
 struct GradientReduction {
+  using Order = RowOrder<T>;
   static constexpr int kPlanes = 2;
-  static constexpr int kMostThreads = 512;
-  static constexpr bool kWide = sizeof(T) == sizeof(float);
-  // Rows whose loads are in flight.
-  static constexpr int kGroup = (kWide ? kRelu && kMore : kRelu || kMore) ? 2 : 4;
+  static constexpr int kMostThreads = Order::kFloat ? 512 : 640;
+  static constexpr int kGroup = kRelu && kMore ? 2 : 4;  // rows whose loads are in flight
 
   const T* x;
   const T* y;
@@ -175,31 +185,32 @@ struct GradientReduction {
   __device__ __forceinline__ void AddRows(int count, int64_t at, int64_t step,
                                           const Lanes<kVector>& centre,
                                           Partial<kVector, 2>* sum) const {
-    Lanes<kVector> row[kGroup], gradient[kGroup], second[kGroup], output[kGroup];
+    Held<T, kVector> row[kGroup], gradient[kGroup], second[kGroup], output[kGroup];
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       if (k >= count) continue;
-      row[k] = LoadLanes<kVector>(x + at + k * step);
-      gradient[k] = LoadLanes<kVector>(dy + at + k * step);
-      if constexpr (kMore) second[k] = LoadLanes<kVector>(more + at + k * step);
-      if constexpr (kRelu) output[k] = LoadLanes<kVector>(y + at + k * step);
+      row[k].Load(x + at + k * step);
+      gradient[k].Load(dy + at + k * step);
+      if constexpr (kMore) second[k].Load(more + at + k * step);
+      if constexpr (kRelu) output[k].Load(y + at + k * step);
     }
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       if (k >= count) continue;
+      Lanes<kVector> written;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        float value = gradient[k].at[v];
-        if constexpr (kMore) value = AsStored<T>(value + second[k].at[v]);
-        if constexpr (kRelu) value = ReluGradient(output[k].at[v], value);
+        float value = gradient[k].At(v);
+        if constexpr (kMore) value = AsStored<T>(value + second[k].At(v));
+        if constexpr (kRelu) value = ReluGradient(output[k].At(v), value);
         float& sum_g = sum->plane[0].at[v];
         float& sum_x = sum->plane[1].at[v];
         sum_g += value;
-        sum_x = Fma(value, row[k].at[v] - centre.at[v], sum_x);
-        gradient[k].at[v] = value;
+        sum_x = Fma(value, row[k].At(v) - centre.at[v], sum_x);
+        written.at[v] = value;
       }
       // Over an input of these very elements, perhaps; all of them have been read.
-      if (g != nullptr) StoreLanes<kVector>(g + at + k * step, gradient[k]);
+      if (g != nullptr) StoreLanes<kVector>(g + at + k * step, written);
     }
   }
 
@@ -208,7 +219,7 @@ struct GradientReduction {
                                              Partial<kVector, 2>* sum) const {
     const Lanes<kVector> centre =
         LoadChannels<kVector>(moments.mean + rows.leaf * moments.stride + column);
-    const int64_t step = kRowLanes * channels;
+    const int64_t step = Order::kLanes * channels;
     int64_t at = rows.first * channels + column;
     int left = rows.count;
     for (; left >= kGroup; left -= kGroup, at += kGroup * step) {
@@ -224,7 +235,7 @@ struct GradientReduction {
   }
 
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector> lanes,
+  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double total[2][kVector];
     SumChunks(lanes, total);
@@ -245,34 +256,68 @@ struct GradientReduction {
 
 constexpr int kThreads = 256;
 
-// Calls map.Load and then map.Store for the rows of a block's share of a leaf. A map's Channel is
-// what it knows of a thread's channels.
+// Calls Row::Load and then Row::Store for the rows of a block's share of a leaf. What a map knows
+// of a channel, kConstants floats, takes divisions and a root of kInputs others: a block's threads
+// share them out, while their first rows are on their way.
 template <class Map, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Map::kBlocks)
     MapRows(Map map, Leaves leaves, int64_t channels, int64_t block_rows) {
   const int leaf = static_cast<int>(blockIdx.z);
   const int64_t leaf_end = leaves.begin[leaf + 1];
   const int64_t first = leaves.begin[leaf] + blockIdx.y * block_rows;
-  const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * kVector;
-  if (first >= leaf_end || column >= channels) return;
-  const typename Map::template Channel<kVector> channel(map, leaf, leaf_end - leaves.begin[leaf],
-                                                        column);
+  if (first >= leaf_end) return;
+  const int width = static_cast<int>(blockDim.x), height = static_cast<int>(blockDim.y);
+  const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
+  const int tile = width * kVector, first_column = static_cast<int>(blockIdx.x) * tile;
+  const int column = first_column + x * kVector;
   const int64_t end = first + block_rows < leaf_end ? first + block_rows : leaf_end;
-  const int64_t step = static_cast<int>(blockDim.y) * channels;
-  int64_t row = first + threadIdx.y;
-  int64_t at = row * channels + column;
-  const int group = Map::kUnroll * static_cast<int>(blockDim.y);
-  for (; row < end; row += group, at += Map::kUnroll * step) {
-    typename Map::template Row<kVector> rows[Map::kUnroll];
-    const auto reaches = [&](int k) { return row + k * static_cast<int>(blockDim.y) < end; };
+  // Rows that are left from the thread's next one.
+  int left = column < channels ? static_cast<int>(end - first) - y : 0;
+  const int64_t step = height * channels;
+  int64_t at = (first + y) * channels + column;
+  typename Map::template Row<kVector> rows[Map::kUnroll];
+  const auto load = [&] {
 #pragma unroll
     for (int k = 0; k < Map::kUnroll; ++k) {
-      if (reaches(k)) rows[k].Load(map, at + k * step);
+      if (k * height < left) rows[k].Load(map, at + k * step);
     }
+  };
+  load();
+  float* const constants = SharedMemory<float>();
+  const int64_t n = leaf_end - leaves.begin[leaf];
+  const int threads = width * height, mine = y * width + x;
+  for (int c = mine; c < tile && first_column + c < channels; c += threads) {
+    float known[Map::kInputs];
+    map.Read(leaf, first_column + c, known);
+#pragma unroll
+    for (int i = 0; i < Map::kInputs; ++i) constants[i * tile + c] = known[i];
+  }
+  // Else the compiler would sink each load to where it is needed, behind another's time.
+  __syncthreads();
+  for (int c = mine; c < tile && first_column + c < channels; c += threads) {
+    float known[Map::kInputs];
+#pragma unroll
+    for (int i = 0; i < Map::kInputs; ++i) known[i] = constants[i * tile + c];
+    map.Know(n, known);
+#pragma unroll
+    for (int i = 0; i < Map::kConstants; ++i) constants[i * tile + c] = known[i];
+  }
+  __syncthreads();
+  if (left <= 0) return;
+  Lanes<kVector> known[Map::kConstants];
+#pragma unroll
+  for (int i = 0; i < Map::kConstants; ++i) {
+    known[i] = LoadLanes<kVector>(constants + i * tile + x * kVector);
+  }
+  for (;;) {
 #pragma unroll
     for (int k = 0; k < Map::kUnroll; ++k) {
-      if (reaches(k)) rows[k].Store(map, channel, at + k * step);
+      if (k * height < left) rows[k].Store(map, known, at + k * step);
     }
+    left -= Map::kUnroll * height;
+    if (left <= 0) return;
+    at += Map::kUnroll * step;
+    load();
   }
 }
 
@@ -280,6 +325,8 @@ template <bool kRelu, bool kResidual, class T>
 struct ForwardMap {
   using Element = T;
   static constexpr int kUnroll = kResidual ? 2 : 4;  // rows whose loads are in flight
+  static constexpr int kBlocks = 3;                  // at least, of a multiprocessor
+  static constexpr int kConstants = 3, kInputs = 4;
 
   const T* x;
   Moments moments;
@@ -289,39 +336,37 @@ struct ForwardMap {
   const T* residual;
   T* y;
 
-  template <int kVector>
-  struct Channel {
-    Lanes<kVector> centre, scale, shift;
-    __device__ __forceinline__ Channel(const ForwardMap& map, int leaf, int64_t n, int column) {
-      const int64_t at = leaf * map.moments.stride + column;
-      const float divisor = DivisorOf(map.moments, n);
-      centre = LoadChannels<kVector>(map.moments.mean + at);
-      scale = LoadChannels<kVector>(map.moments.spread + at);
-      shift = LoadChannels<kVector>(map.bias + column);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        scale.at[v] = InverseDeviation(scale.at[v] / divisor, map.epsilon) * map.weight[column + v];
-      }
-    }
-  };
+  __device__ __forceinline__ void Read(int leaf, int column, float (&known)[kInputs]) const {
+    const int64_t at = leaf * moments.stride + column;
+    known[0] = moments.mean[at];
+    known[1] = moments.spread[at];
+    known[2] = bias[column];
+    known[3] = weight[column];
+  }
+  // Centre, scale and shift.
+  __device__ __forceinline__ void Know(int64_t n, float (&known)[kInputs]) const {
+    known[1] = InverseDeviation(known[1] / DivisorOf(moments, n), epsilon) * known[3];
+  }
 
   template <int kVector>
   struct Row {
-    Lanes<kVector> x, residual;
+    Held<T, kVector> x, residual;
     __device__ __forceinline__ void Load(const ForwardMap& map, int64_t at) {
-      x = LoadLanes<kVector>(map.x + at);
-      if constexpr (kResidual) residual = LoadLanes<kVector>(map.residual + at);
+      x.Load(map.x + at);
+      if constexpr (kResidual) residual.Load(map.residual + at);
     }
-    __device__ __forceinline__ void Store(const ForwardMap& map, const Channel<kVector>& channel,
-                                          int64_t at) {
+    __device__ __forceinline__ void Store(const ForwardMap& map,
+                                          const Lanes<kVector> (&known)[kConstants],
+                                          int64_t at) const {
+      Lanes<kVector> y;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        float value = Fma(x.at[v] - channel.centre.at[v], channel.scale.at[v], channel.shift.at[v]);
-        if constexpr (kResidual) value += residual.at[v];
+        float value = Fma(x.At(v) - known[0].at[v], known[1].at[v], known[2].at[v]);
+        if constexpr (kResidual) value += residual.At(v);
         if constexpr (kRelu) value = Relu(value);
-        x.at[v] = value;
+        y.at[v] = value;
       }
-      StoreLanes<kVector>(map.y + at, x);
+      StoreLanes<kVector>(map.y + at, y);
     }
   };
 };
@@ -330,6 +375,8 @@ template <bool kRelu, class T>
 struct BackwardMap {
   using Element = T;
   static constexpr int kUnroll = 2;  // rows whose loads are in flight
+  static constexpr int kBlocks = 3;  // at least, of a multiprocessor
+  static constexpr int kConstants = 4, kInputs = 5;
 
   const T* x;
   const T* y;
@@ -342,46 +389,43 @@ struct BackwardMap {
   int64_t sums_stride;
   T* dx;
 
-  template <int kVector>
-  struct Channel {
-    Lanes<kVector> centre, scale, offset, slope;
-    __device__ __forceinline__ Channel(const BackwardMap& map, int leaf, int64_t n, int column) {
-      const int64_t at = leaf * map.moments.stride + column;
-      const float divisor = DivisorOf(map.moments, n);
-      const int64_t sums = leaf * map.sums_stride + column;
-      centre = LoadChannels<kVector>(map.moments.mean + at);
-      scale = LoadChannels<kVector>(map.moments.spread + at);
-      offset = LoadChannels<kVector>(map.sum_dy + sums);
-      slope = LoadChannels<kVector>(map.sum_dy_xhat + sums);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const float inverse = InverseDeviation(scale.at[v] / divisor, map.epsilon);
-        scale.at[v] = inverse * map.weight[column + v];
-        offset.at[v] = offset.at[v] / divisor;
-        slope.at[v] = inverse * (slope.at[v] / divisor);
-      }
-    }
-  };
+  __device__ __forceinline__ void Read(int leaf, int column, float (&known)[kInputs]) const {
+    const int64_t at = leaf * moments.stride + column, sums = leaf * sums_stride + column;
+    known[0] = moments.mean[at];
+    known[1] = moments.spread[at];
+    known[2] = sum_dy[sums];
+    known[3] = sum_dy_xhat[sums];
+    known[4] = weight[column];
+  }
+  // Centre, scale, offset and slope.
+  __device__ __forceinline__ void Know(int64_t n, float (&known)[kInputs]) const {
+    const float divisor = DivisorOf(moments, n);
+    const float inverse = InverseDeviation(known[1] / divisor, epsilon);
+    known[1] = inverse * known[4];
+    known[2] = known[2] / divisor;
+    known[3] = inverse * (known[3] / divisor);
+  }
 
   template <int kVector>
   struct Row {
-    Lanes<kVector> x, y, dy;
+    Held<T, kVector> x, y, dy;
     __device__ __forceinline__ void Load(const BackwardMap& map, int64_t at) {
-      x = LoadLanes<kVector>(map.x + at);
-      dy = LoadLanes<kVector>(map.dy + at);
-      if constexpr (kRelu) y = LoadLanes<kVector>(map.y + at);
+      x.Load(map.x + at);
+      dy.Load(map.dy + at);
+      if constexpr (kRelu) y.Load(map.y + at);
     }
-    __device__ __forceinline__ void Store(const BackwardMap& map, const Channel<kVector>& channel,
-                                          int64_t at) {
+    __device__ __forceinline__ void Store(const BackwardMap& map,
+                                          const Lanes<kVector> (&known)[kConstants],
+                                          int64_t at) const {
+      Lanes<kVector> dx;
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        float g = dy.at[v];
-        if constexpr (kRelu) g = ReluGradient(y.at[v], g);
-        const float centred = x.at[v] - channel.centre.at[v];
-        x.at[v] = channel.scale.at[v] *
-                  Fma(0.0f - centred, channel.slope.at[v], g - channel.offset.at[v]);
+        float g = dy.At(v);
+        if constexpr (kRelu) g = ReluGradient(y.At(v), g);
+        const float centred = x.At(v) - known[0].at[v];
+        dx.at[v] = known[1].at[v] * Fma(0.0f - centred, known[3].at[v], g - known[2].at[v]);
       }
-      StoreLanes<kVector>(map.dx + at, x);
+      StoreLanes<kVector>(map.dx + at, dx);
     }
   };
 };
@@ -394,16 +438,18 @@ void RunMapBy(const Queue& q, int64_t channels, const Leaves& leaves, const Map&
   const int64_t vectors = channels / kVector, tiles = CeilDiv(vectors, 32);
   const int64_t width = CeilDiv(vectors, tiles);
   const int64_t height = std::min<int64_t>(kThreads / width, n);
-  // What a thread knows of its channels is worth several groups of rows where there are many.
-  constexpr int64_t kFill = 132 * 16, kMostGroups = kVector > 4 ? 16 : 8, kMostGrid = 65535;
+  // What a block knows of its channels is worth several groups of rows where there are many.
+  constexpr int64_t kFill = kVector > 4 ? 132 * 12 : 132 * 16, kMostGroups = kVector > 4 ? 16 : 8;
+  constexpr int64_t kMostGrid = 65535;
   const int64_t groups = CeilDiv(n, height * Map::kUnroll);
   int64_t group_rows = std::clamp<int64_t>(groups * tiles * leaves.count / kFill, 1, kMostGroups);
   group_rows = std::max(group_rows, CeilDiv(groups, kMostGrid));
   Launch(q,
          dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(CeilDiv(groups, group_rows)),
               static_cast<unsigned>(leaves.count)),
-         dim3(static_cast<unsigned>(width), static_cast<unsigned>(height)), 0,
-         MapRows<Map, kVector>, map, leaves, channels, height * Map::kUnroll * group_rows);
+         dim3(static_cast<unsigned>(width), static_cast<unsigned>(height)),
+         sizeof(float) * Map::kInputs * static_cast<size_t>(width * kVector), MapRows<Map, kVector>,
+         map, leaves, channels, height * Map::kUnroll * group_rows);
 }
 
 template <class Map>

@@ -1,12 +1,12 @@
 // Reducing the rows of each leaf of x {rows, columns} to one row: sums, moments.
 //
-// The order is a function of the leaf's n rows alone, so a column's bits depend neither on other
-// columns nor on other leaves, nor on how a launch is cut. Rows are cut into chunks of
-// ChunkRows(n). In a chunk lane l of kRowLanes takes rows l, l + kRowLanes, ... in order, in float;
-// lanes are combined by a tree, strides 16, 8, 4, 2, 1. Chunks are merged in double: lane k %
-// kRowLanes takes chunk k, in order, then the same tree.
+// The order is a function of the leaf's n rows and of how they are stored, so a column's bits
+// depend neither on other columns nor on other leaves, nor on how a launch is cut. Rows are cut
+// into chunks of ChunkRows(n). In a chunk lane l of kLanes takes rows l, l + kLanes, ... in order,
+// in float; lanes are combined by a tree, strides kLanes / 2, ..., 2, 1. Chunks are merged in
+// double: lane k % kLanes takes chunk k, in order, then the same tree.
 //
-// A block is {columns of a tile, kRowLanes, chunks}. Where a block holds all chunks of a leaf it
+// A block is {columns of a tile, kLanes, chunks}. Where a block holds all chunks of a leaf it
 // merges them itself; otherwise a second launch does, from partial results in the workspace.
 #pragma once
 
@@ -21,14 +21,20 @@
 
 namespace lockstep::device::cuda {
 
-constexpr int kRowLanes = 32;
-constexpr int64_t kChunkRows = 128;  // the fewest, and a multiple of kRowLanes
-constexpr int64_t kMostChunks = 128;
+// Of rows that are stored as T. Those of bf16 bring half the bytes, and twice the columns to a
+// thread: its lanes take more of them, for the time of a tree.
+template <class T>
+struct RowOrder {
+  static constexpr bool kFloat = sizeof(T) == sizeof(float);
+  static constexpr int kLanes = kFloat ? 32 : 16;
+  static constexpr int64_t kChunkRows = kFloat ? 128 : 256;  // the fewest; a multiple of kLanes
+  static constexpr int64_t kMostChunks = 128;
 
-LOCKSTEP_DEVICE inline int64_t ChunkRows(int64_t n) {
-  constexpr int64_t kStep = kChunkRows * kMostChunks;
-  return kChunkRows * ((n + kStep - 1) / kStep);
-}
+  LOCKSTEP_DEVICE static int64_t ChunkRows(int64_t n) {
+    constexpr int64_t kStep = kChunkRows * kMostChunks;
+    return kChunkRows * ((n + kStep - 1) / kStep);
+  }
+};
 
 // What a lane, or a chunk, knows of its columns.
 template <int kVector, int kPlanes>
@@ -36,7 +42,7 @@ struct Partial {
   Lanes<kVector> plane[kPlanes];
 };
 
-// The rows that a lane takes: `count` rows, kRowLanes apart, from `first` of the call's rows.
+// The rows that a lane takes: `count` rows, kLanes apart, from `first` of the call's rows.
 struct LaneRows {
   int leaf = 0;
   int64_t leaf_first = 0;  // row of the call
@@ -45,7 +51,7 @@ struct LaneRows {
 };
 
 // A reduction is a struct with
-//   static constexpr int kPlanes, kMostThreads (of a block);
+//   Order, a RowOrder; static constexpr int kPlanes, kMostThreads (of a block);
 //   Accumulate(rows, column, Partial*): of a lane; at least one row;
 //   Combine(count_a, count_b, Partial* a, b): a takes b in; counts of rows, not 0;
 //   Merge(chunks, LaneSum, column): writes what all of a leaf's chunks come to. All threads of
@@ -67,9 +73,9 @@ struct Chunks {
   int columns = 0;
 };
 
-// Sums over the kRowLanes lanes of a block, by a tree in shared memory. All threads of the block
+// Sums over the kLanes lanes of a block, by a tree in shared memory. All threads of the block
 // take part in barriers, those that are `active` in sums.
-template <int kVector>
+template <int kVector, int kLanes>
 class LaneSum {
  public:
   __device__ LaneSum(const Chunks& chunks, double* shared, bool active)
@@ -79,20 +85,30 @@ class LaneSum {
   template <int kPlanes, class Take>
   __device__ __forceinline__ void ForEachChunk(const Take& take) const {
     if (!active_) return;
+    constexpr int kGroup = kVector == 1 ? 4 : 1;  // whose loads are in flight
     const int64_t size = static_cast<int64_t>(kPlanes) * chunks_.columns;
-    int64_t first = static_cast<int>(threadIdx.y) * chunks_.chunk_rows;
+    const int64_t step = kLanes * chunks_.chunk_rows;
+    int64_t left = chunks_.n - static_cast<int>(threadIdx.y) * chunks_.chunk_rows;  // rows
     const float* from = chunks_.partials + static_cast<int>(threadIdx.y) * size;
-    for (; first < chunks_.n; first += kRowLanes * chunks_.chunk_rows, from += kRowLanes * size) {
-      Partial<kVector, kPlanes> chunk;
+    for (; left > 0; left -= kGroup * step, from += kGroup * kLanes * size) {
+      Partial<kVector, kPlanes> chunk[kGroup];
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
+      for (int k = 0; k < kGroup; ++k) {
+        if (k * step >= left) continue;
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          chunk.plane[plane].at[v] = from[plane * chunks_.columns + v];
+        for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) {
+            chunk[k].plane[plane].at[v] = from[k * kLanes * size + plane * chunks_.columns + v];
+          }
         }
       }
-      const int64_t left = chunks_.n - first;
-      take(static_cast<double>(left < chunks_.chunk_rows ? left : chunks_.chunk_rows), chunk);
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        const int64_t rows = left - k * step;
+        if (rows <= 0) continue;
+        take(static_cast<double>(rows < chunks_.chunk_rows ? rows : chunks_.chunk_rows), chunk[k]);
+      }
     }
   }
 
@@ -100,7 +116,7 @@ class LaneSum {
   __device__ __forceinline__ void Sum(double (&value)[kVector]) {
     const int lane = static_cast<int>(threadIdx.y);
 #pragma unroll
-    for (int stride = kRowLanes / 2; stride > 0; stride /= 2) {
+    for (int stride = kLanes / 2; stride > 0; stride /= 2) {
       if (stride * chunks_.chunk_rows >= chunks_.n) continue;  // those lanes had no chunk
       if (active_ && lane >= stride && lane < 2 * stride) Write(lane, value);
       __syncthreads();
@@ -122,7 +138,7 @@ class LaneSum {
   __device__ bool is_first() const { return active_ && threadIdx.y == 0; }
 
   static size_t bytes(int64_t width) {
-    return sizeof(double) * kRowLanes * kVector * static_cast<size_t>(width);
+    return sizeof(double) * kLanes * kVector * static_cast<size_t>(width);
   }
 
  private:
@@ -150,8 +166,8 @@ __device__ __forceinline__ void AddPartial(Partial<kVector, kPlanes>* a,
     for (int v = 0; v < kVector; ++v) a->plane[plane].at[v] += b.plane[plane].at[v];
   }
 }
-template <int kVector, int kPlanes>
-__device__ __forceinline__ void SumChunks(LaneSum<kVector>& lanes,
+template <int kVector, int kLanes, int kPlanes>
+__device__ __forceinline__ void SumChunks(LaneSum<kVector, kLanes>& lanes,
                                           double (&total)[kPlanes][kVector]) {
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
@@ -174,15 +190,16 @@ __device__ __forceinline__ void SumChunks(LaneSum<kVector>& lanes,
   }
 }
 
-constexpr int kMergeThreads = 1024;
+constexpr int kMergeColumns = 32;  // of a block
 
 template <class Reduction, int kVector>
 __global__ void __launch_bounds__(Reduction::kMostThreads)
     ReduceChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
-  constexpr int kPlanes = Reduction::kPlanes;
+  using Order = typename Reduction::Order;
+  constexpr int kPlanes = Reduction::kPlanes, kLanes = Order::kLanes;
   const int local_leaf = static_cast<int>(blockIdx.z), leaf = part.first_leaf + local_leaf;
   const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
-  const int64_t chunk_rows = ChunkRows(n);
+  const int64_t chunk_rows = Order::ChunkRows(n);
   const int first_chunk = static_cast<int>(blockIdx.y * blockDim.z);
   if (first_chunk > 0 && first_chunk * chunk_rows >= n) return;
   const int x = static_cast<int>(threadIdx.x), lane = static_cast<int>(threadIdx.y),
@@ -195,14 +212,14 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
   const int rows = static_cast<int>(behind < 0 ? 0 : behind < chunk_rows ? behind : chunk_rows);
 
   Partial<kVector, kPlanes> values = {};
-  const int own = (rows + kRowLanes - 1 - lane) / kRowLanes;
+  const int own = (rows + kLanes - 1 - lane) / kLanes;
   if (here && own > 0) {
     reduction.Accumulate({leaf, leaf_first, leaf_first + chunk_first + lane, own},
                          part.first_column + column, &values);
   }
-  auto* slots = SharedMemory<Partial<kVector, kPlanes>>() + z * kRowLanes * width + x;
+  auto* slots = SharedMemory<Partial<kVector, kPlanes>>() + z * kLanes * width + x;
 #pragma unroll
-  for (int stride = kRowLanes / 2; stride > 0; stride /= 2) {
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
     if (lane >= stride && lane < 2 * stride) slots[lane * width] = values;
     __syncthreads();
     if (lane >= stride) continue;
@@ -227,7 +244,7 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
   // Every chunk is in this block: the partial results go to shared memory, behind what sums need.
   __syncthreads();
   double* const sums = SharedMemory<double>();
-  float* const chunks = reinterpret_cast<float*>(sums + kRowLanes * kVector * width);
+  float* const chunks = reinterpret_cast<float*>(sums + kLanes * kVector * width);
   const int tile = kVector * width;
   if (stores) {
 #pragma unroll
@@ -240,33 +257,37 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
   }
   __syncthreads();
   const Chunks all = {leaf, leaf_first, n, chunk_rows, chunks + x * kVector, tile};
-  reduction.template Merge<kVector>(all, LaneSum<kVector>(all, sums, z == 0 && here),
+  reduction.template Merge<kVector>(all, LaneSum<kVector, kLanes>(all, sums, z == 0 && here),
                                     part.first_column + column);
 }
 
 template <class Reduction>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeColumns* Reduction::Order::kLanes)
     MergeChunks(Reduction reduction, Leaves leaves, ReductionPart part, const float* partials) {
+  using Order = typename Reduction::Order;
   const int local_leaf = static_cast<int>(blockIdx.y), leaf = part.first_leaf + local_leaf;
   const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
   const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int64_t before = static_cast<int64_t>(local_leaf) * part.chunks * Reduction::kPlanes;
   const Chunks all = {
-      leaf, leaf_first, n, ChunkRows(n), partials + before * part.columns + column, part.columns};
-  reduction.template Merge<1>(all, LaneSum<1>(all, SharedMemory<double>(), column < part.columns),
-                              part.first_column + column);
+      leaf,        leaf_first, n, Order::ChunkRows(n), partials + before * part.columns + column,
+      part.columns};
+  reduction.template Merge<1>(
+      all, LaneSum<1, Order::kLanes>(all, SharedMemory<double>(), column < part.columns),
+      part.first_column + column);
 }
 
 template <class Reduction, int kVector>
 void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leaves, int64_t columns,
                   int most_chunks_a_block) {
-  constexpr int kPlanes = Reduction::kPlanes;
+  using Order = typename Reduction::Order;
+  constexpr int kPlanes = Reduction::kPlanes, kLanes = Order::kLanes;
   int64_t chunks = 1;
   for (int l = 0; l < leaves.count; ++l) {
     const int64_t n = leaves.begin[l + 1] - leaves.begin[l];
-    if (n > 0) chunks = std::max(chunks, CeilDiv(n, ChunkRows(n)));
+    if (n > 0) chunks = std::max(chunks, CeilDiv(n, Order::ChunkRows(n)));
   }
-  constexpr int kGroups = Reduction::kMostThreads / kRowLanes;  // of lanes, in a block
+  constexpr int kGroups = Reduction::kMostThreads / kLanes;  // of lanes, in a block
   // A row of a tile has at least the 32 bytes of a sector, at most a line's 128.
   constexpr int kVectorBytes = kVector > 4 ? 16 : 4 * kVector;  // by eight, they are bf16
   constexpr int kNarrowest = 32 / kVectorBytes, kWidest = std::min(128 / kVectorBytes, kGroups);
@@ -285,20 +306,20 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
       fits ? chunks : std::min<int64_t>(chunks, std::max(1, kOrdinaryGroups / width)));
   const bool one_stage = depth == chunks;  // as the kernel sees it by its grid
 
-  size_t shared = sizeof(Partial<kVector, kPlanes>) * kRowLanes * width * depth;
-  shared = std::max(
-      shared, LaneSum<kVector>::bytes(width) + sizeof(Partial<kVector, kPlanes>) * width * depth);
+  size_t shared = sizeof(Partial<kVector, kPlanes>) * kLanes * width * depth;
+  shared = std::max(shared, LaneSum<kVector, kLanes>::bytes(width) +
+                                sizeof(Partial<kVector, kPlanes>) * width * depth);
   const auto launch = [&](const ReductionPart& part, int part_leaves) {
     const auto part_tiles = static_cast<unsigned>(CeilDiv(part.columns, width * kVector));
     const auto grid_leaves = static_cast<unsigned>(part_leaves);
     float* const partials = static_cast<float*>(q.workspace);
     Launch(q, dim3(part_tiles, static_cast<unsigned>(CeilDiv(chunks, depth)), grid_leaves),
-           dim3(static_cast<unsigned>(width), kRowLanes, static_cast<unsigned>(depth)), shared,
+           dim3(static_cast<unsigned>(width), kLanes, static_cast<unsigned>(depth)), shared,
            ReduceChunks<Reduction, kVector>, reduction, leaves, part, partials);
     if (one_stage) return;
-    const int merged = std::min(part.columns, kMergeThreads / kRowLanes);
+    const int merged = std::min(part.columns, kMergeColumns);
     Launch(q, dim3(static_cast<unsigned>(CeilDiv(part.columns, merged)), grid_leaves),
-           dim3(static_cast<unsigned>(merged), kRowLanes), LaneSum<1>::bytes(merged),
+           dim3(static_cast<unsigned>(merged), kLanes), LaneSum<1, kLanes>::bytes(merged),
            MergeChunks<Reduction>, reduction, leaves, part, partials);
   };
   ReductionPart part;
