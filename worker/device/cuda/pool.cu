@@ -108,6 +108,40 @@ __device__ __forceinline__ void ForEachCover(const Geometry& g, const Place& inp
   }
 }
 
+// The same where no more than two by two windows cover an input: load(i, j, element) for all of
+// them, and then body(i, j, place in the window), so that the loads are in flight together.
+template <class Load, class Body>
+__device__ __forceinline__ void ForEachOfFourCovers(const Geometry& g, const Place& input,
+                                                    const Load& load, const Body& body) {
+  const int y = input.y + g.padding, x = input.x + g.padding;
+  const int last_y = static_cast<int>(g.by_stride.Quotient(static_cast<uint32_t>(y)));
+  const int last_x = static_cast<int>(g.by_stride.Quotient(static_cast<uint32_t>(x)));
+  // From the last back, which is found by one division.
+  const auto covers = [&](int i, int j) {
+    const int oy = last_y - 1 + i, ox = last_x - 1 + j;
+    return oy >= 0 && oy < g.out_height && y - oy * g.stride < g.kernel && ox >= 0 &&
+           ox < g.out_width && x - ox * g.stride < g.kernel;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!covers(i, j)) continue;
+      const int64_t output =
+          (int64_t{input.row} * g.out_height + last_y - 1 + i) * g.out_width + last_x - 1 + j;
+      load(i, j, output * g.channels + input.channel);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!covers(i, j)) continue;
+      body(i, j, (y - (last_y - 1 + i) * g.stride) * g.kernel + x - (last_x - 1 + j) * g.stride);
+    }
+  }
+}
+
 template <int kLanes>
 __device__ __forceinline__ uint32_t LoadBytes(const uint8_t* p) {
   if constexpr (kLanes == 4) {
@@ -151,22 +185,39 @@ __global__ void __launch_bounds__(kThreads)
   StoreBytes<kLanes>(argmax + int64_t{index} * kLanes, places);
 }
 
-template <int kLanes, class T>
+// kOfFour: kernel <= 2 stride.
+template <int kLanes, bool kOfFour, class T>
 __global__ void __launch_bounds__(kThreads)
     MaxBackward(uint32_t threads, Geometry g, const T* __restrict__ dy,
                 const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
-  ForEachCover(g, Place(g, index, kLanes), [&](int at, int64_t element) {
-    const uint32_t winners = LoadBytes<kLanes>(argmax + element);
-    const Lanes<kLanes> gradient = LoadLanes<kLanes>(dy + element);
+  const auto add = [&sum](int at, uint32_t winners, const Held<T, kLanes>& gradient) {
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
       const bool won = ((winners >> (8 * k)) & 0xFFu) == static_cast<uint32_t>(at);
-      sum.at[k] = sum.at[k] + (won ? gradient.at[k] : 0.0f);
+      sum.at[k] = sum.at[k] + (won ? gradient.At(k) : 0.0f);
     }
-  });
+  };
+  const Place input(g, index, kLanes);
+  if constexpr (kOfFour) {
+    uint32_t winners[2][2];
+    Held<T, kLanes> gradient[2][2];
+    ForEachOfFourCovers(
+        g, input,
+        [&](int i, int j, int64_t element) {
+          winners[i][j] = LoadBytes<kLanes>(argmax + element);
+          gradient[i][j].Load(dy + element);
+        },
+        [&](int i, int j, int at) { add(at, winners[i][j], gradient[i][j]); });
+  } else {
+    ForEachCover(g, input, [&](int at, int64_t element) {
+      Held<T, kLanes> gradient;
+      gradient.Load(dy + element);
+      add(at, LoadBytes<kLanes>(argmax + element), gradient);
+    });
+  }
   StoreLanes<kLanes>(dx + int64_t{index} * kLanes, sum);
 }
 
@@ -369,7 +420,9 @@ void RunMaxBackward(const Queue& q, const PoolShape& shape, int64_t rows, const 
                     const uint8_t* argmax, T* dx) {
   const bool tiles = shape.kernel == 2 && shape.stride == 2 && shape.padding == 0 &&
                      shape.height % 2 == 0 && shape.width % 2 == 0;
-  const auto kernel = tiles ? MaxBackwardTiles<kLanes, 2, T> : MaxBackward<kLanes, T>;
+  const auto kernel = tiles                              ? MaxBackwardTiles<kLanes, 2, T>
+                      : shape.kernel <= 2 * shape.stride ? MaxBackward<kLanes, true, T>
+                                                         : MaxBackward<kLanes, false, T>;
   const Walk walk = tiles ? Walk::kOutputs : Walk::kInputs;
   ForEachPartOf(walk, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
     Launch(q, GridOf(threads), dim3(kThreads), 0, kernel, threads, g, dy + row * OutputOf(shape),
