@@ -98,7 +98,11 @@ absl::StatusOr<std::vector<Share>> ShareGpus(int wanted, int slots) {
     gpus = {report.gpus[chosen]};
   } else {
     for (const lockstep::device::GpuInfo& gpu : report.gpus) {
-      if (gpu.cannot_use.empty()) gpus.push_back(gpu);
+      if (gpu.cannot_use.empty()) {
+        gpus.push_back(gpu);
+      } else {
+        spdlog::warn("GPU {} is not used: {}", gpu.ordinal, gpu.cannot_use);
+      }
     }
     if (gpus.empty()) gpus = {report.gpus.front()};
   }

@@ -61,8 +61,10 @@ absl::StatusOr<std::shared_ptr<const data::Dataset>> LoadOnce(const v1::Prepare&
   {
     absl::MutexLock lock(&mutex);
     std::erase_if(*entries, [](const auto& one) { return one.second.expired(); });
-    std::weak_ptr<Entry>& known = (*entries)[absl::StrCat(prepare.job(), " ", prepare.generation(),
-                                                          " ", static_cast<int>(split))];
+    // What is loaded follows from the spec and from where this member finds its data.
+    std::weak_ptr<Entry>& known = (*entries)[absl::StrCat(
+        prepare.job(), " ", prepare.generation(), " ", static_cast<int>(split), " ", options.folder,
+        " ", prepare.spec().SerializeAsString())];
     entry = known.lock();
     if (entry == nullptr) known = entry = std::make_shared<Entry>();
   }
