@@ -48,7 +48,7 @@ PYTHON
     # the bits of many calls.
     asan) sanitized asan address,undefined '/orders$|^cuda_device_emulated/.*(Threads|Rows|ManyTiles)' common spec data device nn optim numerics collective train server \
             gpu_emulator cuda_device_emulated gpu_kernels_emulated ;;
-    # Of a list of placements, one slot has no others to race with, and five members do as three do.
+    # Of a list of placements, one slot has no others to race with, and two members or five do as three do.
     tsan) TSAN_OPTIONS="halt_on_error=1" sanitized tsan thread '^train/.*_(1x1|5x1|8x1)( |$)' simulation server collective train ;;
     *) echo "tests/checks.sh: no check called $check; there are format, thread-safety, asan, tsan" >&2; exit 2 ;;
   esac
