@@ -126,6 +126,10 @@ class TrainJob : public lockstep::agent::Job {
  public:
   explicit TrainJob(lockstep::train::MemberOptions options) : job_(std::move(options)) {}
   absl::StatusOr<lockstep::v1::Ready> Prepare() override { return job_.Prepare(); }
+  absl::StatusOr<lockstep::v1::Ready> UseAlgorithms(
+      const lockstep::v1::Algorithms& algorithms) override {
+    return job_.UseAlgorithms(algorithms);
+  }
   lockstep::v1::Ended Run(const lockstep::v1::Start& start) override { return job_.Run(start); }
   void Stop() override { job_.Stop(); }
   void Abort(const std::string& reason) override { job_.Abort(reason); }

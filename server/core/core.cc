@@ -28,7 +28,8 @@ Core::Core(const CoreOptions& options, std::vector<StoredJob> stored) : options_
     const int64_t number = job.record.number;
     numbers_by_id_[job.record.job.id()] = number;
     if (!job.record.request_id.empty()) numbers_by_request_[job.record.request_id] = number;
-    jobs_[number] = JobEntry{std::move(job.record), job.last_sequence, std::nullopt};
+    jobs_[number] =
+        JobEntry{std::move(job.record), std::move(job.algorithms), job.last_sequence, std::nullopt};
   }
 }
 
@@ -71,7 +72,8 @@ std::vector<Action> Core::Flush() {
 
   for (int64_t number : changed_jobs_) write_.jobs.push_back(jobs_.at(number).record);
   changed_jobs_.clear();
-  if (!write_.jobs.empty() || !write_.events.empty() || !write_.logs.empty()) {
+  if (!write_.jobs.empty() || !write_.algorithms.empty() || !write_.events.empty() ||
+      !write_.logs.empty()) {
     write_.ticket = ++last_ticket_;
     actions_.emplace_back(std::move(write_));
     write_ = Write();

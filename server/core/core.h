@@ -52,6 +52,7 @@ struct Member {
   bool prepared = false;  // Prepare was sent
   bool left = false;      // holds nothing of the generation any more
   std::optional<v1::Ready> ready;
+  bool told_algorithms = false;  // UseAlgorithms was sent
   std::optional<v1::Ended> ended;
 };
 
@@ -69,6 +70,7 @@ struct Generation {
 
 struct JobEntry {
   JobRecord record;
+  v1::Algorithms algorithms;  // that its members compute with
   int64_t last_sequence = 0;
   std::optional<Generation> generation;  // exactly in STARTING, RUNNING and STOPPING
 };
@@ -151,6 +153,8 @@ class Core {
   void SendPrepare(JobEntry& job);
   void StartTraining(JobEntry& job);
   std::string CompareReady(const JobEntry& job) const;
+  std::string CompareProbes(const JobEntry& job) const;
+  bool ShareAlgorithms(JobEntry& job, int source_rank);
   void WarnOfDamage(JobEntry& job, int source_rank);
   void StopPolitely(JobEntry& job);
   void Fail(JobEntry& job, const std::string& reason, Cause cause);

@@ -29,6 +29,11 @@ struct JobRecord {
   v1::Job job;
 };
 
+struct AlgorithmsRecord {
+  int64_t job = 0;  // its number
+  v1::Algorithms algorithms;
+};
+
 struct EventRecord {
   int64_t job = 0;  // its number
   v1::JobEvent event;
@@ -43,6 +48,7 @@ struct LogRecord {
 struct StoredJob {
   JobRecord record;
   int64_t last_sequence = 0;  // of its events; 0: none
+  v1::Algorithms algorithms;
 };
 
 // ---- events ----
@@ -98,6 +104,7 @@ struct Write {
   Ticket ticket = 0;
   bool durable = false;         // must survive a crash of the machine, not only of the process
   std::vector<JobRecord> jobs;  // inserted or replaced
+  std::vector<AlgorithmsRecord> algorithms;  // likewise
   std::vector<EventRecord> events;
   std::vector<LogRecord> logs;
 };

@@ -9,6 +9,14 @@
 #include "server/core/reason.h"
 
 namespace lockstep::server {
+namespace {
+
+bool IsExact(const JobEntry& job) {
+  const v1::TrainSpec& train = job.record.job.spec().train();
+  return !train.has_exact() || train.exact();  // a job of an older version has none
+}
+
+}  // namespace
 
 void Core::Schedule() {
   for (auto it = queue_.begin(); it != queue_.end();) {
@@ -107,6 +115,7 @@ void Core::SendPrepare(JobEntry& job) {
   *prepare.mutable_spec() = record.spec();
   prepare.set_resume_from(record.resume_from());
   prepare.set_output_dir(record.output_dir());
+  *prepare.mutable_algorithms() = job.algorithms;
   for (const Member& member : generation.members) {
     const v1::Register& info = workers_.at(member.place.worker).info;
     v1::Member& m = *prepare.add_members();
@@ -130,8 +139,7 @@ void Core::SendPrepare(JobEntry& job) {
 std::string Core::CompareReady(const JobEntry& job) const {
   const std::vector<Member>& members = job.generation->members;
   const Member& first = members[0];
-  const v1::TrainSpec& train = job.record.job.spec().train();
-  const bool exact = !train.has_exact() || train.exact();  // a job of an older version has none
+  const bool exact = IsExact(job);
   for (const Member& member : members) {
     if (member.ready->data_digest() != first.ready->data_digest()) {
       return absl::StrCat("worker ", member.place.worker, " has other data than worker ",
@@ -149,26 +157,86 @@ std::string Core::CompareReady(const JobEntry& job) const {
   return "";
 }
 
+// The same of what they compute with the job's algorithms.
+std::string Core::CompareProbes(const JobEntry& job) const {
+  const Member& first = job.generation->members[0];
+  for (const Member& member : job.generation->members) {
+    if (member.ready->probe() == first.ready->probe()) continue;
+    return absl::StrCat("worker ", member.place.worker, " computes otherwise than worker ",
+                        first.place.worker, ": probe ", member.ready->probe(), " against ",
+                        first.ready->probe(), ", both with fingerprint ",
+                        first.ready->fingerprint(),
+                        "; the workers of a job must have the same kind of device, unless its spec "
+                        "says train.exact: false");
+  }
+  return "";
+}
+
+// The job's algorithms are those that it has, then its source's, then the others' by rank: of a
+// problem the first counts. True where members that computed it otherwise have been told so.
+bool Core::ShareAlgorithms(JobEntry& job, int source_rank) {
+  Generation& generation = *job.generation;
+  auto& algorithms = *job.algorithms.mutable_by_problem();
+  const size_t known = algorithms.size();
+  const auto add = [&](const Member& member) {
+    for (const auto& [problem, algorithm] : member.ready->algorithms().by_problem()) {
+      algorithms.insert({problem, algorithm});
+    }
+  };
+  if (source_rank >= 0) add(generation.members[source_rank]);
+  for (const Member& member : generation.members) add(member);
+  if (algorithms.size() != known) write_.algorithms.push_back({job.record.number, job.algorithms});
+
+  bool told = false;
+  for (Member& member : generation.members) {
+    const auto& own = member.ready->algorithms().by_problem();
+    if (member.told_algorithms || std::all_of(own.begin(), own.end(), [&](const auto& entry) {
+          return algorithms.at(entry.first) == entry.second;
+        })) {
+      continue;
+    }
+    Log(job.record.number, "INFO",
+        absl::StrCat("worker ", member.place.worker, " chose other algorithms than the job has, ",
+                     "and is told to use those"));
+    v1::CoordinatorMessage message;
+    v1::UseAlgorithms& use = *message.mutable_use_algorithms();
+    use.set_job(job.record.job.id());
+    use.set_generation(generation.number);
+    *use.mutable_algorithms() = job.algorithms;
+    actions_.emplace_back(SendToWorker{member.stream, std::move(message)});
+    member.told_algorithms = true;
+    member.ready.reset();
+    told = true;
+  }
+  return told;
+}
+
 void Core::StartTraining(JobEntry& job) {
   Generation& generation = *job.generation;
-  generation.ready_deadline = absl::InfiniteFuture();
-  const std::string difference = CompareReady(job);
+  std::string difference = CompareReady(job);
   if (!difference.empty()) return Fail(job, OneLine(difference), Cause::kPrimary);
+
+  int source_rank = -1;
+  int64_t newest = -1;
+  for (size_t rank = 0; rank < generation.members.size(); ++rank) {
+    const v1::Ready& ready = *generation.members[rank].ready;
+    if (ready.state_version() <= newest) continue;
+    newest = ready.state_version();
+    source_rank = static_cast<int>(rank);
+  }
+  if (IsExact(job) && !Planted(PlantedBug::kAlgorithmsNotShared)) {
+    if (ShareAlgorithms(job, source_rank)) return;  // until they are ready again
+    difference = CompareProbes(job);
+    if (!difference.empty()) return Fail(job, OneLine(difference), Cause::kPrimary);
+  }
+  generation.ready_deadline = absl::InfiniteFuture();
 
   v1::CoordinatorMessage message;
   v1::Start& start = *message.mutable_start();
   start.set_job(job.record.job.id());
   start.set_generation(generation.number);
-  start.set_source_rank(-1);
-  int64_t newest = -1;
-  for (size_t rank = 0; rank < generation.members.size(); ++rank) {
-    const v1::Ready& ready = *generation.members[rank].ready;
-    start.add_rendezvous(ready.rendezvous());
-    if (ready.state_version() > newest) {
-      newest = ready.state_version();
-      start.set_source_rank(static_cast<int>(rank));
-    }
-  }
+  start.set_source_rank(source_rank);
+  for (const Member& member : generation.members) start.add_rendezvous(member.ready->rendezvous());
   if (newest < 0 && !job.record.job.resume_from().empty()) {
     return Fail(job,
                 OneLine(absl::StrCat("no worker has a checkpoint to go on from at ",
@@ -177,7 +245,7 @@ void Core::StartTraining(JobEntry& job) {
                                      "one step-N folder, on some worker's host")),
                 Cause::kPrimary);
   }
-  WarnOfDamage(job, start.source_rank());
+  WarnOfDamage(job, source_rank);
   for (const Member& member : generation.members) {
     actions_.emplace_back(SendToWorker{member.stream, message});
   }

@@ -16,6 +16,7 @@ enum class PlantedBug {
   kDigestOfNeighborsOnly,  // the last member's digest is not compared
   kRestartForgetsRunning,  // a job that was RUNNING stays so after a restart
   kShardGap,               // the first shard of later members is run by nobody
+  kAlgorithmsNotShared,    // members start with the algorithms that each chose
 };
 
 #ifdef LOCKSTEP_PLANTED_BUGS

@@ -13,6 +13,7 @@ namespace {
 constexpr int kMostSlots = 1024;
 constexpr size_t kLongestName = 128;
 constexpr size_t kLongestRendezvous = 64 << 10;
+constexpr size_t kLargestAlgorithms = 1 << 20;
 constexpr size_t kLongestLogLine = 4 << 10;
 constexpr size_t kMostLostWorkers = 256;
 constexpr size_t kMostPendingDigests = 64;
@@ -189,12 +190,17 @@ void Core::OnReady(Worker& worker, const v1::Ready& message) {
   if (job->record.job.state() != v1::STARTING) return;
   Member& member = job->generation->members[rank];
   if (member.ready.has_value()) return;
-  if (message.rendezvous().size() > kLongestRendezvous) {
-    return Fail(*job,
-                WorkerFailed(member.place, false, 0,
-                             absl::StrCat("its rendezvous has ", message.rendezvous().size(),
-                                          " bytes; accepted: at most ", kLongestRendezvous)),
-                Cause::kPrimary);
+  const auto is_small = [&](absl::string_view what, size_t bytes, size_t most) {
+    if (bytes <= most) return true;
+    Fail(*job,
+         WorkerFailed(member.place, false, 0,
+                      absl::StrCat(what, " ", bytes, " bytes; accepted: at most ", most)),
+         Cause::kPrimary);
+    return false;
+  };
+  if (!is_small("its rendezvous has", message.rendezvous().size(), kLongestRendezvous) ||
+      !is_small("its algorithms have", message.algorithms().ByteSizeLong(), kLargestAlgorithms)) {
+    return;
   }
   member.ready = message;
   const std::vector<Member>& members = job->generation->members;

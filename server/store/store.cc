@@ -15,7 +15,7 @@
 namespace lockstep::server {
 namespace {
 
-constexpr int64_t kSchemaVersion = 1;
+constexpr int64_t kSchemaVersion = 2;
 constexpr char kSchema[] = R"sql(
 CREATE TABLE jobs(
   number INTEGER PRIMARY KEY,
@@ -35,6 +35,11 @@ CREATE TABLE logs(
   job INTEGER NOT NULL,
   record BLOB NOT NULL);            -- v1.LogLine
 CREATE INDEX logs_by_job ON logs(job, number);
+)sql";
+constexpr char kSince2[] = R"sql(
+CREATE TABLE algorithms(
+  job INTEGER PRIMARY KEY,
+  record BLOB NOT NULL);            -- v1.Algorithms
 )sql";
 
 std::string DatabasePath(const std::string& data_dir) { return JoinPath(data_dir, "lockstep.db"); }
@@ -69,9 +74,10 @@ absl::StatusOr<Database> OpenDatabase(const std::string& path) {
   ASSIGN_OR_RETURN(Database database, Database::Open(path, Database::Mode::kCreate));
   RETURN_IF_ERROR(database.Execute("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"));
   ASSIGN_OR_RETURN(const int64_t version, database.QueryInteger("PRAGMA user_version"));
-  if (version == 0) {
-    RETURN_IF_ERROR(database.Execute(absl::StrCat(
-        "BEGIN IMMEDIATE; ", kSchema, "PRAGMA user_version = ", kSchemaVersion, "; COMMIT;")));
+  if (version == 0 || version == 1) {
+    RETURN_IF_ERROR(
+        database.Execute(absl::StrCat("BEGIN IMMEDIATE; ", version == 0 ? kSchema : "", kSince2,
+                                      "PRAGMA user_version = ", kSchemaVersion, "; COMMIT;")));
   } else if (version != kSchemaVersion) {
     return absl::FailedPreconditionError(
         absl::StrCat("database ", path, " has schema version ", version, ", this program reads ",
@@ -115,8 +121,11 @@ Store::~Store() { close(lock_); }
 absl::StatusOr<std::vector<StoredJob>> Store::LoadJobs() {
   ASSIGN_OR_RETURN(
       Statement statement,
-      database_.Prepare("SELECT number, request_id, record, (SELECT COALESCE(MAX(sequence), 0) "
-                        "FROM events WHERE job = number) FROM jobs ORDER BY number"));
+      database_.Prepare("SELECT number, request_id, jobs.record, "
+                        "(SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job = number), "
+                        "COALESCE(algorithms.record, x'') "
+                        "FROM jobs LEFT JOIN algorithms ON algorithms.job = number "
+                        "ORDER BY number"));
   std::vector<StoredJob> jobs;
   while (true) {
     ASSIGN_OR_RETURN(const bool row, statement.Next());
@@ -126,6 +135,7 @@ absl::StatusOr<std::vector<StoredJob>> Store::LoadJobs() {
     job.record.request_id = statement.Text(1);
     RETURN_IF_ERROR(statement.Parse(2, &job.record.job));
     job.last_sequence = statement.Integer(3);
+    RETURN_IF_ERROR(statement.Parse(4, &job.algorithms));
   }
 }
 
@@ -156,6 +166,11 @@ absl::Status Store::Insert(const Write& write) {
                         .Bind(record.request_id)
                         .Bind(record.job)
                         .Run());
+  }
+  ASSIGN_OR_RETURN(Statement algorithms,
+                   database_.Prepare("INSERT OR REPLACE INTO algorithms VALUES(?, ?)"));
+  for (const AlgorithmsRecord& record : write.algorithms) {
+    RETURN_IF_ERROR(algorithms.Bind(record.job).Bind(record.algorithms).Run());
   }
   ASSIGN_OR_RETURN(Statement event, database_.Prepare("INSERT INTO events VALUES(?, ?, ?, ?, ?)"));
   for (const EventRecord& record : write.events) {

@@ -136,6 +136,46 @@ TEST_F(EmulatedCluster, EveryPlacementGivesTheResultOfOneSlot) {
       one);
 }
 
+// Libraries on two GPUs of one kind may propose others; the result is that of the first member's,
+// or of the run that a checkpoint is of.
+TEST_F(EmulatedCluster, AJobKeepsItsAlgorithms) {
+  const std::string spec = Spec("mlp");
+  const std::string in_reverse = absl::StrCat(kFaults, "=sums=reversed");
+  const nlohmann::json one = Result(spec, "one");
+  setenv(kFaults, "sums=reversed", 1);
+  const nlohmann::json reversed = Result(spec, "reversed");
+  EXPECT_EQ(reversed["state"], "SUCCEEDED");
+  EXPECT_NE(reversed["state_digest"], one["state_digest"]);
+  ExpectSameResult(Result(spec, "resumed", {"--resume", Out("one") + "/checkpoints/step-00000003"}),
+                   one);
+  unsetenv(kFaults);
+
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda:1", {"--gpu", "0"});
+  programs_.StartWorker("w1", "cuda:1", {"--gpu", "1"}, {in_reverse});
+  programs_.WaitForWorkers(2);
+  const std::vector<std::string> both = {"--set", "resources.slots=2", "--out", Out("both")};
+  const std::string job = programs_.Submit(spec, both);
+  ExpectSameResult(programs_.End(job), one);
+  EXPECT_THAT(programs_.Lockstep({"logs", job}).out,
+              HasSubstr("worker w1 chose other algorithms than the job has, and is told"));
+
+  // The first member's, where the other cannot follow.
+  programs_.worker("w0").Kill();
+  programs_.StartWorker("w2", "cuda:1", {"--gpu", "0"},
+                        {absl::StrCat(kFaults, "=sums=only-in-order")});
+  programs_.WaitForWorkers(2);
+  const std::string refused = programs_.Submit(spec, {"--set", "resources.slots=2"});
+  const nlohmann::json end = programs_.End(refused);
+  EXPECT_EQ(end["state"], "FAILED");
+  std::printf("%s\n", end["reason"].get<std::string>().c_str());
+  EXPECT_THAT(
+      end["reason"].get<std::string>(),
+      ContainsRegex("worker w2 \\(slot 0\\) .*this GPU cannot compute a product of .* by the "
+                    "job's algorithm, in reverse"));
+}
+
 TEST_F(EmulatedCluster, ALibrarysSumsAreNearTheTrees) {
   const std::string spec = Spec("mlp");
   setenv(kGpus, "3", 1);

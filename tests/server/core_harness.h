@@ -47,6 +47,9 @@ class CoreHarness {
       Ticket last = 0;
       for (const Write& write : std::exchange(writes, {})) {
         for (const JobRecord& record : write.jobs) disk[record.number].record = record;
+        for (const AlgorithmsRecord& record : write.algorithms) {
+          disk[record.job].algorithms = record.algorithms;
+        }
         for (const EventRecord& record : write.events) {
           disk[record.job].last_sequence = record.event.sequence();
           events[record.job].push_back(record.event);

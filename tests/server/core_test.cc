@@ -256,6 +256,94 @@ TEST_F(CoreTest, OtherDataOrAnotherDeviceFailsAndNamesBoth) {
   }
 }
 
+// Of a problem the lowest rank's algorithm is the job's; what only others have is added.
+TEST_F(CoreTest, MembersUseTheAlgorithmsOfOne) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const StreamId w1 = AddWorker("w1", 1);
+  const StreamId w2 = AddWorker("w2", 1);
+  const std::string id = SubmitJob(3);
+  const auto ready_with = [&](const std::map<std::string, std::string>& algorithms,
+                              const std::string& probe) {
+    v1::Ready ready = MakeReady(id);
+    for (const auto& [problem, algorithm] : algorithms) {
+      (*ready.mutable_algorithms()->mutable_by_problem())[problem] = algorithm;
+    }
+    ready.set_probe(probe);
+    return ready;
+  };
+  Say(w0, ready_with({{"a", "1"}}, "x"));
+  Say(w1, ready_with({{"a", "1"}, {"b", "5"}}, "x"));
+  Say(w2, ready_with({{"a", "2"}, {"b", "5"}}, "y"));
+  EXPECT_EQ(job(id).state(), v1::STARTING);
+  EXPECT_FALSE(Last(w0, Message::kUseAlgorithms).has_use_algorithms());
+  EXPECT_FALSE(Last(w1, Message::kUseAlgorithms).has_use_algorithms());
+  const v1::UseAlgorithms use = Last(w2, Message::kUseAlgorithms).use_algorithms();
+  EXPECT_EQ(use.job(), id);
+  EXPECT_EQ(use.generation(), 1);
+  EXPECT_EQ(use.algorithms().by_problem().size(), 2u);
+  EXPECT_EQ(use.algorithms().by_problem().at("a"), "1");
+  Persist();
+  EXPECT_EQ(disk.begin()->second.algorithms.by_problem().at("b"), "5");
+  Say(w2, ready_with({{"a", "1"}, {"b", "5"}}, "x"));
+  EXPECT_EQ(job(id).state(), v1::RUNNING);
+  EXPECT_TRUE(Last(w2, Message::kStart).has_start());
+}
+
+// Where the state comes from a checkpoint, so do the algorithms.
+TEST_F(CoreTest, AlgorithmsAreThoseOfTheSource) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const StreamId w1 = AddWorker("w1", 1);
+  const std::string id = SubmitJob(2, "/runs/one");
+  v1::Ready ready = MakeReady(id);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "1";
+  Say(w0, ready);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "2";
+  ready.set_state_version(40);
+  Say(w1, ready);
+  EXPECT_EQ(Last(w0, Message::kUseAlgorithms).use_algorithms().algorithms().by_problem().at("a"),
+            "2");
+  EXPECT_FALSE(Last(w1, Message::kUseAlgorithms).has_use_algorithms());
+  ready.set_state_version(-1);
+  Say(w0, ready);
+  EXPECT_EQ(Last(w1, Message::kStart).start().source_rank(), 1);
+}
+
+TEST_F(CoreTest, AMemberThatComputesOtherwiseByTheSameAlgorithmsFailsTheJob) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const StreamId w1 = AddWorker("w1", 1);
+  const std::string id = SubmitJob(2);
+  v1::Ready ready = MakeReady(id);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "1";
+  ready.set_probe("p0");
+  Say(w0, ready);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "2";
+  ready.set_probe("p1");
+  Say(w1, ready);
+  ASSERT_TRUE(Last(w1, Message::kUseAlgorithms).has_use_algorithms());
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "1";
+  Say(w1, ready);
+  EXPECT_EQ(job(id).state(), v1::STOPPING);
+  EXPECT_THAT(job(id).reason(),
+              HasSubstr("worker w1 computes otherwise than worker w0: probe p1 against p0"));
+}
+
+TEST_F(CoreTest, AMemberThatIsNotReadyAgainFailsTheJob) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const StreamId w1 = AddWorker("w1", 1);
+  const std::string id = SubmitJob(2);
+  v1::Ready ready = MakeReady(id);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "1";
+  Say(w0, ready);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "2";
+  Say(w1, ready);
+  for (int second = 0; second < 61; ++second) {
+    Heartbeat(w0);
+    Heartbeat(w1);
+    Advance(absl::Seconds(1));
+  }
+  EXPECT_EQ(job(id).reason(), "worker w1 (slot 0) not ready within 1m");
+}
+
 TEST_F(CoreTest, DevicesMayDifferWhereTheSpecSaysSo) {
   const StreamId w0 = AddWorker("w0", 1);
   const StreamId w1 = AddWorker("w1", 1);
@@ -264,6 +352,8 @@ TEST_F(CoreTest, DevicesMayDifferWhereTheSpecSaysSo) {
   SayReady(w0, id);
   v1::Ready ready = MakeReady(id);
   ready.set_fingerprint("cuda sm_80");
+  ready.set_probe("another");
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = "another";
   Say(w1, ready);
   EXPECT_EQ(job(id).state(), v1::RUNNING);
 }

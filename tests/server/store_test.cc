@@ -221,12 +221,40 @@ TEST_F(StoreTest, ARecordThatIsNoMessageIsSaidToBeDamaged) {
   EXPECT_THAT(Message(jobs.status()), HasSubstr("lockstep.v1.Job"));
 }
 
+TEST_F(StoreTest, KeepsAlgorithmsOfJobs) {
+  Write write = MakeWrite(1, 1);
+  v1::Algorithms& algorithms = write.algorithms.emplace_back(AlgorithmsRecord{1, {}}).algorithms;
+  (*algorithms.mutable_by_problem())["a product"] = std::string("\0\xff", 2);
+  ASSERT_EQ(OpenStore()->Commit({write, MakeWrite(2, 1)}), absl::OkStatus());
+  (*algorithms.mutable_by_problem())["another"] = "7";
+  Write later;
+  later.algorithms = write.algorithms;
+  ASSERT_EQ(OpenStore()->Commit({later}), absl::OkStatus());
+  const auto jobs = OpenStore()->LoadJobs();
+  ASSERT_TRUE(jobs.ok()) << jobs.status();
+  EXPECT_EQ((*jobs)[0].algorithms.by_problem_size(), 2);
+  EXPECT_EQ((*jobs)[0].algorithms.by_problem().at("a product"), std::string("\0\xff", 2));
+  EXPECT_EQ((*jobs)[1].algorithms.by_problem_size(), 0);
+}
+
+TEST_F(StoreTest, AnOlderSchemaIsBroughtUpToDate) {
+  ASSERT_EQ(OpenStore()->Commit({MakeWrite(1, 7)}), absl::OkStatus());
+  Execute("DROP TABLE algorithms; PRAGMA user_version = 1");
+  Write write = MakeWrite(1, 8);
+  write.algorithms.push_back({1, {}});
+  (*write.algorithms[0].algorithms.mutable_by_problem())["a product"] = "7";
+  auto store = OpenStore();
+  EXPECT_EQ(store->LoadJobs()->at(0).record.job.step(), 7);
+  ASSERT_EQ(store->Commit({write}), absl::OkStatus());
+  EXPECT_EQ(store->LoadJobs()->at(0).algorithms.by_problem_size(), 1);
+}
+
 TEST_F(StoreTest, ANewerSchemaIsRefused) {
   OpenStore();
   Execute("PRAGMA user_version = 99");
   const auto store = Store::Open(folder_.path());
   EXPECT_EQ(store.status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(Message(store.status()), HasSubstr("schema version 99, this program reads 1"));
+  EXPECT_THAT(Message(store.status()), HasSubstr("schema version 99, this program reads 2"));
 }
 
 // A file limit stands in for the full disk.

@@ -13,6 +13,7 @@ Cluster::Cluster(Random& random, Invariants& invariants, std::map<std::string, i
     SimulatedWorker& worker = workers.emplace_back();
     worker.name = absl::StrCat("w", i);
     worker.slots = 1 + static_cast<int>(random.Below(3));
+    worker.algorithm = random.Chance(0.3) ? "in reverse" : "in order";
   }
 }
 
@@ -103,10 +104,24 @@ void Cluster::Receive(int index, const v1::CoordinatorMessage& message, absl::Ti
       if (Part* p = part(message.start().job(), message.start().generation())) {
         p->phase = Part::Phase::kTraining;
         Team& team = teams_[{message.start().job(), message.start().generation()}];
+        if (!team.started.empty() && team.algorithm != p->algorithm) {
+          invariants_.Violate(absl::StrCat("algorithms: members of job ", message.start().job(),
+                                           " start with ", team.algorithm, " and ", p->algorithm));
+        }
         team.started.insert(p->prepare.rank());
+        team.algorithm = p->algorithm;
         if (team.total == 0) team.total = 1 + random_.Below(6);
       }
       break;
+    case v1::CoordinatorMessage::kUseAlgorithms: {
+      const v1::UseAlgorithms& use = message.use_algorithms();
+      if (Part* p = part(use.job(), use.generation())) {
+        ++happenings_["members told to use the job's algorithms"];
+        p->algorithm = use.algorithms().by_problem().at("product");
+        p->phase = Part::Phase::kPreparing;
+      }
+      break;
+    }
     case v1::CoordinatorMessage::kControl:
       if (Part* p = part(message.control().job(), message.control().generation())) p->stop = true;
       break;
@@ -141,7 +156,9 @@ void Cluster::Prepare(SimulatedWorker& worker, const v1::Prepare& prepare, Strea
     }
   }
   invariants_.OnPrepare(prepare, stream);
-  worker.parts[{prepare.job(), prepare.generation()}].prepare = prepare;
+  Part& part = worker.parts[{prepare.job(), prepare.generation()}];
+  part.prepare = prepare;
+  part.algorithm = worker.algorithm;
 }
 
 std::string Cluster::Digest(const Part& part, int64_t step) {
@@ -191,6 +208,8 @@ void Cluster::WorkOn(SimulatedWorker& worker, const PartKey& key, Part& part, bo
     ready.set_fingerprint(faults && random_.Chance(0.01) ? "avx2" : "avx512");
     ready.set_data_digest(faults && random_.Chance(0.01) ? "other data" : "data");
     ready.set_rendezvous(worker.name);
+    (*ready.mutable_algorithms()->mutable_by_problem())["product"] = part.algorithm;
+    ready.set_probe(part.algorithm);
     part.phase = Part::Phase::kReady;
     return Say(worker, std::move(message));
   }

@@ -50,6 +50,7 @@ struct Connection {
 struct Part {
   enum class Phase { kPreparing, kReady, kTraining } phase = Phase::kPreparing;
   v1::Prepare prepare;
+  std::string algorithm;  // of the one problem that there is
   bool stop = false;
   bool abort = false;
   bool hangs = false;
@@ -64,11 +65,13 @@ struct Team {
   int64_t total = 0;
   bool stopping = false;
   std::set<int> started;  // ranks
+  std::string algorithm;
 };
 
 struct SimulatedWorker {
   std::string name;
   int slots = 0;
+  std::string algorithm;  // that it chooses
   uint64_t incarnation = 0;
   bool alive = false;
   bool stalled = false;  // SIGSTOP

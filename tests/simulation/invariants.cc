@@ -22,7 +22,11 @@ int WantedSlots(const v1::JobSpec& spec, int free) {
 
 std::vector<StoredJob> Disk::Load() const {
   std::vector<StoredJob> stored;
-  for (const auto& [number, record] : jobs) stored.push_back({record, last_sequences.at(number)});
+  for (const auto& [number, record] : jobs) {
+    const auto found = algorithms.find(number);
+    stored.push_back({record, last_sequences.at(number),
+                      found == algorithms.end() ? v1::Algorithms() : found->second});
+  }
   return stored;
 }
 

@@ -20,6 +20,7 @@ namespace lockstep::server {
 struct Disk {
   std::map<int64_t, JobRecord> jobs;
   std::map<int64_t, int64_t> last_sequences;
+  std::map<int64_t, v1::Algorithms> algorithms;
 
   std::vector<StoredJob> Load() const;
 };

@@ -152,6 +152,9 @@ class Simulation {
         disk_.jobs[record.number] = record;
         disk_.last_sequences.emplace(record.number, 0);
       }
+      for (const AlgorithmsRecord& record : write.algorithms) {
+        disk_.algorithms[record.job] = record.algorithms;
+      }
       for (const EventRecord& record : write.events) {
         disk_.last_sequences[record.job] = record.event.sequence();
       }

@@ -99,7 +99,8 @@ INSTANTIATE_TEST_SUITE_P(
         BugCase{PlantedBug::kQueueOvertaken, "QueueOvertaken", "queue"},
         BugCase{PlantedBug::kDigestOfNeighborsOnly, "DigestOfNeighborsOnly", "digests"},
         BugCase{PlantedBug::kRestartForgetsRunning, "RestartForgetsRunning", "generations"},
-        BugCase{PlantedBug::kShardGap, "ShardGap", "placement"}),
+        BugCase{PlantedBug::kShardGap, "ShardGap", "placement"},
+        BugCase{PlantedBug::kAlgorithmsNotShared, "AlgorithmsNotShared", "algorithms"}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

@@ -191,6 +191,7 @@ class Agent::Impl {
     bool started ABSL_GUARDED_BY(mutex) = false;
     bool aborted ABSL_GUARDED_BY(mutex) = false;
     v1::Start start ABSL_GUARDED_BY(mutex);
+    std::optional<v1::Algorithms> algorithms ABSL_GUARDED_BY(mutex);  // to be ready with again
     std::atomic<bool> done = false;
     std::thread thread;
   };
@@ -296,6 +297,13 @@ class Agent::Impl {
           r->started = true;
         }
         break;
+      case v1::CoordinatorMessage::kUseAlgorithms:
+        if (Running* r =
+                Find(message.use_algorithms().job(), message.use_algorithms().generation())) {
+          absl::MutexLock lock(&r->mutex);
+          r->algorithms = message.use_algorithms().algorithms();
+        }
+        break;
       case v1::CoordinatorMessage::kAbort:
         if (Running* r = Find(message.abort().job(), message.abort().generation())) {
           AbortJob(*r, message.abort().reason());
@@ -349,10 +357,12 @@ class Agent::Impl {
     }
     v1::Ended ended;
     absl::StatusOr<v1::Ready> ready = job->Prepare();
-    if (!ready.ok()) {
-      ended.set_outcome(v1::Ended::ERRORED);
-      ended.set_error(std::string(ready.status().message()));
-    } else {
+    while (true) {
+      if (!ready.ok()) {
+        ended.set_outcome(v1::Ended::ERRORED);
+        ended.set_error(std::string(ready.status().message()));
+        break;
+      }
       ready->set_job(r.prepare.job());
       ready->set_generation(r.prepare.generation());
       v1::WorkerMessage message;
@@ -360,21 +370,27 @@ class Agent::Impl {
       outbox_.Send(std::move(message));
       v1::Start start;
       bool aborted;
+      std::optional<v1::Algorithms> algorithms;
       {
         absl::MutexLock lock(&r.mutex);
         r.mutex.Await(absl::Condition(
             +[](Running* running) ABSL_EXCLUSIVE_LOCKS_REQUIRED(running->mutex) {
-              return running->started || running->aborted;
+              return running->started || running->aborted || running->algorithms.has_value();
             },
             &r));
         start = r.start;
         aborted = r.aborted;
+        algorithms = std::exchange(r.algorithms, std::nullopt);
       }
       if (aborted) {
         ended.set_outcome(v1::Ended::STOPPED);
+      } else if (algorithms.has_value()) {
+        ready = job->UseAlgorithms(*algorithms);
+        continue;
       } else {
         ended = job->Run(start);
       }
+      break;
     }
     const absl::Status broken = job->broken();
     std::unique_ptr<Job> finished;

@@ -1,7 +1,7 @@
 // The agent: a worker's side of the stream to the coordinator. It registers, sends heartbeats, and
-// obeys generations: each Prepare becomes a Job with a thread of its own, which sends Ready, waits
-// for Start and sends Ended. A lost stream abandons all jobs (their generations are dead) and the
-// agent reconnects with back-off under the same incarnation.
+// obeys generations: each Prepare becomes a Job with a thread of its own, which sends Ready (again
+// after UseAlgorithms), waits for Start and sends Ended. A lost stream abandons all jobs (their
+// generations are dead) and the agent reconnects with back-off under the same incarnation.
 //
 // Knows nothing of training: jobs come from the factory that main.cc gives it.
 // Thread safety: Run on one thread; Shutdown from any; Outbox from any.
@@ -33,6 +33,8 @@ class Job {
   virtual ~Job() = default;
   // Loads what the job needs. An error ends the job.
   virtual absl::StatusOr<v1::Ready> Prepare() = 0;
+  // Between Prepare and Run: makes ready again, to compute by these algorithms.
+  virtual absl::StatusOr<v1::Ready> UseAlgorithms(const v1::Algorithms& algorithms) = 0;
   // Takes part until the end. After it returns and the Job is destroyed nothing of it is left.
   virtual v1::Ended Run(const v1::Start& start) = 0;
   // From any thread, at any time after construction.

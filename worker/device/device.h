@@ -29,6 +29,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -211,6 +212,10 @@ class Recording {
   virtual ~Recording() = default;
   virtual void Replay(Stream& stream) = 0;
 };
+
+// Algorithms of a vendor's libraries by the problem that each is for: bytes that only devices of
+// the same fingerprint can read.
+using Algorithms = std::map<std::string, std::string>;
 
 class Device {
  public:
@@ -478,6 +483,14 @@ class Device {
                              const Augmentation& augmentation, uint64_t step,
                              uint64_t first_position, float* out, const int32_t* labels = nullptr,
                              int32_t* labels_out = nullptr) = 0;
+
+  // ---- algorithms. Those that what was made so far computes with: chosen by a rule, and kept, so
+  // that equal problems have one. A device that chooses none has none.
+  virtual Algorithms algorithms() const { return {}; }
+  // From now on problems are given these, and one is chosen only for a problem that is not among
+  // them; what was made before keeps its own. Making something then fails with FailedPrecondition
+  // where this device cannot compute it so.
+  virtual void UseAlgorithms(const Algorithms&) {}
 };
 
 }  // namespace lockstep::device

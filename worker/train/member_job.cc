@@ -78,6 +78,24 @@ absl::StatusOr<std::shared_ptr<const data::Dataset>> LoadOnce(const v1::Prepare&
   return std::shared_ptr<const data::Dataset>(at, [dataset = std::move(dataset), entry](auto*) {});
 }
 
+device::Algorithms FromProto(const v1::Algorithms& algorithms) {
+  return {algorithms.by_problem().begin(), algorithms.by_problem().end()};
+}
+v1::Algorithms ToProto(const device::Algorithms& algorithms) {
+  v1::Algorithms proto;
+  for (const auto& [problem, algorithm] : algorithms) {
+    (*proto.mutable_by_problem())[problem] = algorithm;
+  }
+  return proto;
+}
+// Of a problem that both have.
+bool Differ(const v1::Algorithms& a, const device::Algorithms& b) {
+  return std::any_of(b.begin(), b.end(), [&](const auto& entry) {
+    const auto found = a.by_problem().find(entry.first);
+    return found != a.by_problem().end() && found->second != entry.second;
+  });
+}
+
 // Of a lack of memory, says what for.
 absl::Status For(absl::string_view what, const absl::Status& status) {
   if (!absl::IsResourceExhausted(status)) return status;
@@ -102,6 +120,14 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     return ready;
   }
 
+  absl::StatusOr<v1::Ready> UseAlgorithms(const v1::Algorithms& algorithms) {
+    const absl::Status status = MakePlansAgain(algorithms);
+    if (!status.ok()) return OrLostDevice(status);
+    absl::StatusOr<v1::Ready> ready = DescribeReady();
+    if (!ready.ok()) return OrLostDevice(ready.status());
+    return ready;
+  }
+
   absl::StatusOr<v1::Ready> MakeReady() {
     const v1::Prepare& prepare = options_.prepare;
     ASSIGN_OR_RETURN(spec_, spec::Normalize(prepare.spec()));
@@ -120,11 +146,18 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     absl::StatusOr<std::unique_ptr<device::Stream>> stream = device_->MakeStream();
     if (!stream.ok()) return For("a stream", stream.status());
     stream_ = *std::move(stream);
+    device_->UseAlgorithms(FromProto(prepare.algorithms()));
+    RETURN_IF_ERROR(MakeOperations());
+    RETURN_IF_ERROR(CheckMemory());
     RETURN_IF_ERROR(MakePlans());
     RETURN_IF_ERROR(For("parameters and the optimizer's state", MakeState()));
     RETURN_IF_ERROR(LoadCheckpoint());
     RETURN_IF_ERROR(OpenEnd());
+    return DescribeReady();
+  }
 
+  absl::StatusOr<v1::Ready> DescribeReady() {
+    const v1::Prepare& prepare = options_.prepare;
     v1::Ready ready;
     ready.set_state_version(loaded_.has_value() ? loaded_->manifest.step() : -1);
     if (loaded_.has_value()) {
@@ -134,17 +167,19 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     const absl::StatusOr<std::string> probe =
         ProbeDigest(program_, *device_, *operations_, probe_rows_, spec_.train().seed());
     if (!probe.ok()) return For("the probe", probe.status());
-    ready.set_fingerprint(
-        absl::StrCat(device_->fingerprint(program_->precision()), ", probe ", *probe));
+    ready.set_fingerprint(device_->fingerprint(program_->precision()));
+    ready.set_probe(*probe);
     ready.set_data_digest(data::CombinedDigest(*train_set_, *validation_set_));
     ready.set_rendezvous(rendezvous_->bytes());
+    *ready.mutable_algorithms() = ToProto(device_->algorithms());
     if (!spec_.train().exact() && prepare.rank() == 0) {
       Log("INFO", "train.exact is false: the result's bits may be others on other GPUs");
     }
     Log("INFO", absl::StrCat("rank ", prepare.rank(), " of ", prepare.members_size(), ": shards ",
                              bounds_.front(), " to ", bounds_.back() - 1, " on ", plans_.size(),
                              plans_.size() == 1 ? " slot; " : " slots; ", train_set_->samples(),
-                             " + ", validation_set_->samples(), " samples; ", ready.fingerprint()));
+                             " + ", validation_set_->samples(), " samples; ", ready.fingerprint(),
+                             ", probe ", ready.probe()));
     return ready;
   }
 
@@ -228,6 +263,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     manifest.set_last_epoch_samples(last_epoch.samples);
     if (evaluation.has_value()) *manifest.mutable_last_evaluation() = *evaluation;
     manifest.set_version(options_.version);
+    *manifest.mutable_algorithms() = ToProto(device_->algorithms());
     const auto& named = state_->named();
     for (size_t i = 0; i < named.size(); ++i) {
       v1::TensorDigest* tensor = manifest.add_tensors();
@@ -298,9 +334,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     return absl::OkStatus();
   }
 
-  absl::Status MakePlans() {
-    const JobCut cut = Cut();
-    const Rows rows = RowsOf(cut, length_.samples, evaluation_.samples);
+  Rows AllRows() const { return RowsOf(Cut(), length_.samples, evaluation_.samples); }
+
+  absl::Status MakeOperations() {
+    const Rows rows = AllRows();
     probe_rows_ = rows.probe;
     int most_shards = 0;
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
@@ -309,7 +346,20 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     auto operations = nn::Operations::Make(program_, *device_, rows.all, most_shards);
     if (!operations.ok()) return For("the layers' weights", operations.status());
     operations_ = *std::move(operations);
-    RETURN_IF_ERROR(CheckMemory());
+    return absl::OkStatus();
+  }
+
+  // With the job's algorithms instead of those that were chosen here.
+  absl::Status MakePlansAgain(const v1::Algorithms& algorithms) {
+    plans_.clear();
+    operations_.reset();
+    device_->UseAlgorithms(FromProto(algorithms));
+    RETURN_IF_ERROR(MakeOperations());
+    return MakePlans();
+  }
+
+  absl::Status MakePlans() {
+    const Rows rows = AllRows();
     for (size_t i = 0; i + 1 < bounds_.size(); ++i) {
       nn::Plan::Options options;
       for (int shard = bounds_[i]; shard < bounds_[i + 1]; ++shard) options.shards.push_back(shard);
@@ -395,7 +445,10 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     if (!loaded.ok()) return loaded.status();
     loaded_ = *std::move(loaded);
     for (const std::string& note : loaded_->notes) Log("WARNING", note);
-    return CheckSameRun(loaded_->manifest);
+    RETURN_IF_ERROR(CheckSameRun(loaded_->manifest));
+    const v1::Algorithms& algorithms = loaded_->manifest.algorithms();
+    const bool differ = spec_.train().exact() && Differ(algorithms, device_->algorithms());
+    return differ ? MakePlansAgain(algorithms) : absl::OkStatus();
   }
 
   // A run goes on only where every later step is the one that the undisturbed run would have made.
@@ -797,6 +850,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
 MemberJob::MemberJob(MemberOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
 MemberJob::~MemberJob() = default;
 absl::StatusOr<v1::Ready> MemberJob::Prepare() { return impl_->Prepare(); }
+absl::StatusOr<v1::Ready> MemberJob::UseAlgorithms(const v1::Algorithms& algorithms) {
+  return impl_->UseAlgorithms(algorithms);
+}
 v1::Ended MemberJob::Run(const v1::Start& start) { return impl_->Run(start); }
 absl::Status MemberJob::broken() const { return impl_->broken(); }
 void MemberJob::Stop() { impl_->Stop(); }

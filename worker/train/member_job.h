@@ -5,8 +5,8 @@
 //
 // Files, under the output folder (rank 0): digests.jsonl, checkpoints/step-N/.
 //
-// Thread safety: Prepare, Run and broken from one thread; Stop and Abort from any thread at any
-// time.
+// Thread safety: Prepare, UseAlgorithms, Run and broken from one thread; Stop and Abort from any
+// thread at any time.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,9 @@ class MemberJob {
 
   // Everything but job and generation is set. Errors are one line that names the file or field.
   absl::StatusOr<v1::Ready> Prepare();
+  // After Prepare: makes operations and plans again, with these. FailedPrecondition: the device
+  // cannot compute something so.
+  absl::StatusOr<v1::Ready> UseAlgorithms(const v1::Algorithms& algorithms);
   v1::Ended Run(const v1::Start& start);
   // OK; after an error of either of them: why this process can serve no job any more (its GPU is
   // lost to it, device::Device::Check).

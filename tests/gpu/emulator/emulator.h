@@ -36,6 +36,9 @@ struct Order {
   uint64_t seed = 0;  // of a permutation, another for each launch and block
 };
 
+// How the reference libraries add up: what they propose, and whether they could do otherwise.
+enum class Sums { kInOrder, kReversed, kOnlyInOrder };
+
 struct Options {
   int devices = 1;
   size_t memory = size_t{4} << 30;  // bytes of each device
@@ -49,12 +52,14 @@ struct Options {
   int lost_gpu = -1;        // which; -1: each
   cudaError_t lost_with = cudaErrorIllegalAddress;
   int fail_allocation = 0;  // FailAllocation; 0: none
+  Sums sums = Sums::kInOrder;
 };
 
 // What the environment says, with which the emulator begins:
 //   LOCKSTEP_EMULATED_GPUS=2
 //   LOCKSTEP_EMULATOR_FAULTS="driver=12040 memory=BYTES architecture=7.0 allocation=NTH
-//                             lost-at=LAUNCH gpu=1 error=cudaErrorECCUncorrectable"
+//                             lost-at=LAUNCH gpu=1 error=cudaErrorECCUncorrectable
+//                             sums=in-order|reversed|only-in-order"
 //   LOCKSTEP_EMULATOR_ORDER=natural|reversed|SEED
 //   LOCKSTEP_EMULATOR_PROTECT=0|1
 // Other names and values end the process, which says what is accepted.
@@ -64,6 +69,7 @@ Options OptionsOfEnvironment();
 void Configure(const Options& options);
 // Of what runs from now on.
 void SetOrder(Order order);
+Sums CurrentSums();
 
 // ---- faults.
 // The nth cudaMalloc from now (1: the next) fails once.

@@ -949,7 +949,8 @@ TEST_F(EmulatorTest, TakesOptionsFromTheEnvironment) {
   const std::vector<std::pair<const char*, const char*>> variables = {
       {"LOCKSTEP_EMULATED_GPUS", "3"},
       {"LOCKSTEP_EMULATOR_FAULTS",
-       "driver=0, memory=1000 architecture=8.6 lost-at=9 gpu=2 error=cudaErrorECCUncorrectable"},
+       "driver=0, memory=1000 architecture=8.6 lost-at=9 gpu=2 error=cudaErrorECCUncorrectable "
+       "sums=reversed"},
       {"LOCKSTEP_EMULATOR_ORDER", "17"},
       {"LOCKSTEP_EMULATOR_PROTECT", "0"}};
   for (const auto& [name, value] : variables) setenv(name, value, 1);
@@ -965,6 +966,7 @@ TEST_F(EmulatorTest, TakesOptionsFromTheEnvironment) {
   EXPECT_EQ(options.lost_after, 9);
   EXPECT_EQ(options.lost_gpu, 2);
   EXPECT_EQ(options.lost_with, cudaErrorECCUncorrectable);
+  EXPECT_EQ(options.sums, Sums::kReversed);
 }
 
 TEST_F(EmulatorTest, RefusesWhatItDoesNotUnderstandInTheEnvironment) {
@@ -978,6 +980,7 @@ TEST_F(EmulatorTest, RefusesWhatItDoesNotUnderstandInTheEnvironment) {
   EXPECT_DEATH(options_with(faults, "memory=1000MB"), "memory in .* is 1000MB; accepted: a number");
   EXPECT_DEATH(options_with(faults, "architecture=7"), "accepted: a compute capability");
   EXPECT_DEATH(options_with(faults, "error=cudaErrorNone"), "cudaErrorNone; accepted: a name such");
+  EXPECT_DEATH(options_with(faults, "sums=sideways"), "is sideways; accepted: in-order, rev");
   EXPECT_DEATH(options_with("LOCKSTEP_EMULATED_GPUS", "two"), "is two; accepted: a number");
   EXPECT_DEATH(options_with("LOCKSTEP_EMULATOR_FAULT", "x"),
                "no variable LOCKSTEP_EMULATOR_FAULT;");

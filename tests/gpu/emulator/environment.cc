@@ -24,7 +24,8 @@ constexpr char kNcclVersion[] = "LOCKSTEP_EMULATED_NCCL_VERSION";  // emulated_n
 constexpr char kKnown[] =
     "driver=13000, memory=BYTES, architecture=9.0, allocation=NTH (from 1, that fails), "
     "lost-at=LAUNCH (from 0), gpu=ORDINAL (that is "
-    "lost), error=cudaErrorIllegalAddress (that it is lost with)";
+    "lost), error=cudaErrorIllegalAddress (that it is lost with), sums=in-order, reversed or "
+    "only-in-order";
 
 [[noreturn]] void Refuse(const std::string& name, const std::string& value, const char* accepted) {
   Fatal(name + " is " + value + "; accepted: " + accepted);
@@ -73,6 +74,16 @@ void TakeFault(const std::string& key, const std::string& value, Options* option
     options->lost_gpu = static_cast<int>(Number(name, value, 0));
   } else if (key == "error") {
     options->lost_with = ErrorNamed(value);
+  } else if (key == "sums") {
+    if (value == "in-order") {
+      options->sums = Sums::kInOrder;
+    } else if (value == "reversed") {
+      options->sums = Sums::kReversed;
+    } else if (value == "only-in-order") {
+      options->sums = Sums::kOnlyInOrder;
+    } else {
+      Refuse(name, value, "in-order, reversed, only-in-order");
+    }
   } else {
     Refuse(kFaults, key + "=" + value, kKnown);
   }

@@ -1,15 +1,18 @@
-// Matrix products in plain loops, in place of cuBLASLt: an element is summed over k in order, in
-// floats, whatever m is.
+// Matrix products in plain loops, in place of cuBLASLt: an element is summed over k in order, or in
+// reverse, in floats, whatever m is.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
 #include "tests/gpu/emulator/emulator.h"
+#include "tests/gpu/emulator/reference_algorithms.h"
 #include "tests/gpu/emulator/reference_factors.h"
 #include "worker/device/cuda/blas.h"
 
@@ -18,7 +21,7 @@ namespace {
 
 class ReferenceProduct : public Product {
  public:
-  explicit ReferenceProduct(const ProductShape& shape) : s_(shape) {
+  ReferenceProduct(const ProductShape& shape, bool reverse) : s_(shape), reverse_(reverse) {
     if (s_.a_row == 0) s_.a_row = s_.transpose_a ? s_.m : s_.k;
     if (s_.b_row == 0) s_.b_row = s_.transpose_b ? s_.k : s_.n;
     if (s_.c_row == 0) s_.c_row = s_.n;
@@ -35,9 +38,9 @@ class ReferenceProduct : public Product {
     emulator::CheckAlignment("the result of a product", c, std::gcd(s_.alignment, s_.c_row * 4));
     emulator::CheckAlignment("the workspace of a product", workspace, 256);
     const cudaError_t error =
-        emulator::Enqueue(queue.stream, [s = s_, m, a, b, bias, c, workspace] {
+        emulator::Enqueue(queue.stream, [s = s_, reverse = reverse_, m, a, b, bias, c, workspace] {
           emulator::UseWorkspace(workspace, kProductWorkspaceBytes);
-          Compute(s, m, a, b, s.bias ? bias : nullptr, c);
+          Compute(s, reverse, m, a, b, s.bias ? bias : nullptr, c);
         });
     if (error != cudaSuccess) Fail(queue, absl::StrCat("product: ", cudaGetErrorString(error)));
   }
@@ -52,10 +55,12 @@ class ReferenceProduct : public Product {
     }
   }
 
-  std::string algorithm() const override { return "reference"; }
+  std::string algorithm() const override {
+    return reverse_ ? emulator::kReverse : emulator::kInOrder;
+  }
 
  private:
-  static void Compute(const ProductShape& s, int64_t m, const void* a, const void* b,
+  static void Compute(const ProductShape& s, bool reverse, int64_t m, const void* a, const void* b,
                       const float* bias, float* c) {
     std::vector<float> right(static_cast<size_t>(s.k * s.n));  // op(B), packed
     for (int64_t p = 0; p < s.k; ++p) {
@@ -67,7 +72,8 @@ class ReferenceProduct : public Product {
     std::vector<float> sums(static_cast<size_t>(s.n));
     for (int64_t i = 0; i < m; ++i) {
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t p = 0; p < s.k; ++p) {
+      for (int64_t step = 0; step < s.k; ++step) {
+        const int64_t p = reverse ? s.k - 1 - step : step;
         const int64_t at = s.transpose_a ? p * s.a_row + i : i * s.a_row + p;
         emulator::AddProduct(s.n, emulator::FactorAt(a, at, s.factors), right.data() + p * s.n,
                              sums.data());
@@ -83,10 +89,13 @@ class ReferenceProduct : public Product {
   }
 
   ProductShape s_;
+  bool reverse_;
 };
 
 class ReferenceBlas : public Blas {
  public:
+  explicit ReferenceBlas(std::shared_ptr<AlgorithmBook> book) : book_(std::move(book)) {}
+
   std::string version() const override { return "reference products"; }
 
   absl::StatusOr<std::unique_ptr<Product>> MakeProduct(const ProductShape& s) override {
@@ -97,12 +106,22 @@ class ReferenceBlas : public Blas {
       return absl::InvalidArgumentError(
           absl::StrCat("a product of ", s.m, "x", s.k, " by ", s.k, "x", s.n));
     }
-    return std::make_unique<ReferenceProduct>(s);
+    const std::string problem =
+        absl::StrCat("product of ", s.transpose_a ? absl::StrCat(s.m, " rows, ") : "", s.n,
+                     " columns, ", s.k, " terms");
+    ASSIGN_OR_RETURN(const bool reverse, emulator::IsReverse(*book_, problem));
+    return std::make_unique<ReferenceProduct>(s, reverse);
   }
+
+ private:
+  const std::shared_ptr<AlgorithmBook> book_;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Blas>> MakeBlas() { return std::make_unique<ReferenceBlas>(); }
+absl::StatusOr<std::unique_ptr<Blas>> MakeBlas(std::shared_ptr<AlgorithmBook> book) {
+  if (book == nullptr) book = std::make_shared<AlgorithmBook>();
+  return std::make_unique<ReferenceBlas>(std::move(book));
+}
 
 }  // namespace lockstep::device::cuda

@@ -1,15 +1,18 @@
 // Convolutions in plain loops, in place of cuDNN. An element of a result is summed in a fixed
-// order, in floats: forward over the window and its channels, the input's gradient over the window
-// and the output's channels, the weight's gradient over rows and places.
+// order, in floats: forward over the window (or in reverse) and its channels, the input's gradient
+// over the window and the output's channels, the weight's gradient over rows and places.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
 #include "tests/gpu/emulator/emulator.h"
+#include "tests/gpu/emulator/reference_algorithms.h"
 #include "tests/gpu/emulator/reference_factors.h"
 #include "worker/device/cuda/dnn.h"
 
@@ -21,8 +24,8 @@ constexpr size_t kWorkspaceOfConvolution = 4096;  // only to see that it is ther
 class ReferenceConvolution : public Convolution {
  public:
   ReferenceConvolution(ConvolutionPass pass, const Conv2dShape& shape, int64_t rows,
-                       Factors factors)
-      : pass_(pass), s_(shape), rows_(rows), factors_(factors) {}
+                       Factors factors, bool reverse)
+      : pass_(pass), s_(shape), rows_(rows), factors_(factors), reverse_(reverse) {}
 
   size_t workspace_bytes() const override { return kWorkspaceOfConvolution; }
   // Some do and some do not, so that callers must serve both.
@@ -41,7 +44,9 @@ class ReferenceConvolution : public Convolution {
     if (error != cudaSuccess) Fail(queue, absl::StrCat("convolution: ", cudaGetErrorString(error)));
   }
 
-  std::string algorithm() const override { return "reference"; }
+  std::string algorithm() const override {
+    return reverse_ ? emulator::kReverse : emulator::kInOrder;
+  }
 
  private:
   bool IsGrouped() const { return s_.groups > 1; }
@@ -93,7 +98,8 @@ class ReferenceConvolution : public Convolution {
     }
     ForEachPlace([&](int64_t row, int64_t oh, int64_t ow) {
       std::fill(y, y + s_.out, 0.0f);
-      for (int64_t k = 0; k < window; ++k) {
+      for (int64_t step = 0; step < window; ++step) {
+        const int64_t k = reverse_ ? window - 1 - step : step;
         int64_t ih, iw;
         if (!Meets(oh, k / s_.kernel, s_.height, &ih)) continue;
         if (!Meets(ow, k % s_.kernel, s_.width, &iw)) continue;
@@ -174,22 +180,38 @@ class ReferenceConvolution : public Convolution {
   const Conv2dShape s_;
   const int64_t rows_;
   const Factors factors_;
+  const bool reverse_;
 };
 
 class ReferenceDnn : public Dnn {
  public:
+  explicit ReferenceDnn(std::shared_ptr<AlgorithmBook> book) : book_(std::move(book)) {}
+
   std::string version() const override { return "reference convolutions"; }
 
   absl::StatusOr<std::unique_ptr<Convolution>> MakeConvolution(ConvolutionPass pass,
                                                                const Conv2dShape& shape,
                                                                int64_t rows,
                                                                Factors factors) override {
-    return std::make_unique<ReferenceConvolution>(pass, shape, rows, factors);
+    bool reverse = false;  // of the gradients there is one algorithm
+    if (pass == ConvolutionPass::kForward) {
+      ASSIGN_OR_RETURN(
+          reverse, emulator::IsReverse(*book_, absl::StrCat("convolution of ", shape.height, "x",
+                                                            shape.width, "x", shape.in, " to ",
+                                                            shape.out, ", kernel ", shape.kernel)));
+    }
+    return std::make_unique<ReferenceConvolution>(pass, shape, rows, factors, reverse);
   }
+
+ private:
+  const std::shared_ptr<AlgorithmBook> book_;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn() { return std::make_unique<ReferenceDnn>(); }
+absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn(std::shared_ptr<AlgorithmBook> book) {
+  if (book == nullptr) book = std::make_shared<AlgorithmBook>();
+  return std::make_unique<ReferenceDnn>(std::move(book));
+}
 
 }  // namespace lockstep::device::cuda

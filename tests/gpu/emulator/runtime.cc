@@ -675,6 +675,12 @@ void SetOrder(Order order) {
   e.random = order.seed;
 }
 
+Sums CurrentSums() {
+  Emulator& e = E();
+  const std::lock_guard<std::mutex> lock(e.mutex);
+  return e.options.sums;
+}
+
 void FailAllocation(int nth, cudaError_t error) {
   Emulator& e = E();
   const std::lock_guard<std::mutex> lock(e.mutex);

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "worker/device/cuda/algorithm_book.h"
 #include "worker/device/cuda/launch.h"
 #include "worker/device/kernel_types.h"
 
@@ -61,7 +62,8 @@ class Blas {
   virtual std::string version() const = 0;  // "cublaslt 13.1.0"
   virtual absl::StatusOr<std::unique_ptr<Product>> MakeProduct(const ProductShape& shape) = 0;
 };
-// For the current device; Unavailable where the library cannot be used.
-absl::StatusOr<std::unique_ptr<Blas>> MakeBlas();
+// For the current device; Unavailable where the library cannot be used. Products are computed as
+// the book says, and what is chosen for others is written there (null: a book of its own).
+absl::StatusOr<std::unique_ptr<Blas>> MakeBlas(std::shared_ptr<AlgorithmBook> book = nullptr);
 
 }  // namespace lockstep::device::cuda

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -159,13 +161,66 @@ constexpr Tile kTiles[] = {
     {CUBLASLT_MATMUL_TILE_128x128, 128, 128, 1.0}, {CUBLASLT_MATMUL_TILE_256x128, 256, 128, 1.0},
     {CUBLASLT_MATMUL_TILE_128x256, 128, 256, 1.0}};
 
+// Of a problem, all that its algorithm may depend on; m is of the shape where op(A) is transposed.
+std::string KeyOf(const ProductShape& s) {
+  return absl::StrCat("cublaslt ", cublasLtGetVersion(), " factors ", static_cast<int>(s.factors),
+                      s.transpose_a ? absl::StrCat(" m ", s.m, "t") : "", " n ", s.n,
+                      s.transpose_b ? "t" : "", " k ", s.k, " rows ", s.a_row, " ", s.b_row, " ",
+                      s.c_row, s.accumulate ? " accumulate" : "", s.bias ? " bias" : "",
+                      s.relu ? " relu" : "", " alignment ", s.alignment);
+}
+
 class LtProduct : public Product {
  public:
   LtProduct(std::shared_ptr<const Library> library, const ProductShape& shape)
       : library_(std::move(library)), s_(Packed(shape)) {}
 
-  // Chooses the algorithm.
-  absl::Status Init() {
+  // Takes the algorithm from the book, where it has one.
+  absl::Status Init(AlgorithmBook& book) {
+    const std::string key = KeyOf(s_);
+    const std::optional<std::string> given = book.Find(key);
+    if (!given.has_value()) {
+      RETURN_IF_ERROR(Choose());
+      book.Add(key, std::string(reinterpret_cast<const char*>(&algorithm_), sizeof(algorithm_)));
+      return absl::OkStatus();
+    }
+    const bool whole = given->size() == sizeof(algorithm_);
+    if (whole) std::memcpy(&algorithm_, given->data(), sizeof(algorithm_));
+    if (whole && Serves(algorithm_, s_.m)) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat(
+        "this GPU cannot compute a product of ", Describe(s_), " by the job's algorithm",
+        whole ? absl::StrCat(", ", NameOf(algorithm_)) : " (which is not one)"));
+  }
+
+  void Run(const Queue& queue, int64_t m, const void* a, const void* b, const float* bias, float* c,
+           void* workspace) override {
+    const absl::Status status = Enqueue(queue, m, a, b, bias, c, workspace);
+    if (!status.ok()) {
+      Fail(queue, absl::StrCat(status.message(), "; in a product of ", Describe(s_)));
+    }
+    // Not the library's own relu: that one turns NaN into 0 and so hides what went wrong.
+    if (s_.relu) BiasForward(queue, m * s_.n, s_.n, c, s_.bias ? bias : nullptr, true, c);
+  }
+
+  void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride, const void* b,
+                int64_t b_stride, float* c, int64_t c_stride, void* workspace) override {
+    if (count > 1 && ServesBatch(count, a_stride, b_stride, c_stride)) {
+      const absl::Status status =
+          Enqueue(queue, s_.m, a, b, nullptr, c, workspace, {count, a_stride, b_stride, c_stride});
+      if (!status.ok()) Fail(queue, std::string(status.message()));
+      return;
+    }
+    const int64_t bytes = s_.factors == Factors::kBf16 ? 2 : 4;
+    for (int i = 0; i < count; ++i) {
+      Run(queue, s_.m, static_cast<const char*>(a) + i * a_stride * bytes,
+          static_cast<const char*>(b) + i * b_stride * bytes, nullptr, c + i * c_stride, workspace);
+    }
+  }
+
+  std::string algorithm() const override { return NameOf(algorithm_); }
+
+ private:
+  absl::Status Choose() {
     cublasLtMatmulPreferenceOpaque_t preference;
     RETURN_IF_ERROR(Prefer(&preference));
     const int64_t canonical = s_.transpose_a ? s_.m : kCanonicalRows;
@@ -210,34 +265,6 @@ class LtProduct : public Product {
                                                  Describe(s_), " for every number of rows"));
   }
 
-  void Run(const Queue& queue, int64_t m, const void* a, const void* b, const float* bias, float* c,
-           void* workspace) override {
-    const absl::Status status = Enqueue(queue, m, a, b, bias, c, workspace);
-    if (!status.ok()) {
-      Fail(queue, absl::StrCat(status.message(), "; in a product of ", Describe(s_)));
-    }
-    // Not the library's own relu: that one turns NaN into 0 and so hides what went wrong.
-    if (s_.relu) BiasForward(queue, m * s_.n, s_.n, c, s_.bias ? bias : nullptr, true, c);
-  }
-
-  void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride, const void* b,
-                int64_t b_stride, float* c, int64_t c_stride, void* workspace) override {
-    if (count > 1 && ServesBatch(count, a_stride, b_stride, c_stride)) {
-      const absl::Status status =
-          Enqueue(queue, s_.m, a, b, nullptr, c, workspace, {count, a_stride, b_stride, c_stride});
-      if (!status.ok()) Fail(queue, std::string(status.message()));
-      return;
-    }
-    const int64_t bytes = s_.factors == Factors::kBf16 ? 2 : 4;
-    for (int i = 0; i < count; ++i) {
-      Run(queue, s_.m, static_cast<const char*>(a) + i * a_stride * bytes,
-          static_cast<const char*>(b) + i * b_stride * bytes, nullptr, c + i * c_stride, workspace);
-    }
-  }
-
-  std::string algorithm() const override { return NameOf(algorithm_); }
-
- private:
   // What it takes of a GPU of fixed size: blocks run in waves, each as long as a block's work. Of
   // tiles that are not in the table nothing is known: last.
   double Cost(const cublasLtMatmulAlgo_t& algorithm, int64_t m) const {
@@ -330,7 +357,8 @@ class LtProduct : public Product {
 
 class LtBlas : public Blas {
  public:
-  explicit LtBlas(std::shared_ptr<const Library> library) : library_(std::move(library)) {}
+  LtBlas(std::shared_ptr<const Library> library, std::shared_ptr<AlgorithmBook> book)
+      : library_(std::move(library)), book_(std::move(book)) {}
 
   std::string version() const override {
     const size_t version = cublasLtGetVersion();
@@ -345,24 +373,26 @@ class LtBlas : public Blas {
           "a product of ", Describe(s), "; sizes must be positive and rows fit their strides"));
     }
     auto product = std::make_unique<LtProduct>(library_, s);
-    RETURN_IF_ERROR(product->Init());
+    RETURN_IF_ERROR(product->Init(*book_));
     return product;
   }
 
  private:
   const std::shared_ptr<const Library> library_;
+  const std::shared_ptr<AlgorithmBook> book_;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Blas>> MakeBlas() {
+absl::StatusOr<std::unique_ptr<Blas>> MakeBlas(std::shared_ptr<AlgorithmBook> book) {
   cublasLtHandle_t handle = nullptr;
   const cublasStatus_t status = cublasLtCreate(&handle);
   if (status != CUBLAS_STATUS_SUCCESS) {
     return absl::UnavailableError(
         absl::StrCat("cuBLASLt cannot be used: ", cublasLtGetStatusString(status)));
   }
-  return std::make_unique<LtBlas>(std::make_shared<const Library>(handle));
+  if (book == nullptr) book = std::make_shared<AlgorithmBook>();
+  return std::make_unique<LtBlas>(std::make_shared<const Library>(handle), std::move(book));
 }
 
 }  // namespace lockstep::device::cuda

@@ -58,11 +58,13 @@ class Graph : public Recording {
 
 class CudaDevice : public Device {
  public:
-  CudaDevice(int ordinal, std::string name, std::string fingerprint, std::unique_ptr<Blas> blas,
+  CudaDevice(int ordinal, std::string name, std::string fingerprint,
+             std::shared_ptr<AlgorithmBook> book, std::unique_ptr<Blas> blas,
              std::unique_ptr<Dnn> dnn)
       : ordinal_(ordinal),
         name_(std::move(name)),
         fingerprint_(std::move(fingerprint)),
+        book_(std::move(book)),
         blas_(std::move(blas)),
         dnn_(std::move(dnn)) {}
 
@@ -429,10 +431,13 @@ class CudaDevice : public Device {
                         uint64_t first_index, Digest* digest) override {
     cuda::AccumulateDigest(QueueOf(stream), n, x, tensor_key, first_index, digest);
   }
+  Algorithms algorithms() const override { return book_->all(); }
+  void UseAlgorithms(const Algorithms& algorithms) override { book_->Replace(algorithms); }
 
  private:
   const int ordinal_;
   const std::string name_, fingerprint_;
+  const std::shared_ptr<AlgorithmBook> book_;
   const std::unique_ptr<Blas> blas_;
   const std::unique_ptr<Dnn> dnn_;
 };
@@ -458,12 +463,13 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
                                                       properties.major, ".", properties.minor,
                                                       "; needed: 8.0 (Ampere) or later"));
   }
-  ASSIGN_OR_RETURN(auto blas, MakeBlas());
-  ASSIGN_OR_RETURN(auto dnn, MakeDnn());
+  auto book = std::make_shared<AlgorithmBook>();
+  ASSIGN_OR_RETURN(auto blas, MakeBlas(book));
+  ASSIGN_OR_RETURN(auto dnn, MakeDnn(book));
   std::string fingerprint = absl::StrCat("cuda sm_", properties.major, properties.minor, " ",
                                          blas->version(), " ", dnn->version());
-  return std::make_unique<CudaDevice>(ordinal, name, std::move(fingerprint), std::move(blas),
-                                      std::move(dnn));
+  return std::make_unique<CudaDevice>(ordinal, name, std::move(fingerprint), std::move(book),
+                                      std::move(blas), std::move(dnn));
 }
 
 }  // namespace lockstep::device::cuda

@@ -6,13 +6,16 @@
 #include <cstring>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/synchronization/mutex.h"
 #include "common/status_macros.h"
 #include "worker/device/cuda/cuda_status.h"
@@ -462,6 +465,37 @@ struct Plan {
     return problem.factors == Factors::kBf16 && !takes_floats ? CUDNN_DATA_BFLOAT16
                                                               : CUDNN_DATA_FLOAT;
   }
+
+  // What is chosen of it, for the book: "1 29 7=2 23=4" is floats, the engine, and its knobs.
+  std::string Choice() const {
+    std::string text = absl::StrCat(takes_floats ? 1 : 0, " ", engine.index);
+    for (const auto& [knob, value] : engine.knobs) {
+      absl::StrAppend(&text, " ", static_cast<int>(knob), "=", value);
+    }
+    return text;
+  }
+  // False: it is no choice.
+  bool TakeChoice(absl::string_view text) {
+    const std::vector<absl::string_view> words = absl::StrSplit(text, ' ');
+    int floats = 0;
+    if (words.size() < 2 || !absl::SimpleAtoi(words[0], &floats) ||
+        !absl::SimpleAtoi(words[1], &engine.index)) {
+      return false;
+    }
+    takes_floats = floats != 0;
+    engine.knobs.clear();
+    for (size_t i = 2; i < words.size(); ++i) {
+      const std::pair<absl::string_view, absl::string_view> parts =
+          absl::StrSplit(words[i], absl::MaxSplits('=', 1));
+      int knob = 0;
+      int64_t value = 0;
+      if (!absl::SimpleAtoi(parts.first, &knob) || !absl::SimpleAtoi(parts.second, &value)) {
+        return false;
+      }
+      engine.knobs.emplace_back(static_cast<cudnnBackendKnobType_t>(knob), value);
+    }
+    return true;
+  }
 };
 
 class CudnnConvolution : public Convolution {
@@ -546,7 +580,8 @@ absl::Status FillForTrial(cudnnDataType_t type, const TrialMemory& memory, int64
 class CudnnDnn : public Dnn {
  public:
   // Of the handle's stream.
-  CudnnDnn(cudnnHandle_t handle, cudaStream_t stream) : handle_(handle), stream_(stream) {}
+  CudnnDnn(cudnnHandle_t handle, cudaStream_t stream, std::shared_ptr<AlgorithmBook> book)
+      : handle_(handle), stream_(stream), book_(std::move(book)) {}
   ~CudnnDnn() override {
     plans_.clear();
     cudnnDestroy(handle_);
@@ -575,14 +610,20 @@ class CudnnDnn : public Dnn {
  private:
   absl::StatusOr<std::shared_ptr<const Plan>> PlanOf(const Problem& problem, int64_t rows)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const int64_t canonical = CanonicalRows(problem, rows);
+    const std::string key =
+        absl::StrCat("cudnn ", cudnnGetVersion(), " ", problem.Describe(canonical));
+    const std::optional<std::string> given = book_->Find(key);
     const auto it = plans_.find({problem, rows});
-    if (it != plans_.end()) return it->second;
+    if (it != plans_.end() && it->second->Choice() == given) return it->second;
     auto plan = std::make_shared<Plan>();
     plan->problem = problem;
     plan->rows = rows;
-    const int64_t canonical = CanonicalRows(problem, rows);
-    if (rows == canonical) {
+    if (rows == canonical && given.has_value()) {
+      RETURN_IF_ERROR(Take(*given, plan.get()));
+    } else if (rows == canonical) {
       RETURN_IF_ERROR(Choose(plan.get()));
+      book_->Add(key, plan->Choice());
     } else {
       ASSIGN_OR_RETURN(const std::shared_ptr<const Plan> chosen, PlanOf(problem, canonical));
       plan->takes_floats = chosen->takes_floats;
@@ -595,8 +636,24 @@ class CudnnDnn : public Dnn {
       }
       plan->execution = *std::move(execution);
     }
-    plans_.emplace(std::pair(problem, rows), plan);
+    plans_[{problem, rows}] = plan;
     return plan;
+  }
+
+  // Fills in the engine that the book names.
+  absl::Status Take(const std::string& choice, Plan* plan) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto refuse = [&](absl::string_view why) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("this GPU cannot compute a ", plan->problem.Describe(plan->rows),
+                       " by the job's algorithm, ", plan->engine.Name(), ": ", why));
+    };
+    if (!plan->TakeChoice(choice)) return refuse("its description does not parse");
+    absl::StatusOr<ExecutionPlan> execution = Build(*plan);
+    if (!execution.ok()) return refuse(execution.status().message());
+    ASSIGN_OR_RETURN(const bool independent, RowsAreIndependent(*plan));
+    if (!independent) return refuse("a row's bits depend on how many there are");
+    plan->execution = *std::move(execution);
+    return absl::OkStatus();
   }
 
   // The number of rows for which the engine is chosen. A weight gradient's bits depend on its rows
@@ -740,6 +797,7 @@ class CudnnDnn : public Dnn {
   // For making plans and trials.
   const cudnnHandle_t handle_;
   const cudaStream_t stream_;
+  const std::shared_ptr<AlgorithmBook> book_;
   const std::shared_ptr<Handles> handles_ = std::make_shared<Handles>();
   absl::Mutex mutex_;
   Descriptor kernels_ ABSL_GUARDED_BY(mutex_);
@@ -749,7 +807,7 @@ class CudnnDnn : public Dnn {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn() {
+absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn(std::shared_ptr<AlgorithmBook> book) {
   cudaStream_t stream = nullptr;
   RETURN_IF_ERROR(
       ToStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream"));
@@ -762,7 +820,8 @@ absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn() {
     return absl::UnavailableError(
         absl::StrCat("cuDNN cannot be used: ", cudnnGetErrorString(status)));
   }
-  return std::make_unique<CudnnDnn>(handle, stream);
+  if (book == nullptr) book = std::make_shared<AlgorithmBook>();
+  return std::make_unique<CudnnDnn>(handle, stream, std::move(book));
 }
 
 }  // namespace lockstep::device::cuda

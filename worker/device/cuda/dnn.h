@@ -41,6 +41,7 @@ class Dnn {
                                                                        int64_t rows,
                                                                        Factors factors) = 0;
 };
-absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn();
+// As MakeBlas.
+absl::StatusOr<std::unique_ptr<Dnn>> MakeDnn(std::shared_ptr<AlgorithmBook> book = nullptr);
 
 }  // namespace lockstep::device::cuda
