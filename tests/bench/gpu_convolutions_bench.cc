@@ -197,7 +197,7 @@ class Bench {
     };
 
     s.precision = Precision::kBf16;
-    PackTensorWeights(queue_, s, w_.floats, packed_);
+    PackTensorWeights(queue_, s, w_.bf16, packed_);
     const auto measure = [&](const std::string& way, const void* x, const void* y) {
       print(way, Time([&] {
               if (pass == "forward") {
@@ -217,7 +217,7 @@ class Bench {
     measure("bf16 stored", image ? static_cast<const void*>(x_.floats) : x_.bf16, y_.bf16);
     s.x_type = s.y_type = ElementType::kFp32;
     if (pass == "forward") {
-      print("bf16 pack", Time([&] { PackTensorWeights(queue_, s, w_.floats, packed_); }));
+      print("bf16 pack", Time([&] { PackTensorWeights(queue_, s, w_.bf16, packed_); }));
     }
     s.precision = Precision::kFp32;
     print("fp32", Time([&] {

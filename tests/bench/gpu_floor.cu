@@ -373,6 +373,11 @@ class Floor {
     slots.at[0] = out_;
     Kernel("OptimizerUpdate momentum", shape, 5 * kPass,
            [&] { OptimizerUpdate(q_, momentum, kElements, scalars, a_, b_, slots); });
+    // The bf16 of the parameters too.
+    Kernel("OptimizerUpdate momentum, rounded", shape, 5.5 * kPass, [&] {
+      OptimizerUpdate(q_, momentum, kElements, scalars, a_, b_, slots,
+                      reinterpret_cast<uint16_t*>(c_));
+    });
     OptimizerCoefficients adam;
     adam.type = OptimizerType::kAdam;
     adam.beta1 = 0.9f, adam.beta2 = 0.999f, adam.epsilon = 1e-8f;

@@ -70,12 +70,12 @@ template <class Op>
 void RunPass(benchmark::State& state, Bench& b, Op& op, Pass pass, double products, const float* w,
              float* x, float* y, float* dw, float* vector) {
   void* const scratch = b.Bytes(op.scratch_bytes());
-  op.Pack(b.stream(), w);
+  op.Pack(b.stream(), w, nullptr);
   for (auto _ : state) {
     if (pass == kForward) op.Forward(b.stream(), kRows, x, vector, y, scratch);
     if (pass == kInput) op.BackwardInput(b.stream(), kRows, y, x, scratch);
     if (pass == kWeight) BackwardWeight(op, b.stream(), x, y, dw, vector, scratch);
-    if (pass == kPack) op.Pack(b.stream(), w);
+    if (pass == kPack) op.Pack(b.stream(), w, nullptr);
     benchmark::ClobberMemory();
   }
   if (pass != kPack) ReportFlops(state, 2 * products);
@@ -148,7 +148,7 @@ void DenseGradient(benchmark::State& state, int64_t in, int64_t out) {
   }
   float *dw = b.Floats(in * out), *db = b.Floats(out);
   void* const scratch = b.Bytes(static_cast<int64_t>(op->scratch_bytes()));
-  op->Pack(b.stream(), b.Floats(in * out));
+  op->Pack(b.stream(), b.Floats(in * out), nullptr);
   for (auto _ : state) {
     op->BackwardWeight(b.stream(), fold, rows.data(), leaf_x.data(), leaf_dy.data(), &dw, &db,
                        scratch);
@@ -175,10 +175,10 @@ void LstmLayer(benchmark::State& state, LstmShape s, Pass pass) {
   float *x = b.Floats(kRows * s.steps * s.in), *y = b.Floats(kRows * s.outputs()),
         *reserve = b.Floats(kRows * s.reserve());
   void* const scratch = b.Bytes(static_cast<int64_t>(op->scratch_bytes()));
-  op->Pack(b.stream(), tensors);
+  op->Pack(b.stream(), tensors, {});
   for (auto _ : state) {
     if (pass == kPack) {
-      op->Pack(b.stream(), tensors);
+      op->Pack(b.stream(), tensors, {});
     } else {
       op->Forward(b.stream(), kRows, x, y, reserve, scratch);
     }

@@ -88,7 +88,7 @@ TEST(CpuDeviceTest, AStreamServesOperationsOfManyJobs) {
     const std::vector<float> x(2 * in, 1), w(in * out, 2);
     std::vector<float> y(2 * out);
     std::vector<char> scratch((*op)->scratch_bytes());
-    (*op)->Pack(**stream, w.data());
+    (*op)->Pack(**stream, w.data(), nullptr);
     (*op)->Forward(**stream, 2, x.data(), nullptr, y.data(), scratch.data());
     ASSERT_TRUE((*stream)->Synchronize().ok());
     EXPECT_EQ(y, std::vector<float>(2 * out, 2.0f * static_cast<float>(in)));

@@ -97,6 +97,12 @@ class DeviceTest : public testing::TestWithParam<DeviceFactory> {
   Buffer<T> OutOf(size_t size) {
     return Buffer<T>(this, std::vector<T>(size, T{77}));
   }
+  // As bf16: what operations in that precision are given beside their weights.
+  Buffer<uint16_t> InBf16(const Buffer<float>& x) {
+    Buffer<uint16_t> rounded = OutOf<uint16_t>(x.size());
+    device().RoundToBf16(stream(), static_cast<int64_t>(x.size()), x, rounded);
+    return rounded;
+  }
   Buffer<char> Scratch(size_t size) { return Buffer<char>(this, std::vector<char>(size, '\x5a')); }
 
  private:

@@ -174,6 +174,92 @@ TEST_P(FlatTest, AnyCutOfAnUpdateGivesTheSameBits) {
   }
 }
 
+// Beside the parameters, wherever either lies: the bits that RoundToBf16 makes of them, and nothing
+// else; with and without it, the same parameters and slots.
+TEST_P(FlatTest, UpdatesRoundTheParameters) {
+  const auto scalars = In(std::vector<StepScalars>{kScalars});
+  constexpr uint16_t kUntouched = 77;
+  for (const OptimizerCoefficients& c : kOptimizers) {
+    for (const int64_t n : kOddSizes) {
+      for (const auto& [lead, rounded_lead] :
+           {std::pair<int64_t, int64_t>(0, 0), {3, 3}, {1, 5}, {0, 1}, {2, 0}, {4, 4}}) {
+        const int64_t size = lead + n, rounded_size = rounded_lead + n + 3;
+        SCOPED_TRACE("type " + std::to_string(static_cast<int>(c.type)) + ", " + std::to_string(n) +
+                     " from " + std::to_string(lead) + " and " + std::to_string(rounded_lead));
+        const State state(c.type, size);
+        const auto in = [&](const std::vector<float>& values) {
+          return In(values, Guard::kBefore);
+        };
+        const auto gradient = in(state.gradient), w = in(state.parameters),
+                   plain = in(state.parameters);
+        const auto a = in(state.slots[0]), b = in(state.slots[1]), d = in(state.slots[2]),
+                   a2 = in(state.slots[0]), b2 = in(state.slots[1]), d2 = in(state.slots[2]);
+        const auto rounded = In(std::vector<uint16_t>(rounded_size, kUntouched), Guard::kBefore);
+        device().OptimizerUpdate(stream(), c, n, scalars, gradient + lead, w + lead,
+                                 SlotsAt(c.type, a, b, d, lead), rounded + rounded_lead);
+        device().OptimizerUpdate(stream(), c, n, scalars, gradient + lead, plain + lead,
+                                 SlotsAt(c.type, a2, b2, d2, lead));
+        ASSERT_TRUE(SameBits(w.Read(), plain.Read()));
+        ASSERT_TRUE(SameBits(a.Read(), a2.Read()));
+        ASSERT_TRUE(SameBits(b.Read(), b2.Read()));
+        ASSERT_TRUE(SameBits(d.Read(), d2.Read()));
+        const auto of_new = OutOf<uint16_t>(n);
+        device().RoundToBf16(stream(), n, plain + lead, of_new);
+        std::vector<uint16_t> expected(rounded_lead, kUntouched);
+        const std::vector<uint16_t> bits = of_new.Read();
+        expected.insert(expected.end(), bits.begin(), bits.end());
+        expected.resize(rounded_size, kUntouched);
+        ASSERT_EQ(rounded.Read(), expected);
+      }
+    }
+  }
+}
+
+TEST_P(FlatTest, UpdatesOfPiecesRoundTheParameters) {
+  const auto scalars = In(std::vector<StepScalars>{kScalars});
+  constexpr int64_t kSize = 1100;
+  // Of a vector of which elements 3 and 41 to 43 are in none.
+  const std::vector<UpdatePiece> pieces = {
+      {0, 3, 0, 0, 1}, {4, 41, 0.01f, 0, 1}, {44, 1093, 0, 0.1f, 2}, {1093, kSize, 0, 0, 1}};
+  const auto table = In(pieces);
+  for (const OptimizerCoefficients& c : kOptimizers) {
+    const State state(c.type, kSize);
+    const auto in = [&](const std::vector<float>& values) { return In(values, Guard::kBefore); };
+    const auto gradient = in(state.gradient), w = in(state.parameters), a = in(state.slots[0]),
+               b = in(state.slots[1]), d = in(state.slots[2]);
+    const auto rounded = In(std::vector<uint16_t>(kSize, 77), Guard::kBefore);
+    device().OptimizerUpdatePieces(stream(), c, std::ssize(pieces), table, scalars, gradient, w,
+                                   SlotsAt(c.type, a, b, d, 0), rounded);
+    std::vector<uint16_t> expected = InBf16(w).Read();
+    for (const int64_t none : {3, 41, 42, 43}) expected[none] = 77;
+    EXPECT_EQ(rounded.Read(), expected) << static_cast<int>(c.type);
+  }
+}
+
+TEST_P(FlatTest, RoundsToTheNearestBf16) {
+  for (const int64_t n : kOddSizes) {
+    for (const int64_t lead : {0, 1, 2, 5, 8}) {
+      std::vector<float> x = RandomFloats(lead + n, 66, -3, 3);
+      x[lead] = 0x1.01p0f;  // between two, the lower even
+      if (n > 1) x[lead + 1] = 0x1.03p0f;
+      if (n > 2) x[lead + 2] = -std::numeric_limits<float>::infinity();
+      const auto in = In(x, Guard::kBefore);
+      const auto out = In(std::vector<uint16_t>(lead + n + 1, 77), Guard::kBefore);
+      device().RoundToBf16(stream(), n, in + lead, out + lead);
+      std::vector<uint16_t> expected(lead + n + 1, 77);
+      for (int64_t i = lead; i < lead + n; ++i) {
+        const float nearest = std::isfinite(x[i]) ? RoundedToBf16(x[i]) : x[i];
+        uint32_t bits;
+        std::memcpy(&bits, &nearest, sizeof(bits));
+        expected[i] = static_cast<uint16_t>(bits >> 16);
+      }
+      EXPECT_EQ(out.Read(), expected) << n << " from " << lead;
+    }
+  }
+  const auto nan = In(std::vector<float>(20, std::numeric_limits<float>::quiet_NaN()));
+  for (const uint16_t bits : InBf16(nan).Read()) EXPECT_GT(bits & 0x7FFF, 0x7F80);
+}
+
 // With a constant gradient the mean of squares and the square of the mean differ by roundings
 // alone, in either direction.
 TEST_P(FlatTest, ACenteredVarianceIsNeverBelowZero) {

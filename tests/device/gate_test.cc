@@ -138,11 +138,13 @@ TEST_P(GateTest, UpdatesObeyIt) {
   const auto gradient = In(values), parameters = In(values), slot = In(values);
   const OptimizerSlots slots{{slot, nullptr, nullptr}};
   const auto pieces = In(std::vector<UpdatePiece>{{0, kSize, 0, 0, 1}});
-  device().OptimizerUpdate(stream(), momentum, kSize, closed, gradient, parameters, slots);
-  device().OptimizerUpdatePieces(stream(), momentum, 1, pieces, closed, gradient, parameters,
-                                 slots);
+  const auto rounded = OutOf<uint16_t>(kSize);
+  device().OptimizerUpdate(stream(), momentum, kSize, closed, gradient, parameters, slots, rounded);
+  device().OptimizerUpdatePieces(stream(), momentum, 1, pieces, closed, gradient, parameters, slots,
+                                 rounded);
   EXPECT_TRUE(SameBits(parameters.Read(), values));
   EXPECT_TRUE(SameBits(slot.Read(), values));
+  EXPECT_EQ(rounded.Read(), std::vector<uint16_t>(kSize, 77));
 
   const auto statistics = In(values);
   const auto slices = In(std::vector<StatisticsSlice>{{0, 10, 4, 0, 10, 0.1f}});

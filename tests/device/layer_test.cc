@@ -199,7 +199,8 @@ class LayerTest : public DeviceTest {
                    db = Out(s.out);
         const auto scratch = Scratch((*op)->scratch_bytes());
         float* const bias = s.bias ? b.data() : nullptr;
-        (*op)->Pack(stream(), w);
+        const auto rounded = InBf16(w);
+        (*op)->Pack(stream(), w, rounded);
         (*op)->Forward(stream(), rows, x, bias, y, scratch);
         (*op)->BackwardInput(stream(), rows, dy, dx, scratch);
         Kind::BackwardWeight(**op, stream(), rows, x, dy, dw, s.bias ? db.data() : nullptr,
@@ -243,7 +244,7 @@ class LayerTest : public DeviceTest {
       const auto y = Out(d.dy.size()), dx = Out(d.x.size()), dw = Out(d.w.size()), db = Out(s.out);
       const auto scratch = Scratch((*op)->scratch_bytes());
       float* const bias = s.bias ? b.data() : nullptr;
-      (*op)->Pack(stream(), w);
+      (*op)->Pack(stream(), w, nullptr);
       (*op)->Forward(stream(), kRows, x, bias, y, scratch);
       if (s.activation == Activation::kRelu) device().ReluBackward(stream(), dy.size(), y, dy, dy);
       (*op)->BackwardInput(stream(), kRows, dy, dx, scratch);
@@ -280,7 +281,8 @@ class LayerTest : public DeviceTest {
     ASSERT_TRUE(op.ok()) << op.status();
     const auto x = In(d.x), w = In(d.w), b = In(d.b), dy = In(d.dy);
     const auto scratch = Scratch((*op)->scratch_bytes());
-    (*op)->Pack(stream(), w);
+    const auto rounded = InBf16(w);
+    (*op)->Pack(stream(), w, rounded);
     std::vector<float> y_whole, dx_whole;
     for (int64_t rows = most; rows >= 1; --rows) {
       const auto y = Out(rows * Kind::Out(s)), dx = Out(rows * Kind::In(s));
@@ -307,7 +309,8 @@ class LayerTest : public DeviceTest {
     ASSERT_TRUE(op.ok()) << op.status();
     const auto x = In(d.x), w = In(d.w), b = In(d.b), dy = In(d.dy);
     float* const bias = s.bias ? b.data() : nullptr;
-    (*op)->Pack(stream(), w);
+    const auto rounded = InBf16(w);
+    (*op)->Pack(stream(), w, rounded);
     ASSERT_TRUE(stream().Synchronize().ok());  // the threads' streams do not wait for it
     struct Result {
       Buffer<float> y, dx, dw, db;
@@ -469,26 +472,29 @@ TEST_P(LayerTest, ThreadsAndRepetitionsAgree) {
 }
 
 TEST_P(LayerTest, PackTakesTheNewWeights) {
-  const DenseShape s{20, 7, false};
-  auto op = device().MakeDense(s, {2});
-  ASSERT_TRUE(op.ok()) << op.status();
-  const LayerData<DenseKind> d(s, 2);
-  std::vector<float> other = d.w;
-  for (float& value : other) value = -value;
-  const auto x = In(d.x), w = In(d.w), w2 = In(other), y = Out(14), y2 = Out(14), dx = Out(40),
-             dx2 = Out(40), dy = In(d.dy);
-  const auto scratch = Scratch((*op)->scratch_bytes());
-  (*op)->Pack(stream(), w);
-  (*op)->Forward(stream(), 2, x, nullptr, y, scratch);
-  (*op)->BackwardInput(stream(), 2, dy, dx, scratch);
-  (*op)->Pack(stream(), w2);
-  (*op)->Forward(stream(), 2, x, nullptr, y2, scratch);
-  (*op)->BackwardInput(stream(), 2, dy, dx2, scratch);
-  std::vector<float> y_minus = y2.Read(), dx_minus = dx2.Read();
-  for (float& value : y_minus) value = -value;
-  for (float& value : dx_minus) value = -value;
-  EXPECT_TRUE(SameBits(y_minus, y.Read()));
-  EXPECT_TRUE(SameBits(dx_minus, dx.Read()));
+  for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
+    const DenseShape s{.in = 20, .out = 7, .precision = precision};
+    auto op = device().MakeDense(s, {2});
+    ASSERT_TRUE(op.ok()) << op.status();
+    const LayerData<DenseKind> d(s, 2);
+    std::vector<float> other = d.w;
+    for (float& value : other) value = -value;
+    const auto x = In(d.x), w = In(d.w), w2 = In(other), y = Out(14), y2 = Out(14), dx = Out(40),
+               dx2 = Out(40), dy = In(d.dy);
+    const auto rounded = InBf16(w), rounded2 = InBf16(w2);
+    const auto scratch = Scratch((*op)->scratch_bytes());
+    (*op)->Pack(stream(), w, rounded);
+    (*op)->Forward(stream(), 2, x, nullptr, y, scratch);
+    (*op)->BackwardInput(stream(), 2, dy, dx, scratch);
+    (*op)->Pack(stream(), w2, rounded2);
+    (*op)->Forward(stream(), 2, x, nullptr, y2, scratch);
+    (*op)->BackwardInput(stream(), 2, dy, dx2, scratch);
+    std::vector<float> y_minus = y2.Read(), dx_minus = dx2.Read();
+    for (float& value : y_minus) value = -value;
+    for (float& value : dx_minus) value = -value;
+    EXPECT_TRUE(SameBits(y_minus, y.Read()));
+    EXPECT_TRUE(SameBits(dx_minus, dx.Read()));
+  }
 }
 
 TEST_P(LayerTest, FusedReluKeepsNan) {
@@ -498,7 +504,7 @@ TEST_P(LayerTest, FusedReluKeepsNan) {
   const auto check = [&](auto op) {
     ASSERT_TRUE(op.ok()) << op.status();
     const auto scratch = Scratch((*op)->scratch_bytes());
-    (*op)->Pack(stream(), w);
+    (*op)->Pack(stream(), w, nullptr);
     (*op)->Forward(stream(), 1, x, b, y, scratch);
     for (float value : y.Read()) EXPECT_TRUE(std::isnan(value));
   };
@@ -514,7 +520,8 @@ TEST_P(LayerTest, UnknownRowCountIsReportedByTheStream) {
     ASSERT_TRUE(op.ok()) << op.status();
     const auto x = In(std::vector<float>(96, 1)), w = In(std::vector<float>(64, 1)), y = Out(96);
     const auto scratch = Scratch((*op)->scratch_bytes());
-    (*op)->Pack(stream(), w);
+    const auto rounded = InBf16(w);
+    (*op)->Pack(stream(), w, rounded);
     (*op)->Forward(stream(), 3, x, nullptr, y, scratch);
     const absl::Status status = stream().Synchronize();
     if ((*op)->serves_any_rows()) {

@@ -89,30 +89,47 @@ class LstmTest : public DeviceTest {
     std::vector<std::vector<float>> gradients;
   };
 
+  struct Weights {
+    std::vector<Buffer<float>> tensors;
+    std::vector<Buffer<uint16_t>> rounded;
+  };
+
+  // What Pack was given, which must stay.
+  Weights Pack(Lstm& lstm, const LstmShape& s, const LstmData& d) {
+    Weights weights;
+    for (const auto& tensor : d.tensors) {
+      weights.tensors.push_back(In(tensor));
+      weights.rounded.push_back(InBf16(weights.tensors.back()));
+    }
+    lstm.Pack(stream(), ByDirection<const float>(s, weights.tensors),
+              ByDirection<const uint16_t>(s, weights.rounded));
+    return weights;
+  }
+  template <class Element, class T>
+  static std::vector<LstmTensors<Element>> ByDirection(const LstmShape& s,
+                                                       const std::vector<Buffer<T>>& tensors) {
+    std::vector<LstmTensors<Element>> directions(s.directions());
+    for (int64_t k = 0; k < s.directions(); ++k) {
+      const Buffer<T>* const of = tensors.data() + k * kTensors;
+      directions[k] = {of[0], of[1], nullptr, nullptr};
+      if (!s.bias) continue;
+      directions[k].bias_ih = of[2];
+      directions[k].bias_hh = of[3];
+    }
+    return directions;
+  }
+
   // Forward and backward of `rows` rows of the data, in guarded memory.
   Result Run(Lstm& lstm, const LstmShape& s, const LstmData& d, int64_t rows, bool want_dx = true) {
-    std::vector<Buffer<float>> tensors, gradients;
-    for (size_t i = 0; i < d.tensors.size(); ++i) {
-      tensors.push_back(In(d.tensors[i]));
-      gradients.push_back(Out(d.tensors[i].size()));
-    }
-    std::vector<LstmTensors<const float>> in(s.directions());
-    std::vector<LstmTensors<float>> out(s.directions());
-    for (int64_t k = 0; k < s.directions(); ++k) {
-      in[k] = {tensors[k * kTensors], tensors[k * kTensors + 1], nullptr, nullptr};
-      out[k] = {gradients[k * kTensors], gradients[k * kTensors + 1], nullptr, nullptr};
-      if (!s.bias) continue;
-      in[k].bias_ih = tensors[k * kTensors + 2];
-      in[k].bias_hh = tensors[k * kTensors + 3];
-      out[k].bias_ih = gradients[k * kTensors + 2];
-      out[k].bias_hh = gradients[k * kTensors + 3];
-    }
+    const Weights weights = Pack(lstm, s, d);
+    std::vector<Buffer<float>> gradients;
+    for (const auto& tensor : d.tensors) gradients.push_back(Out(tensor.size()));
+    const std::vector<LstmTensors<float>> out = ByDirection<float>(s, gradients);
     const auto x = In(std::vector<float>(d.x.begin(), d.x.begin() + rows * s.steps * s.in));
     const auto dy = In(std::vector<float>(d.dy.begin(), d.dy.begin() + rows * s.outputs()));
     const auto y = Out(rows * s.outputs()), dx = Out(rows * s.steps * s.in),
                reserve = Out(rows * s.reserve());
     const auto scratch = Scratch(lstm.scratch_bytes());
-    lstm.Pack(stream(), in);
     lstm.Forward(stream(), rows, x, y, reserve, scratch);
     lstm.Backward(stream(), rows, x, dy, reserve, out, want_dx ? dx.data() : nullptr, scratch);
     Result result{y.Read(), dx.Read(), {}};
@@ -307,6 +324,7 @@ TEST_P(LstmTest, LeavesTogetherAreLeavesApart) {
       const auto x = In(std::vector<float>(d.x.begin(), d.x.begin() + rows * inputs));
       const auto dy = In(std::vector<float>(d.dy.begin(), d.dy.begin() + rows * s.outputs()));
       const auto scratch = Scratch((*lstm)->scratch_bytes());
+      const Weights weights = Pack(**lstm, s, d);
       for (const int64_t odd : {0, 1}) {
         SCOPED_TRACE(std::to_string(group.size()) + " leaves" + (odd ? ", unaligned" : ""));
         // A leaf's gradients: the tensors one behind the other, each at a multiple of 4.
@@ -368,6 +386,8 @@ TEST_P(LstmTest, ThreadsAndRepetitionsAgree) {
   auto lstm = device().MakeLstm(s, {kRows});
   ASSERT_TRUE(lstm.ok()) << lstm.status();
   const Result expected = Run(**lstm, s, d, kRows);
+  const Weights weights = Pack(**lstm, s, d);
+  ASSERT_TRUE(stream().Synchronize().ok());  // the threads' streams do not wait for it
   constexpr int kThreads = 4, kRepeats = 3;
   // Inputs, and what each thread has for itself.
   const auto x = In(d.x), dy = In(d.dy);

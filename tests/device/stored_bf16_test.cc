@@ -148,7 +148,8 @@ TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
       };
       void* const in_x = any(x_stored, stored_x, x);
       void* const in_dy = any(y_stored, stored_dy, dy);
-      (*conv)->Pack(stream(), w);
+      const auto rounded = InBf16(w);
+      (*conv)->Pack(stream(), w, rounded);
       (*conv)->Forward(stream(), rows, in_x, s.bias ? bias.data() : nullptr,
                        any(y_stored, stored_y, y), scratch);
       (*conv)->BackwardInput(stream(), rows, in_dy, any(x_stored, stored_dx, dx), scratch);
@@ -207,7 +208,8 @@ TEST_P(StoredBf16Test, ConvolutionsOfManyTilesMatchTheReference) {
     const auto source = In(of_source.stored), result = OutStored(backward ? inputs : outputs);
     const auto w = In(of_w.floats);
     const auto scratch = Scratch((*conv)->scratch_bytes());
-    (*conv)->Pack(stream(), w);
+    const auto rounded = InBf16(w);
+    (*conv)->Pack(stream(), w, rounded);
     if (backward) {
       (*conv)->BackwardInput(stream(), kRows, source, result, scratch);
     } else {
@@ -238,7 +240,8 @@ TEST_P(StoredBf16Test, RowsOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
     const auto w = In(RandomFloats(s.out * s.kernel * s.kernel * (s.in / s.groups), 46)),
                bias = In(RandomFloats(s.out, 47));
     const auto scratch = Scratch((*conv)->scratch_bytes());
-    (*conv)->Pack(stream(), w);
+    const auto rounded = InBf16(w);
+    (*conv)->Pack(stream(), w, rounded);
     const auto y = OutStored(kRows * y_row), dx = OutStored(kRows * x_row);
     (*conv)->Forward(stream(), kRows, x, bias, y, scratch);
     (*conv)->BackwardInput(stream(), kRows, dy, dx, scratch);

@@ -289,7 +289,11 @@ class Convolution {
         packed_(tensor_ ? PackedWeightBytes(s_) : 0, 0xCD) {
     if (!tensor_) return;
     EXPECT_EQ(cudaMalloc(&scratch_, TensorScratchBytes(s_)), cudaSuccess);
-    PackTensorWeights(q_, s_, w_, packed_);
+    const int64_t weights = SizesOf(s_).w;
+    const Buffer<uint16_t> rounded(static_cast<size_t>(weights), 0);
+    RoundToBf16(q_, weights, w_, rounded);
+    PackTensorWeights(q_, s_, rounded, packed_);
+    EXPECT_EQ(cudaStreamSynchronize(q_.stream), cudaSuccess);  // it goes
   }
   ~Convolution() { EXPECT_EQ(cudaFree(scratch_), cudaSuccess); }
   Convolution(const Convolution&) = delete;

@@ -61,6 +61,11 @@ model:
 optimizer: {type: momentum, learning_rate: 0.02}
 )";
 
+constexpr char kLstm[] = R"(
+model: {preset: lstm-classifier, lstm_hidden: 20}
+optimizer: {type: adam, learning_rate: 0.002}
+)";
+
 // Each of at most 50,000 parameters. 6 steps an epoch, the last of 30 samples: 8 or 7 rows a shard,
 // then 8, 8, 8, 6 and four empty shards.
 constexpr Model kModels[] = {
@@ -93,11 +98,7 @@ model:
 optimizer: {type: adam, learning_rate: 0.002, clip_norm: 1}
 )",
      1e-4},
-    {"lstm", R"(
-model: {preset: lstm-classifier, lstm_hidden: 20}
-optimizer: {type: adam, learning_rate: 0.002}
-)",
-     1e-4},
+    {"lstm", kLstm, 1e-4},
     {"mlp_bf16", R"(
 model:
   layers:
@@ -109,6 +110,7 @@ optimizer: {type: momentum, learning_rate: 0.05}
 )",
      2e-3},
     {"cnn_bf16", kConvolutions, 1e-2},
+    {"lstm_bf16", kLstm, 2e-3},
     {"residual_bf16", kResidual, 1e-2},
     {"cnn_tf32", kConvolutions, 2e-3},
 };

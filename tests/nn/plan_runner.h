@@ -131,7 +131,7 @@ class PlanRunner {
   Plan& plan(int slot) { return *slots_[slot]->plan; }
   device::Stream& stream() { return *slots_[0]->stream; }
   // After every change of parameters.
-  void Pack() { operations_->Pack(stream(), state_->parameters(), 0, 1); }
+  void Pack() { operations_->Pack(stream(), *state_, 0, 1); }
 
   Outcome TrainStep(const SampleBatch& batch, int64_t step) {
     scalars_.step = static_cast<uint64_t>(step);

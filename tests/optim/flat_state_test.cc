@@ -93,6 +93,16 @@ TEST(FlatStateTest, BeginsAllZero) {
   }
 }
 
+// Products on a CPU round as they pack.
+TEST(FlatStateTest, RoundsNothingOnADeviceThatStoresFloats) {
+  auto state = FlatState::Make(TestDevice(), MakeLayout({{"w", 20}}, {}), MakeLayout({}, {}),
+                               device::OptimizerType::kAdam, device::Precision::kBf16)
+                   .value();
+  EXPECT_EQ(state->rounded(), nullptr);
+  auto stream = TestDevice().MakeStream().value();
+  state->RoundParameters(TestDevice(), *stream, 0, 32);
+}
+
 TEST(FlatStateTest, DigestsAreTheSumOverElementsHoweverItIsCut) {
   auto state = MakeState(device::OptimizerType::kAdam);
   const std::vector<Digest> whole = DigestIn(*state, 1);

@@ -10,9 +10,10 @@
 // `StepScalars` in host-visible memory).
 //
 // Prepared operations (Dense, Conv2d, Lstm) are what oneDNN, cuBLASLt and cuDNN sit behind: an
-// implementation is chosen by a fixed rule when the operation is made, never by timing, and keeps
-// its own packed copy of the weights, refreshed by Pack in the optimizer's pass. They are shared by
-// the slots of one address space; each slot passes its own scratch memory.
+// implementation is chosen by a fixed rule when the operation is made, never by timing, and reads
+// the weights where they are, or keeps its own packed copy, refreshed by Pack behind the
+// optimizer's pass. They are shared by the slots of one address space; each slot passes its own
+// scratch memory.
 //
 // Exactness: a kernel's result for one call is a fixed function of its arguments' values, and
 // elementwise kernels give an element the same bits wherever the range is cut. All tensors are
@@ -78,9 +79,10 @@ class Dense {
  public:
   virtual ~Dense() = default;
   virtual size_t scratch_bytes() const = 0;  // that each of the calls below may use
-  // Refreshes what is derived from `weight` (logical layout). Call after every change of weights;
-  // `weight` must stay, unchanged, until the next: it may be read where it is.
-  virtual void Pack(Stream& stream, const float* weight) = 0;
+  // Refreshes what is derived from `weight` (logical layout) and `rounded`, the same as bf16, which
+  // operations in bf16 need on devices that say stores_bf16; else it may be null. Call after every
+  // change of weights; both must stay, unchanged, until the next: they may be read where they are.
+  virtual void Pack(Stream& stream, const float* weight, const uint16_t* rounded) = 0;
   virtual void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
                        void* scratch) = 0;
   // dx = dy W. `dy` is the gradient after the activation's own backward (ReluBackward).
@@ -99,7 +101,7 @@ class Conv2d {
  public:
   virtual ~Conv2d() = default;
   virtual size_t scratch_bytes() const = 0;
-  virtual void Pack(Stream& stream, const float* weight) = 0;
+  virtual void Pack(Stream& stream, const float* weight, const uint16_t* rounded) = 0;
   virtual void Forward(Stream& stream, int64_t rows, const void* x, const float* bias, void* y,
                        void* scratch) = 0;
   virtual void BackwardInput(Stream& stream, int64_t rows, const void* dy, void* dx,
@@ -147,8 +149,8 @@ struct LstmShape {
   int64_t reserve() const { return steps * directions() * 7 * hidden; }
 };
 
-// Tensors of one direction, or their gradients: weight_ih {4 hidden, in}, weight_hh {4 hidden,
-// hidden}, biases {4 hidden} (null without).
+// Tensors of one direction, their bf16, or their gradients: weight_ih {4 hidden, in}, weight_hh {4
+// hidden, hidden}, biases {4 hidden} (null without).
 template <class Float>
 struct LstmTensors {
   Float* weight_ih = nullptr;
@@ -166,8 +168,10 @@ class Lstm {
   // Forward takes any number of rows up to shape().most_rows, with the bits that each row has
   // alone, and leaves are worth taking together. Where not, rows are as listed.
   virtual bool serves_any_rows() const { return false; }
-  // Refreshes the packed weights and the summed biases.
-  virtual void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors) = 0;
+  // As Dense's, and refreshes the summed biases; empty where Dense's may be null. Of `rounded` only
+  // the weights are read.
+  virtual void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors,
+                    absl::Span<const LstmTensors<const uint16_t>> rounded) = 0;
   // `reserve` has rows * shape.reserve() floats.
   virtual void Forward(Stream& stream, int64_t rows, const float* x, float* y, float* reserve,
                        void* scratch) = 0;
@@ -435,15 +439,19 @@ class Device {
   virtual void TreeSum(Stream& stream, int64_t n, absl::Span<const float* const> parts,
                        float* out) = 0;
   // One fused pass over [0, n) of the given pointers; none where the scalars say not to apply it.
+  // `rounded` takes the new parameters as RoundToBf16 has them (null: not wanted).
   virtual void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                                const StepScalars* scalars, const float* gradient, float* parameters,
-                               const OptimizerSlots& slots) = 0;
+                               const OptimizerSlots& slots, uint16_t* rounded = nullptr) = 0;
   // The same for pieces with coefficients of their own, of at most kUpdatePiece elements, in a
   // table that kernels read. Pointers are those of whole vectors.
   virtual void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
                                      int64_t count, const UpdatePiece* pieces,
                                      const StepScalars* scalars, const float* gradient,
-                                     float* parameters, const OptimizerSlots& slots) = 0;
+                                     float* parameters, const OptimizerSlots& slots,
+                                     uint16_t* rounded = nullptr) = 0;
+  // To nearest even; NaN stays NaN.
+  virtual void RoundToBf16(Stream& stream, int64_t n, const float* x, uint16_t* rounded) = 0;
   // sums[b] = the sum of squares of block b of kNormBlock elements (the last may be shorter), in an
   // order that depends on the block's length alone. In double, where no finite float overflows: a
   // sum is finite exactly where all elements of its block are.

@@ -1,5 +1,6 @@
 // The tensors of one layer of an lstm node, by direction, in a vector of the parameters' layout:
-// the parameters themselves, or a leaf's gradients. Internal to worker/nn. Allocates nothing.
+// the parameters themselves, their bf16, or a leaf's gradients. Internal to worker/nn. Allocates
+// nothing.
 #pragma once
 
 #include <array>

@@ -55,22 +55,30 @@ absl::StatusOr<std::unique_ptr<Operations>> Operations::Make(std::shared_ptr<con
   return operations;
 }
 
-void Operations::Pack(device::Stream& stream, const float* parameters, int part, int parts) {
+void Operations::Pack(device::Stream& stream, optim::FlatState& state, int part, int parts) {
+  const float* const parameters = state.parameters();
+  const uint16_t* const rounded = state.rounded();
   int operation = 0;
   for (size_t i = 0; i < dense_.size(); ++i) {
     for (size_t k = 0; k < lstm_[i].size(); ++k) {
       if (operation++ % parts != part) continue;
-      LstmTensors<const float> tensors(*program_, static_cast<int>(i), static_cast<int>(k),
-                                       parameters);
-      lstm_[i][k]->Pack(stream, tensors.directions());
+      const int node = static_cast<int>(i), layer = static_cast<int>(k);
+      const LstmTensors<const float> tensors(*program_, node, layer, parameters);
+      if (rounded == nullptr) {
+        lstm_[i][k]->Pack(stream, tensors.directions(), {});
+      } else {
+        const LstmTensors<const uint16_t> of_bf16(*program_, node, layer, rounded);
+        lstm_[i][k]->Pack(stream, tensors.directions(), of_bf16.directions());
+      }
     }
     if (dense_[i] == nullptr && conv2d_[i] == nullptr) continue;
     if (operation++ % parts != part) continue;
-    const float* weight = parameters + program_->nodes()[i].weight;
+    const int64_t at = program_->nodes()[i].weight;
+    const uint16_t* const of_bf16 = rounded == nullptr ? nullptr : rounded + at;
     if (dense_[i] != nullptr) {
-      dense_[i]->Pack(stream, weight);
+      dense_[i]->Pack(stream, parameters + at, of_bf16);
     } else {
-      conv2d_[i]->Pack(stream, weight);
+      conv2d_[i]->Pack(stream, parameters + at, of_bf16);
     }
   }
 }

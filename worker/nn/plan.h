@@ -44,8 +44,9 @@ class Operations {
                                                           absl::Span<const int64_t> rows,
                                                           int64_t most_shards);
   // Refreshes the packed weights: operation i with i % parts == part. All slots call it with their
-  // part after each update; the caller puts a barrier behind it.
-  void Pack(device::Stream& stream, const float* parameters, int part, int parts);
+  // part after each update; the caller puts a barrier behind it. The state's rounded parameters are
+  // those of now.
+  void Pack(device::Stream& stream, optim::FlatState& state, int part, int parts);
 
   device::Dense* dense(int node) const { return dense_[node].get(); }
   device::Conv2d* conv2d(int node) const { return conv2d_[node].get(); }

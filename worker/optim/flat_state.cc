@@ -12,11 +12,11 @@
 namespace lockstep::optim {
 namespace {
 
-absl::StatusOr<std::unique_ptr<device::Memory>> AllocateFloats(device::Device& device,
+template <class T>
+absl::StatusOr<std::unique_ptr<device::Memory>> AllocateVector(device::Device& device,
                                                                int64_t size) {
   // A model without parameters or statistics still has (empty) vectors with an address.
-  return device.Allocate(sizeof(float) *
-                         static_cast<size_t>(size > 0 ? size : FlatLayout::kAlignment));
+  return device.Allocate(sizeof(T) * static_cast<size_t>(size > 0 ? size : FlatLayout::kAlignment));
 }
 
 // Elements 2p and 2p + 1 of a standard normal stream.
@@ -56,16 +56,21 @@ std::vector<std::string> SlotNames(device::OptimizerType type) {
 absl::StatusOr<std::unique_ptr<FlatState>> FlatState::Make(device::Device& device,
                                                            FlatLayout parameters,
                                                            FlatLayout statistics,
-                                                           device::OptimizerType optimizer) {
+                                                           device::OptimizerType optimizer,
+                                                           device::Precision precision) {
   auto state = absl::WrapUnique(new FlatState());
   state->parameter_layout_ = std::move(parameters);
   state->statistics_layout_ = std::move(statistics);
   const int64_t size = state->parameter_layout_.size;
-  ASSIGN_OR_RETURN(state->parameters_, AllocateFloats(device, size));
-  ASSIGN_OR_RETURN(state->statistics_, AllocateFloats(device, state->statistics_layout_.size));
+  ASSIGN_OR_RETURN(state->parameters_, AllocateVector<float>(device, size));
+  ASSIGN_OR_RETURN(state->statistics_,
+                   AllocateVector<float>(device, state->statistics_layout_.size));
+  if (precision == device::Precision::kBf16 && device.stores_bf16()) {
+    ASSIGN_OR_RETURN(state->rounded_, AllocateVector<uint16_t>(device, size));
+  }
   const std::vector<std::string> slot_names = SlotNames(optimizer);
   for (size_t i = 0; i < slot_names.size(); ++i) {
-    ASSIGN_OR_RETURN(std::unique_ptr<device::Memory> slot, AllocateFloats(device, size));
+    ASSIGN_OR_RETURN(std::unique_ptr<device::Memory> slot, AllocateVector<float>(device, size));
     state->slots_.push_back(std::move(slot));
   }
 
@@ -84,6 +89,12 @@ absl::StatusOr<std::unique_ptr<FlatState>> FlatState::Make(device::Device& devic
   }
   add(state->statistics_layout_, "", state->statistics(), Named::Kind::kStatistic);
   return state;
+}
+
+void FlatState::RoundParameters(device::Device& device, device::Stream& stream, int64_t begin,
+                                int64_t end) {
+  if (rounded_ == nullptr) return;
+  device.RoundToBf16(stream, end - begin, parameters() + begin, rounded() + begin);
 }
 
 void FlatState::AccumulateDigests(device::Device& device, device::Stream& stream, int part,

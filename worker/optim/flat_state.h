@@ -5,6 +5,8 @@
 //  slots        zero to three vectors of the same layout (momentum; Adam's m and v)
 //  statistics   batch norm's running averages, in layer order
 //
+//  rounded      the parameters as bf16, in jobs of that precision on devices that store it
+//
 // Everything is in logical layout; packed copies live in the device's prepared operations.
 // There is one FlatState per address space: the CPU slots of a worker share one and update disjoint
 // ranges, a GPU slot has its own. Not thread-safe by itself: the step loop hands out ranges.
@@ -13,6 +15,8 @@
 //  1. A tensor begins at a multiple of kAlignment elements; padding between tensors is zero and is
 //     never part of a digest or a checkpoint.
 //  2. The layout is a function of the graph alone.
+//  3. The rounded parameters are made by what updates the parameters, the Optimizer; behind
+//     everything else that writes them, by RoundParameters.
 #pragma once
 
 #include <cstdint>
@@ -52,10 +56,9 @@ std::vector<std::string> SlotNames(device::OptimizerType type);
 class FlatState {
  public:
   // All zero. ResourceExhausted where the device lacks memory.
-  static absl::StatusOr<std::unique_ptr<FlatState>> Make(device::Device& device,
-                                                         FlatLayout parameters,
-                                                         FlatLayout statistics,
-                                                         device::OptimizerType optimizer);
+  static absl::StatusOr<std::unique_ptr<FlatState>> Make(
+      device::Device& device, FlatLayout parameters, FlatLayout statistics,
+      device::OptimizerType optimizer, device::Precision precision = device::Precision::kFp32);
 
   const FlatLayout& parameter_layout() const { return parameter_layout_; }
   const FlatLayout& statistics_layout() const { return statistics_layout_; }
@@ -63,6 +66,11 @@ class FlatState {
   float* statistics() { return statistics_->floats(); }
   int slot_count() const { return static_cast<int>(slots_.size()); }
   float* slot(int i) { return slots_[i]->floats(); }
+  // Where there is none, null, and nothing to do.
+  uint16_t* rounded() {
+    return rounded_ == nullptr ? nullptr : static_cast<uint16_t*>(rounded_->data());
+  }
+  void RoundParameters(device::Device& device, device::Stream& stream, int64_t begin, int64_t end);
 
   // Every tensor of the state under its checkpoint name, in digest order: parameters
   // "conv1.weight", then each slot "momentum/conv1.weight", then statistics "bn1.running_mean".
@@ -105,6 +113,7 @@ class FlatState {
   FlatState() = default;
   FlatLayout parameter_layout_, statistics_layout_;
   std::unique_ptr<device::Memory> parameters_, statistics_;
+  std::unique_ptr<device::Memory> rounded_;  // or null
   std::vector<std::unique_ptr<device::Memory>> slots_;
   std::vector<Named> named_;
 };

@@ -77,7 +77,8 @@ void Optimizer::Update(device::Device& device, device::Stream& stream, int64_t b
     device::OptimizerSlots slots;
     for (int i = 0; i < state.slot_count(); ++i) slots.at[i] = state.slot(i) + first;
     device.OptimizerUpdate(stream, range.coefficients, last - first, scalars, gradient + first,
-                           state.parameters() + first, slots);
+                           state.parameters() + first, slots,
+                           state.rounded() == nullptr ? nullptr : state.rounded() + first);
   }
 }
 
@@ -103,7 +104,7 @@ void Optimizer::Update(device::Device& device, device::Stream& stream, const Pie
   for (int i = 0; i < state.slot_count(); ++i) slots.at[i] = state.slot(i);
   device.OptimizerUpdatePieces(stream, coefficients_, pieces.count_,
                                static_cast<const device::UpdatePiece*>(pieces.table_->data()),
-                               scalars, gradient, state.parameters(), slots);
+                               scalars, gradient, state.parameters(), slots, state.rounded());
 }
 
 }  // namespace lockstep::optim

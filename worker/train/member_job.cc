@@ -423,8 +423,9 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
 
   absl::Status MakeState() {
     const device::OptimizerCoefficients coefficients = MakeCoefficients(spec_.optimizer());
-    ASSIGN_OR_RETURN(state_, optim::FlatState::Make(*device_, program_->parameters(),
-                                                    program_->statistics(), coefficients.type));
+    ASSIGN_OR_RETURN(
+        state_, optim::FlatState::Make(*device_, program_->parameters(), program_->statistics(),
+                                       coefficients.type, program_->precision()));
     optimizer_ = std::make_unique<optim::Optimizer>(coefficients, program_->parameters());
     ASSIGN_OR_RETURN(norm_, optim::GradientNorm::Make(*device_, program_->parameters()));
     RETURN_IF_ERROR(optim::InitializeOnDevice(*device_, *stream_, program_->parameters(),

@@ -122,8 +122,10 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts) {
     add(absl::StrCat("the plan of slot ", slot, ": scratch"), scratch + record * (records + 1));
   }
   const int64_t vector = kFloat * program.parameters().size;
+  // Which products in bf16 read.
+  const int64_t rounded = program.precision() == device::Precision::kBf16 ? vector / 2 : 0;
   add("parameters and the optimizer's state",
-      vector * (1 + facts.optimizer_vectors) + kFloat * program.statistics().size);
+      vector * (1 + facts.optimizer_vectors) + rounded + kFloat * program.statistics().size);
 
   // Either of these is there at a time: what the loop has, and the probe's.
   const int shards_here = cut.bounds.back() - cut.bounds.front();
@@ -147,7 +149,8 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts) {
   need.staging = 2 * loaded * facts.sample_bytes;
   const int64_t workspaces =
       (facts.slots + 1 + (facts.exchanges_on_gpu ? 1 : 0)) * facts.stream_bytes;
-  const int64_t probe = facts.stream_bytes + 2 * vector + kFloat * program.statistics().size +
+  const int64_t probe = facts.stream_bytes + 2 * vector + rounded +
+                        kFloat * program.statistics().size +
                         activations(1, 1, rows.probe, rows.probe) + scratch + 2 * record;
   need.behind_data = samples + workspaces;
   if (probe > gradients + samples + workspaces) {

@@ -41,10 +41,11 @@ absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> progr
   ASSIGN_OR_RETURN(auto stream, device.MakeStream());
   ASSIGN_OR_RETURN(auto state,
                    optim::FlatState::Make(device, program->parameters(), program->statistics(),
-                                          device::OptimizerType::kSgd));
+                                          device::OptimizerType::kSgd, program->precision()));
   RETURN_IF_ERROR(
       optim::InitializeOnDevice(device, *stream, program->parameters(), seed, state->parameters()));
-  operations.Pack(*stream, state->parameters(), 0, 1);
+  state->RoundParameters(device, *stream, 0, program->parameters().size);
+  operations.Pack(*stream, *state, 0, 1);
 
   const int64_t features = spec::ElementCount(graph.data_shape);
   ASSIGN_OR_RETURN(auto data, device.AllocateHostVisible(sizeof(float) * rows * features));

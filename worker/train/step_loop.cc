@@ -282,7 +282,12 @@ absl::Status StepLoop::MakeGate(Slot& slot) {
 
 absl::Status StepLoop::Run(int index) {
   Slot& slot = *slots_[index];
-  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), index, parts_.team->slots());
+  const int k = parts_.team->slots();
+  const int64_t size = parts_.program->parameters().size;
+  parts_.state->RoundParameters(*parts_.device, *slot.stream, PartBegin(size, k, index),
+                                PartBegin(size, k, index + 1));
+  RETURN_IF_ERROR(Barrier(slot));
+  parts_.operations->Pack(*slot.stream, *parts_.state, index, k);
   RETURN_IF_ERROR(Barrier(slot));
   if (index == 0) started_ = absl::Now();
   slot.step = slot.committed = options_.first_step - 1;
@@ -328,7 +333,7 @@ absl::Status StepLoop::Update(Slot& slot) {
   Optimize(slot);
   UpdateStatistics(slot);
   if (!runs_ahead()) return absl::OkStatus();  // Commit packs, when all slots are here
-  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), 0, 1);
+  parts_.operations->Pack(*slot.stream, *parts_.state, 0, 1);
   if (options_.digest_every == 1) {
     slot.digest_table->Enqueue(*parts_.device, *slot.stream, slot.gated_scalars);
   }
@@ -556,10 +561,10 @@ absl::Status StepLoop::Commit(Slot& slot) {
     RETURN_IF_ERROR(slot.stream->Synchronize());
     bits ^= 1;
     parts_.device->Copy(*slot.stream, &bits, parts_.state->parameters(), sizeof(bits));
+    parts_.state->RoundParameters(*parts_.device, *slot.stream, 0, 1);
   }
   RETURN_IF_ERROR(Barrier(slot));  // all parameters are updated
-  parts_.operations->Pack(*slot.stream, parts_.state->parameters(), slot.index,
-                          parts_.team->slots());
+  parts_.operations->Pack(*slot.stream, *parts_.state, slot.index, parts_.team->slots());
   // Before the digest, which covers what the pass makes of the statistics.
   if (PopulationDue(slot.step)) RETURN_IF_ERROR(GatherPopulation(slot));
   if (DigestDue(slot.step)) {

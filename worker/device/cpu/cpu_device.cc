@@ -68,6 +68,7 @@ class CpuDevice : public Device {
  public:
   CpuDevice(std::string fingerprint, OnednnContext context)
       : k_(*context.kernels.fp32),
+        b_(*context.kernels.bf16),
         fingerprint_(std::move(fingerprint)),
         context_(std::move(context)) {}
 
@@ -378,9 +379,13 @@ class CpuDevice : public Device {
   }
   void OptimizerUpdate(Stream&, const OptimizerCoefficients& coefficients, int64_t n,
                        const StepScalars* scalars, const float* gradient, float* parameters,
-                       const OptimizerSlots& slots) override {
+                       const OptimizerSlots& slots, uint16_t* rounded) override {
     if (scalars->apply == 0) return;
     k_.optimizer_update(coefficients, n, *scalars, gradient, parameters, slots);
+    if (rounded != nullptr) b_.round(n, parameters, rounded);
+  }
+  void RoundToBf16(Stream&, int64_t n, const float* x, uint16_t* rounded) override {
+    b_.round(n, x, rounded);
   }
   void SquaredNorms(Stream&, int64_t n, const float* x, double* sums) override {
     k_.squared_norms(n, x, sums);
@@ -405,11 +410,10 @@ class CpuDevice : public Device {
                             statistics + s.running_var);
     }
   }
-  void OptimizerUpdatePieces(Stream&, const OptimizerCoefficients& coefficients, int64_t count,
-                             const UpdatePiece* pieces, const StepScalars* scalars,
-                             const float* gradient, float* parameters,
-                             const OptimizerSlots& slots) override {
-    if (scalars->apply == 0) return;
+  void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
+                             int64_t count, const UpdatePiece* pieces, const StepScalars* scalars,
+                             const float* gradient, float* parameters, const OptimizerSlots& slots,
+                             uint16_t* rounded) override {
     for (int64_t i = 0; i < count; ++i) {
       const UpdatePiece& piece = pieces[i];
       OptimizerCoefficients own = coefficients;
@@ -418,8 +422,8 @@ class CpuDevice : public Device {
       own.rate_multiplier = piece.rate_multiplier;
       OptimizerSlots at;
       for (int k = 0; k < kMostSlots; ++k) at.at[k] = Behind(slots.at[k], piece.begin);
-      k_.optimizer_update(own, piece.end - piece.begin, *scalars, gradient + piece.begin,
-                          parameters + piece.begin, at);
+      OptimizerUpdate(stream, own, piece.end - piece.begin, scalars, gradient + piece.begin,
+                      parameters + piece.begin, at, Behind(rounded, piece.begin));
     }
   }
   void SquaredNormsOf(Stream&, int64_t count, const NormBlock* blocks, const float* x,
@@ -532,6 +536,7 @@ class CpuDevice : public Device {
   }
 
   const Kernels& k_;
+  const Bf16Kernels& b_;
   const std::string fingerprint_;
   const OnednnContext context_;
 };

@@ -83,7 +83,8 @@ class FusedLstm : public Lstm {
            sizeof(float);
   }
 
-  void Pack(Stream&, absl::Span<const LstmTensors<const float>> tensors) override {
+  void Pack(Stream&, absl::Span<const LstmTensors<const float>> tensors,
+            absl::Span<const LstmTensors<const uint16_t>>) override {
     const int64_t hidden = s_.hidden;
     for (int64_t d = 0; d < s_.directions(); ++d) {
       const LstmTensors<const float>& t = tensors[d];

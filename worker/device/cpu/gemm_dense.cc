@@ -37,7 +37,7 @@ class GemmDense : public Dense {
     return static_cast<size_t>(s_.out * kDenseScratchColumns) * sizeof(float);
   }
 
-  void Pack(Stream&, const float* weight) override { weight_ = weight; }
+  void Pack(Stream&, const float* weight, const uint16_t*) override { weight_ = weight; }
 
   void Forward(Stream&, int64_t rows, const float* x, const float* bias, float* y,
                void* scratch) override {
@@ -95,7 +95,7 @@ class Bf16Dense : public Dense {
     return static_cast<size_t>(floats) * sizeof(float) + alignof(const float*);
   }
 
-  void Pack(Stream&, const float* weight) override {
+  void Pack(Stream&, const float* weight, const uint16_t*) override {
     b_.pair_columns(s_.out, s_.in, weight, by_in_);
     b_.pair_rows(s_.out, s_.in, weight, by_out_);
   }

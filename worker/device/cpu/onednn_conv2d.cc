@@ -161,7 +161,7 @@ class OnednnConv2d : public Conv2d {
 
   size_t scratch_bytes() const override { return scratch_bytes_; }
 
-  void Pack(Stream& stream, const float* weight) override {
+  void Pack(Stream& stream, const float* weight, const uint16_t*) override {
     if (rounded_weight_ != nullptr) {
       const auto weights = static_cast<int64_t>(WeightBytes(s_) / sizeof(float));
       context_.kernels.bf16->round_in_floats(weights, weight, rounded_weight_->floats());

@@ -8,7 +8,6 @@
 #include "common/status_macros.h"
 #include "worker/device/cuda/cuda_stream.h"
 #include "worker/device/cuda/kernels.h"
-#include "worker/device/cuda/parts.h"
 
 namespace lockstep::device::cuda {
 namespace {
@@ -28,11 +27,8 @@ class CudaConv2d : public Conv2d {
                                                       absl::Span<const int64_t> rows) {
     auto conv = std::make_unique<CudaConv2d>(shape);
     if (conv->kernels_ == Kernels::kPlain) return conv;
-    if (const size_t bytes = conv->PlaceWeights(nullptr); bytes > 0) {
-      ASSIGN_OR_RETURN(conv->memory_, device.Allocate(bytes));
-      conv->PlaceWeights(conv->memory_->data());
-    }
     if (conv->kernels_ == Kernels::kTensor) {
+      ASSIGN_OR_RETURN(conv->packed_, device.Allocate(PackedWeightBytes(shape)));
       conv->scratch_bytes_ = TensorScratchBytes(shape);
       return conv;
     }
@@ -51,14 +47,11 @@ class CudaConv2d : public Conv2d {
   size_t scratch_bytes() const override { return scratch_bytes_; }
   bool serves_any_rows() const override { return kernels_ != Kernels::kLibrary; }
 
-  void Pack(Stream& stream, const float* weight) override {
+  void Pack(Stream& stream, const float* weight, const uint16_t* rounded) override {
     weight_ = weight;
-    if (kernels_ == Kernels::kPlain) return;
-    const Queue& q = QueueOf(stream);
-    if (kernels_ == Kernels::kTensor) return PackTensorWeights(q, s_, weight, packed_);
-    if (!is_bf16()) return;  // the library rounds to tf32
-    RoundToBf16(q, Weights(), weight, rounded_);
-    RoundInFloats(q, Weights(), weight, rounded_in_floats_);
+    if (kernels_ == Kernels::kTensor) {
+      PackTensorWeights(QueueOf(stream), s_, rounded, packed_->data());
+    }
   }
 
   void Forward(Stream& stream, int64_t rows, const void* x, const float* bias, void* y,
@@ -70,14 +63,11 @@ class CudaConv2d : public Conv2d {
       return ConvolutionForward(q, s_, rows, Floats(x), weight_, bias, relu, Floats(y));
     }
     if (kernels_ == Kernels::kTensor) {
-      return TensorConvolutionForward(q, s_, rows, x, packed_, bias, relu, y);
+      return TensorConvolutionForward(q, s_, rows, x, packed_->data(), bias, relu, y);
     }
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
-    Parts parts(scratch);
-    Convolution& convolution = *plans->forward;
-    const void* const factor = Factor(q, convolution, rows * Inputs(), Floats(x), parts);
-    convolution.Run(q, factor, Weight(convolution), Floats(y), parts.Take(0));
+    plans->forward->Run(q, x, weight_, Floats(y), scratch);
     if (s_.bias || relu) {
       BiasForward(q, rows * Outputs(), s_.out, Floats(y), bias, relu, Floats(y));
     }
@@ -90,14 +80,11 @@ class CudaConv2d : public Conv2d {
       return ConvolutionBackwardInput(q, s_, rows, Floats(dy), weight_, Floats(dx));
     }
     if (kernels_ == Kernels::kTensor) {
-      return TensorConvolutionBackwardInput(q, s_, rows, dy, packed_, dx);
+      return TensorConvolutionBackwardInput(q, s_, rows, dy, packed_->data(), dx);
     }
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
-    Parts parts(scratch);
-    Convolution& convolution = *plans->backward_input;
-    const void* const factor = Factor(q, convolution, rows * Outputs(), Floats(dy), parts);
-    convolution.Run(q, factor, Weight(convolution), Floats(dx), parts.Take(0));
+    plans->backward_input->Run(q, dy, weight_, Floats(dx), scratch);
   }
 
   void BackwardWeight(Stream& stream, int64_t rows, const void* x, const void* dy, float* dw,
@@ -108,11 +95,7 @@ class CudaConv2d : public Conv2d {
     const Queue& q = QueueOf(stream);
     const Plans* const plans = Find(q, rows);
     if (plans == nullptr) return;
-    Parts parts(scratch);
-    Convolution& convolution = *plans->backward_weight;
-    const void* const dy_factor = Factor(q, convolution, rows * Outputs(), Floats(dy), parts);
-    const void* const x_factor = Factor(q, convolution, rows * Inputs(), Floats(x), parts);
-    convolution.Run(q, dy_factor, x_factor, dw, parts.Take(0));
+    plans->backward_weight->Run(q, dy, x, dw, scratch);
     if (s_.bias) ColumnSums(q, Leaves(rows * Outputs() / s_.out), s_.out, dy, db, 0);
   }
 
@@ -146,16 +129,7 @@ class CudaConv2d : public Conv2d {
     if (plans.forward != nullptr) return absl::OkStatus();
     const auto make = [&](ConvolutionPass pass, std::unique_ptr<Convolution>* convolution) {
       ASSIGN_OR_RETURN(*convolution, dnn.MakeConvolution(pass, s_, rows, FactorsOf(s_.precision)));
-      Parts parts;
-      // One factor is the weight, but for the weight's gradient.
-      const bool both = pass == ConvolutionPass::kBackwardWeight;
-      const bool floats = (*convolution)->takes_floats();
-      if (both || pass == ConvolutionPass::kForward) TakeRounded(floats, rows * Inputs(), parts);
-      if (both || pass == ConvolutionPass::kBackwardInput) {
-        TakeRounded(floats, rows * Outputs(), parts);
-      }
-      parts.Take(static_cast<int64_t>((*convolution)->workspace_bytes()));
-      scratch_bytes_ = std::max(scratch_bytes_, parts.taken());
+      scratch_bytes_ = std::max(scratch_bytes_, (*convolution)->workspace_bytes());
       return absl::OkStatus();
     };
     RETURN_IF_ERROR(make(ConvolutionPass::kForward, &plans.forward));
@@ -171,53 +145,12 @@ class CudaConv2d : public Conv2d {
     return nullptr;
   }
 
-  bool is_bf16() const { return s_.precision == Precision::kBf16; }
-  int64_t Inputs() const { return s_.height * s_.width * s_.in; }  // of a row
-  int64_t Outputs() const { return s_.out_height() * s_.out_width() * s_.out; }
-  int64_t Weights() const { return s_.out * s_.kernel * s_.kernel * (s_.in / s_.groups); }
-
-  // Divides the memory of the rounded weights; returns its size.
-  size_t PlaceWeights(void* memory) {
-    Parts parts(memory);
-    if (kernels_ == Kernels::kTensor) {
-      packed_ = parts.Take(static_cast<int64_t>(PackedWeightBytes(s_)));
-      return parts.taken();
-    }
-    if (is_bf16()) {
-      rounded_ = parts.TakeBf16(Weights());
-      rounded_in_floats_ = parts.TakeFloats(Weights());
-    }
-    return parts.taken();
-  }
-  const void* Weight(const Convolution& convolution) const {
-    if (!is_bf16()) return weight_;
-    return convolution.takes_floats() ? static_cast<const void*>(rounded_in_floats_) : rounded_;
-  }
-
-  void* TakeRounded(bool floats, int64_t n, Parts& parts) const {
-    if (!is_bf16()) return nullptr;
-    return floats ? static_cast<void*>(parts.TakeFloats(n)) : parts.TakeBf16(n);
-  }
-  // n floats as the convolution takes them.
-  const void* Factor(const Queue& q, const Convolution& convolution, int64_t n, const float* x,
-                     Parts& parts) const {
-    if (!is_bf16()) return x;
-    void* const rounded = TakeRounded(convolution.takes_floats(), n, parts);
-    if (convolution.takes_floats()) {
-      RoundInFloats(q, n, x, static_cast<float*>(rounded));
-    } else {
-      RoundToBf16(q, n, x, static_cast<uint16_t*>(rounded));
-    }
-    return rounded;
-  }
+  int64_t Outputs() const { return s_.out_height() * s_.out_width() * s_.out; }  // of a row
 
   const Conv2dShape s_;
   const Kernels kernels_;
-  std::unique_ptr<Memory> memory_;  // of the rounded weights
   const float* weight_ = nullptr;
-  void* packed_ = nullptr;
-  uint16_t* rounded_ = nullptr;
-  float* rounded_in_floats_ = nullptr;
+  std::unique_ptr<Memory> packed_;  // what tensor cores take in its place
   std::map<int64_t, Plans> plans_;
   size_t scratch_bytes_ = 0;
 };

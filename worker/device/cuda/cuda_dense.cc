@@ -60,14 +60,9 @@ bool IsCanonical(const LeafFold& fold, PartLeaves* parts) {
 
 class CudaDense : public Dense {
  public:
-  static absl::StatusOr<std::unique_ptr<Dense>> Make(Device& device, Blas& blas,
-                                                     const DenseShape& shape,
+  static absl::StatusOr<std::unique_ptr<Dense>> Make(Blas& blas, const DenseShape& shape,
                                                      absl::Span<const int64_t> rows) {
     auto dense = std::make_unique<CudaDense>(shape, *std::max_element(rows.begin(), rows.end()));
-    if (dense->is_bf16()) {
-      ASSIGN_OR_RETURN(dense->memory_,
-                       device.Allocate(static_cast<size_t>(dense->Weights()) * sizeof(uint16_t)));
-    }
     RETURN_IF_ERROR(dense->MakeProducts(blas, rows));
     return dense;
   }
@@ -82,13 +77,8 @@ class CudaDense : public Dense {
     return std::max(FactorScratch(*this, nullptr).bytes, WeightScratch(*this, nullptr).bytes);
   }
 
-  void Pack(Stream& stream, const float* weight) override {
-    if (is_bf16()) {
-      RoundToBf16(QueueOf(stream), Weights(), weight, rounded_weight());
-      weight_ = rounded_weight();
-    } else {
-      weight_ = weight;
-    }
+  void Pack(Stream&, const float* weight, const uint16_t* rounded) override {
+    weight_ = is_bf16() ? static_cast<const void*>(rounded) : weight;
   }
 
   void Forward(Stream& stream, int64_t rows, const float* x, const float* bias, float* y,
@@ -283,7 +273,6 @@ class CudaDense : public Dense {
   int64_t Limit() const {
     return std::max<int64_t>(1, std::numeric_limits<int32_t>::max() / std::max(s_.in, s_.out));
   }
-  uint16_t* rounded_weight() const { return static_cast<uint16_t*>(memory_->data()); }
 
   // n floats as products take them.
   const void* Factor(const Queue& q, int64_t n, const float* x, uint16_t* rounded) const {
@@ -322,7 +311,6 @@ class CudaDense : public Dense {
   const DenseShape s_;
   const int64_t most_leaves_, most_leaf_rows_;
   const int64_t most_rows_;  // of one call of the library
-  std::unique_ptr<Memory> memory_;
   const void* weight_ = nullptr;
   std::unique_ptr<Product> forward_, backward_input_;
   std::map<int64_t, std::unique_ptr<Product>> backward_weight_;  // by rows
@@ -330,8 +318,7 @@ class CudaDense : public Dense {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Dense>> MakeCudaDense(Device& device, Blas& blas,
-                                                     const DenseShape& shape,
+absl::StatusOr<std::unique_ptr<Dense>> MakeCudaDense(Blas& blas, const DenseShape& shape,
                                                      absl::Span<const int64_t> rows) {
   if (shape.in < 1 || shape.out < 1 || rows.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("dense of ", shape.in, " inputs and ", shape.out,
@@ -343,7 +330,7 @@ absl::StatusOr<std::unique_ptr<Dense>> MakeCudaDense(Device& device, Blas& blas,
           absl::StrCat("dense was asked for ", count, " rows; at least 1 is accepted"));
     }
   }
-  return CudaDense::Make(device, blas, shape, rows);
+  return CudaDense::Make(blas, shape, rows);
 }
 
 }  // namespace lockstep::device::cuda

@@ -12,11 +12,10 @@
 
 namespace lockstep::device::cuda {
 
-// InvalidArgument for sizes that are not positive; otherwise errors of the device and the library,
-// which are used here only. BackwardWeight serves leaves of the numbers of rows that are listed;
+// InvalidArgument for sizes that are not positive; otherwise errors of the library, which is used
+// here only. BackwardWeight serves leaves of the numbers of rows that are listed;
 // the other calls every number.
-absl::StatusOr<std::unique_ptr<Dense>> MakeCudaDense(Device& device, Blas& blas,
-                                                     const DenseShape& shape,
+absl::StatusOr<std::unique_ptr<Dense>> MakeCudaDense(Blas& blas, const DenseShape& shape,
                                                      absl::Span<const int64_t> rows);
 
 }  // namespace lockstep::device::cuda

@@ -180,7 +180,7 @@ class CudaDevice : public Device {
 
   absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
                                                    absl::Span<const int64_t> rows) override {
-    return MakeCudaDense(*this, *blas_, shape, rows);
+    return MakeCudaDense(*blas_, shape, rows);
   }
   absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                      absl::Span<const int64_t> rows) override {
@@ -276,10 +276,10 @@ class CudaDevice : public Device {
   }
   void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
                              int64_t count, const UpdatePiece* pieces, const StepScalars* scalars,
-                             const float* gradient, float* parameters,
-                             const OptimizerSlots& slots) override {
+                             const float* gradient, float* parameters, const OptimizerSlots& slots,
+                             uint16_t* rounded) override {
     cuda::OptimizerUpdatePieces(QueueOf(stream), coefficients, count, pieces, scalars, gradient,
-                                parameters, slots);
+                                parameters, slots, rounded);
   }
   void SquaredNormsOf(Stream& stream, int64_t count, const NormBlock* blocks, const float* x,
                       double* sums) override {
@@ -417,8 +417,12 @@ class CudaDevice : public Device {
   }
   void OptimizerUpdate(Stream& stream, const OptimizerCoefficients& coefficients, int64_t n,
                        const StepScalars* scalars, const float* gradient, float* parameters,
-                       const OptimizerSlots& slots) override {
-    cuda::OptimizerUpdate(QueueOf(stream), coefficients, n, scalars, gradient, parameters, slots);
+                       const OptimizerSlots& slots, uint16_t* rounded) override {
+    cuda::OptimizerUpdate(QueueOf(stream), coefficients, n, scalars, gradient, parameters, slots,
+                          rounded);
+  }
+  void RoundToBf16(Stream& stream, int64_t n, const float* x, uint16_t* rounded) override {
+    cuda::RoundToBf16(QueueOf(stream), n, x, rounded);
   }
   void SquaredNorms(Stream& stream, int64_t n, const float* x, double* sums) override {
     cuda::SquaredNorms(QueueOf(stream), n, x, sums);

@@ -49,14 +49,19 @@ class CudaLstm : public Lstm {
                     BackwardScratch(*this, s_.most_rows, nullptr).bytes);
   }
 
-  void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors) override {
-    const Queue& q = QueueOf(stream);
-    for (int64_t d = 0; d < s_.directions(); ++d) {
-      const LstmTensors<const float>& t = tensors[static_cast<size_t>(d)];
-      const Packed& p = packed_[static_cast<size_t>(d)];
-      PackWeight(q, gates() * s_.in, t.weight_ih, p.weight_ih);
-      PackWeight(q, gates() * s_.hidden, t.weight_hh, p.weight_hh);
-      if (s_.bias) Add(q, gates(), t.bias_ih, t.bias_hh, p.bias);
+  void Pack(Stream& stream, absl::Span<const LstmTensors<const float>> tensors,
+            absl::Span<const LstmTensors<const uint16_t>> rounded) override {
+    for (size_t d = 0; d < packed_.size(); ++d) {
+      const LstmTensors<const float>& t = tensors[d];
+      Packed& p = packed_[d];
+      if (is_bf16()) {
+        p.weight_ih = rounded[d].weight_ih;
+        p.weight_hh = rounded[d].weight_hh;
+      } else {
+        p.weight_ih = t.weight_ih;
+        p.weight_hh = t.weight_hh;
+      }
+      if (s_.bias) Add(QueueOf(stream), gates(), t.bias_ih, t.bias_hh, p.bias);
     }
   }
 
@@ -158,9 +163,9 @@ class CudaLstm : public Lstm {
   }
 
  private:
-  // Of one direction: weights as factors, and the sum of the biases.
+  // Of one direction: weights as factors, where they are, and the sum of the biases.
   struct Packed {
-    void *weight_ih, *weight_hh;
+    const void *weight_ih = nullptr, *weight_hh = nullptr;
     float* bias = nullptr;
   };
   struct Reserve {
@@ -236,14 +241,11 @@ class CudaLstm : public Lstm {
     return (s_.sequence ? t * s_.out() : 0) + d * s_.hidden;
   }
 
-  // Divides the memory of the packed weights; returns its size.
+  // Divides the memory of the sums and of zeros; returns its size.
   size_t Place(void* memory) {
     Parts parts(memory);
     packed_.resize(static_cast<size_t>(s_.directions()));
-    const int64_t bytes = is_bf16() ? 2 : 4;
     for (Packed& p : packed_) {
-      p.weight_ih = parts.Take(gates() * s_.in * bytes);
-      p.weight_hh = parts.Take(gates() * s_.hidden * bytes);
       if (s_.bias) p.bias = parts.TakeFloats(gates());
     }
     zeros_ = parts.TakeFloats(s_.hidden);
@@ -350,10 +352,6 @@ class CudaLstm : public Lstm {
     return leaves;
   }
 
-  void PackWeight(const Queue& q, int64_t n, const float* weight, void* packed) const {
-    if (is_bf16()) return RoundToBf16(q, n, weight, static_cast<uint16_t*>(packed));
-    CopyFloats(q, n, weight, static_cast<float*>(packed));
-  }
   static void CopyFloats(const Queue& q, int64_t n, const float* from, float* to) {
     static_cast<void>(cudaMemcpyAsync(to, from, static_cast<size_t>(n) * sizeof(float),
                                       cudaMemcpyDeviceToDevice, q.stream));

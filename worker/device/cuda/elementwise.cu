@@ -212,17 +212,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    RoundElements(int64_t n, const float* __restrict__ x, uint16_t* __restrict__ bf16) {
+    RoundElements(int64_t n, const float* __restrict__ x, StoredBf16* __restrict__ bf16) {
   const int64_t i = 8 * (int64_t{blockIdx.x} * kThreads + threadIdx.x);
-  if (kAligned && i + 8 <= n) {
-    const Lanes<4> low = LoadLanes<4>(x + i), high = LoadLanes<4>(x + i + 4);
-    *reinterpret_cast<uint4*>(bf16 + i) = make_uint4(Bf16Of(low.at[0]) | Bf16Of(low.at[1]) << 16,
-                                                     Bf16Of(low.at[2]) | Bf16Of(low.at[3]) << 16,
-                                                     Bf16Of(high.at[0]) | Bf16Of(high.at[1]) << 16,
-                                                     Bf16Of(high.at[2]) | Bf16Of(high.at[3]) << 16);
-    return;
-  }
-  for (int64_t j = i; j < i + 8 && j < n; ++j) bf16[j] = static_cast<uint16_t>(Bf16Of(x[j]));
+  if (kAligned && i + 8 <= n) return StoreLanes<8>(bf16 + i, LoadLanes<8>(x + i));
+  for (int64_t j = i; j < i + 8 && j < n; ++j) StoreLanes<1>(bf16 + j, {{x[j]}});
 }
 
 }  // namespace
@@ -292,7 +285,7 @@ void RoundToBf16(const Queue& q, int64_t n, const float* x, uint16_t* bf16) {
   const dim3 grid(static_cast<unsigned>(CeilDiv(n, int64_t{8} * kThreads)));
   const bool aligned = IsAligned16(x) && IsAligned16(bf16);
   Launch(q, grid, dim3(kThreads), 0, aligned ? RoundElements<true> : RoundElements<false>, n, x,
-         bf16);
+         reinterpret_cast<StoredBf16*>(bf16));
 }
 
 }  // namespace lockstep::device::cuda

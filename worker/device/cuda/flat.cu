@@ -49,10 +49,12 @@ __device__ __forceinline__ void Walk(int64_t n, int lead, const Whole& whole,
 
 // ---- optimizers.
 
+// Five blocks of a multiprocessor: left to itself, the compiler takes fewer registers than the
+// largest needs, and a stack.
 template <OptimizerType kType, int kSlots, bool kByFour>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     Update(OptimizerCoefficients coefficients, int64_t n, int lead, const StepScalars* scalars,
-           const float* gradient, float* parameters, OptimizerSlots slots) {
+           const float* gradient, float* parameters, OptimizerSlots slots, StoredBf16* rounded) {
   StepScalars* const shared = SharedMemory<StepScalars>();
   if (threadIdx.x == 0) *shared = *scalars;  // perhaps from memory of the host: once a block
   __syncthreads();
@@ -72,6 +74,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kSlots; ++k) slot[k].at[v] = of_element[k];
     }
     StoreLanes<kLanes>(parameters + i, w);
+    if (rounded != nullptr) StoreLanes<kLanes>(rounded + i, w);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) StoreLanes<kLanes>(slots.at[k] + i, slot[k]);
   };
@@ -83,18 +86,20 @@ __global__ void __launch_bounds__(kThreads)
 template <OptimizerType kType>
 void RunUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
                const StepScalars* scalars, const float* gradient, float* parameters,
-               const OptimizerSlots& slots) {
+               const OptimizerSlots& slots, StoredBf16* rounded) {
   constexpr int kSlots = SlotCount(kType);
   bool by_four = SameLead(gradient, parameters);
   for (int k = 0; k < kSlots; ++k) by_four = by_four && SameLead(gradient, slots.at[k]);
   const int lead = LeadOf(gradient);
+  if (rounded != nullptr) by_four = by_four && LeadOf(rounded) % 4 == lead;
   if (by_four) {
     Launch(q, dim3(WalkingBlocks(CeilDiv(n + lead, 4))), dim3(kThreads), sizeof(StepScalars),
-           Update<kType, kSlots, true>, coefficients, n, lead, scalars, gradient, parameters,
-           slots);
+           Update<kType, kSlots, true>, coefficients, n, lead, scalars, gradient, parameters, slots,
+           rounded);
   } else {
     Launch(q, dim3(WalkingBlocks(n)), dim3(kThreads), sizeof(StepScalars),
-           Update<kType, kSlots, false>, coefficients, n, 0, scalars, gradient, parameters, slots);
+           Update<kType, kSlots, false>, coefficients, n, 0, scalars, gradient, parameters, slots,
+           rounded);
   }
 }
 
@@ -103,7 +108,7 @@ template <OptimizerType kType, int kSlots>
 __global__ void __launch_bounds__(kThreads)
     UpdatePieces(OptimizerCoefficients coefficients, const UpdatePiece* pieces,
                  const StepScalars* scalars, const float* gradient, float* parameters,
-                 OptimizerSlots slots) {
+                 OptimizerSlots slots, StoredBf16* rounded) {
   const UpdatePiece piece = pieces[blockIdx.x];
   const StepScalars s = *scalars;
   if (s.apply == 0) return;
@@ -124,6 +129,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kSlots; ++k) slot[k].at[v] = of_element[k];
     }
     StoreLanes<kLanes>(parameters + i, w);
+    if (rounded != nullptr) StoreLanes<kLanes>(rounded + i, w);
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) StoreLanes<kLanes>(slots.at[k] + i, slot[k]);
   };
@@ -504,21 +510,23 @@ void ForType(OptimizerType type, const Update& update) {
 
 void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
                      const StepScalars* scalars, const float* gradient, float* parameters,
-                     const OptimizerSlots& slots) {
+                     const OptimizerSlots& slots, uint16_t* rounded) {
   if (n == 0) return;
   ForType(coefficients.type, [&]<OptimizerType kType>() {
-    RunUpdate<kType>(q, coefficients, n, scalars, gradient, parameters, slots);
+    RunUpdate<kType>(q, coefficients, n, scalars, gradient, parameters, slots,
+                     reinterpret_cast<StoredBf16*>(rounded));
   });
 }
 
 void OptimizerUpdatePieces(const Queue& q, const OptimizerCoefficients& coefficients, int64_t count,
                            const UpdatePiece* pieces, const StepScalars* scalars,
-                           const float* gradient, float* parameters, const OptimizerSlots& slots) {
+                           const float* gradient, float* parameters, const OptimizerSlots& slots,
+                           uint16_t* rounded) {
   if (count == 0) return;
   ForType(coefficients.type, [&]<OptimizerType kType>() {
     Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
            UpdatePieces<kType, SlotCount(kType)>, coefficients, pieces, scalars, gradient,
-           parameters, slots);
+           parameters, slots, reinterpret_cast<StoredBf16*>(rounded));
   });
 }
 

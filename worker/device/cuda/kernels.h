@@ -160,11 +160,11 @@ void ConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leave
                                const float* x, const float* dy, float* dw, int64_t stride);
 
 // ---- convolutions in bf16 on tensor cores: factors are rounded to bf16 and nothing else is;
-// weights as PackTensorWeights has written them. `scratch` has TensorScratchBytes; both are aligned
-// to 16 bytes. As above for the rest.
+// weights as PackTensorWeights has written them from bf16. `scratch` has TensorScratchBytes; both
+// are aligned to 16 bytes. As above for the rest.
 bool FitsTensorCores(const Conv2dShape& s);
 size_t PackedWeightBytes(const Conv2dShape& s);
-void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, void* packed);
+void PackTensorWeights(const Queue& q, const Conv2dShape& s, const uint16_t* w, void* packed);
 void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const void* x,
                               const void* packed, const float* bias, bool relu, void* y);
 void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
@@ -207,10 +207,11 @@ void LstmBackwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates
 // One fused pass over [0, n) of the given pointers.
 void OptimizerUpdate(const Queue& q, const OptimizerCoefficients& coefficients, int64_t n,
                      const StepScalars* scalars, const float* gradient, float* parameters,
-                     const OptimizerSlots& slots);
+                     const OptimizerSlots& slots, uint16_t* rounded = nullptr);
 void OptimizerUpdatePieces(const Queue& q, const OptimizerCoefficients& coefficients, int64_t count,
                            const UpdatePiece* pieces, const StepScalars* scalars,
-                           const float* gradient, float* parameters, const OptimizerSlots& slots);
+                           const float* gradient, float* parameters, const OptimizerSlots& slots,
+                           uint16_t* rounded = nullptr);
 // sums[b] = the sum of squares of block b of kNormBlock elements (the last may be shorter), in an
 // order that depends on the block's length alone. In double, where no finite float overflows: a
 // sum is finite exactly where all elements of its block are.

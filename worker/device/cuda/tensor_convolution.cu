@@ -1,6 +1,6 @@
 // y and dx of convolutions in bf16 on tensor cores, as products of matrices that are not written
-// out (implicit GEMM): x and dy that are fp32 in memory are rounded on their way to shared memory,
-// weights when they are packed. The next tile is on its way while warps multiply the present one.
+// out (implicit GEMM): x and dy that are fp32 in memory are rounded on their way to shared memory;
+// weights come as bf16. The next tile is on its way while warps multiply the present one.
 //
 // Order, which is all that bits depend on: an element's terms run over (block of channels, kh, kw,
 // channel of the block), or over (kh, kw, channel) where channels are not by fours, as one chain of
@@ -71,8 +71,9 @@ struct Packed {
 };
 
 template <class Factor>
-__device__ __forceinline__ void PackQuad(const Packed& p, int kernel, const float* __restrict__ w,
-                                         int slot_of_group, uint32_t index) {
+__device__ __forceinline__ void PackQuad(const Packed& p, int kernel,
+                                         const StoredBf16* __restrict__ w, int slot_of_group,
+                                         uint32_t index) {
   const Terms& t = p.terms;
   const int slots = t.slots * t.slots;
   if (slot_of_group >= t.groups * slots) return;
@@ -87,9 +88,7 @@ __device__ __forceinline__ void PackQuad(const Packed& p, int kernel, const floa
   const int taps_y = (kernel - first_y + p.tap_step - 1) / p.tap_step;
   const int taps_x = (kernel - first_x + p.tap_step - 1) / p.tap_step;
   const int feature = FeatureOfRow(row);
-  float values[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  const auto element = [&](int i) -> const StoredBf16* {
     int tap, channel;
     if (t.quads == 0) {
       const int term = step * Factor::kDepth + quad * 4 + i;
@@ -102,22 +101,21 @@ __device__ __forceinline__ void PackQuad(const Packed& p, int kernel, const floa
       tap = of_blocks % (taps_y * taps_x);
       channel = ((of_blocks / (taps_y * taps_x) << t.shift) + (at & (t.quads - 1))) * 4 + i;
     }
-    values[i] = 0;
-    if (channel >= t.channels || feature >= t.features) continue;
+    if (channel >= t.channels || feature >= t.features) return nullptr;
     const int y = first_y + tap / taps_x * p.tap_step, x = first_x + tap % taps_x * p.tap_step;
     // w {out, taps, in of a group}.
     const int64_t out = p.backward ? group * t.channels + channel : group * t.features + feature;
     const int in = p.backward ? feature : channel, ins = p.backward ? t.features : t.channels;
-    values[i] = __ldg(w + ((out * kernel + y) * kernel + x) * ins + in);
-  }
+    return w + ((out * kernel + y) * kernel + x) * ins + in;
+  };
   const int64_t at = (static_cast<int64_t>(slot_of_group) * t.steps + step) * t.padded + row;
   static_cast<typename Factor::Quad*>(p.to)[at * Factor::kQuads + quad] =
-      Factor::Round(make_float4(values[0], values[1], values[2], values[3]));
+      Factor::Round(GatherFour<StoredBf16>(element));
 }
 
 template <class Factor>
 __global__ void __launch_bounds__(256)
-    PackWeights(Packed forward, Packed backward, int kernel, const float* __restrict__ w) {
+    PackWeights(Packed forward, Packed backward, int kernel, const StoredBf16* __restrict__ w) {
   const uint32_t index = blockIdx.x * 256 + threadIdx.x;
   if (blockIdx.z == 0) {
     PackQuad<Factor>(forward, kernel, w, static_cast<int>(blockIdx.y), index);
@@ -1140,7 +1138,7 @@ size_t PackedWeightBytes(const Conv2dShape& s) {
   return static_cast<size_t>(BackwardAt(packing) + BytesOf(packing.backward));
 }
 
-void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, void* packed) {
+void PackTensorWeights(const Queue& q, const Conv2dShape& s, const uint16_t* w, void* packed) {
   const Packing packing = PackingOf(s);
   const Packed forward = {packing.forward, false, 1, packed};
   const Packed backward = {packing.backward, true, BackwardWindowsOf(s).tap_step,
@@ -1154,7 +1152,7 @@ void PackTensorWeights(const Queue& q, const Conv2dShape& s, const float* w, voi
   const dim3 grid(std::max(blocks_of(packing.forward), blocks_of(packing.backward)),
                   std::max(slots_of(packing.forward), slots_of(packing.backward)), 2);
   Launch(q, grid, dim3(256), 0, PackWeights<Bf16>, forward, backward, static_cast<int>(s.kernel),
-         w);
+         reinterpret_cast<const StoredBf16*>(w));
 }
 
 void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const void* x,
