@@ -190,17 +190,17 @@ void Core::OnReady(Worker& worker, const v1::Ready& message) {
   if (job->record.job.state() != v1::STARTING) return;
   Member& member = job->generation->members[rank];
   if (member.ready.has_value()) return;
-  const auto is_small = [&](absl::string_view what, size_t bytes, size_t most) {
-    if (bytes <= most) return true;
-    Fail(*job,
-         WorkerFailed(member.place, false, 0,
-                      absl::StrCat(what, " ", bytes, " bytes; accepted: at most ", most)),
-         Cause::kPrimary);
-    return false;
-  };
-  if (!is_small("its rendezvous has", message.rendezvous().size(), kLongestRendezvous) ||
-      !is_small("its algorithms have", message.algorithms().ByteSizeLong(), kLargestAlgorithms)) {
-    return;
+  const size_t algorithms = message.algorithms().ByteSizeLong();
+  std::string refused;
+  if (message.rendezvous().size() > kLongestRendezvous) {
+    refused = absl::StrCat("its rendezvous has ", message.rendezvous().size(),
+                           " bytes; accepted: at most ", kLongestRendezvous);
+  } else if (algorithms > kLargestAlgorithms) {
+    refused = absl::StrCat("its algorithms have ", algorithms, " bytes; accepted: at most ",
+                           kLargestAlgorithms);
+  }
+  if (!refused.empty()) {
+    return Fail(*job, WorkerFailed(member.place, false, 0, refused), Cause::kPrimary);
   }
   member.ready = message;
   const std::vector<Member>& members = job->generation->members;

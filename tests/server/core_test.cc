@@ -11,6 +11,7 @@
 namespace lockstep::server {
 namespace {
 
+using testing::ContainsRegex;
 using testing::HasSubstr;
 using Message = v1::CoordinatorMessage;
 
@@ -798,6 +799,16 @@ TEST_F(CoreTest, AnOversizedRendezvousFailsTheJob) {
   ready.set_rendezvous(std::string(100'000, 'x'));
   Say(w0, ready);
   EXPECT_THAT(job(id).reason(), HasSubstr("rendezvous has 100000 bytes; accepted: at most 65536"));
+}
+
+TEST_F(CoreTest, AlgorithmsOfMoreThanAMebibyteFailTheJob) {
+  const StreamId w0 = AddWorker("w0", 1);
+  const std::string id = SubmitJob(1);
+  v1::Ready ready = MakeReady(id);
+  (*ready.mutable_algorithms()->mutable_by_problem())["a"] = std::string(1 << 20, 'x');
+  Say(w0, ready);
+  EXPECT_THAT(job(id).reason(), ContainsRegex("its algorithms have 10[0-9]+ bytes; accepted: at "
+                                              "most 1048576"));
 }
 
 TEST_F(CoreTest, CheckpointsAreKeptAsTheSpecSays) {
