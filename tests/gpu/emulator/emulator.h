@@ -21,6 +21,7 @@
 
 #include <cuda_runtime.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -85,6 +86,10 @@ void LoseDevice(int device, int64_t launches, cudaError_t error = cudaErrorIlleg
 // ---- for code that stands in for a vendor's library.
 // Runs `work`, which may touch device memory, on the stream: captured and replayed like a kernel.
 cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work);
+// What is behind it on the stream runs so much later, by the clock: a delay begins when something
+// asks for what is behind it. Queries do not wait for its end; calls that wait keep their thread
+// busy meanwhile, as a driver may.
+cudaError_t Delay(cudaStream_t stream, std::chrono::nanoseconds takes);
 // Within such work that waits for what another thread of the process enqueued: lets that run.
 void Pause();
 
@@ -94,8 +99,9 @@ bool GuardsIntact(const void* allocation);
 struct Counters {
   int64_t launches = 0;  // enqueued or captured, Enqueue included
   int64_t graph_launches = 0;
-  int64_t allocations = 0;  // of any memory, that succeeded
-  int64_t waits = 0;        // calls that wait for work
+  int64_t graph_relaunches = 0;  // of an executable whose launch before has not run
+  int64_t allocations = 0;       // of any memory, that succeeded
+  int64_t waits = 0;             // calls that wait for work
   int64_t live_allocations = 0;
   size_t live_bytes = 0;  // of devices
   uint64_t read = 0;      // a hash of what each copy brought to pageable memory, in any order

@@ -471,6 +471,43 @@ TEST_F(EmulatorTest, NothingHasRunBeforeItIsWaitedFor) {
   EXPECT_EQ(x[0], 4.0f);
 }
 
+TEST_F(EmulatorTest, QueriesDoNotWaitForADelay) {
+  constexpr std::chrono::milliseconds kDelay(50);
+  float* const x = Pinned(1, 1.0f);
+  cudaStream_t const other = MakeStream();
+  cudaEvent_t const event = MakeEvent(), of_other = MakeEvent();
+  Launch(queue_, dim3(1), dim3(1), 0, AddOne, 1, x);
+  ASSERT_EQ(Delay(queue_.stream, kDelay), cudaSuccess);
+  Launch(queue_, dim3(1), dim3(1), 0, Double, 1, x);
+  ASSERT_EQ(cudaEventRecord(event, queue_.stream), cudaSuccess);
+  ASSERT_EQ(cudaStreamWaitEvent(other, event), cudaSuccess);
+  ASSERT_EQ(cudaEventRecord(of_other, other), cudaSuccess);
+  const auto began = std::chrono::steady_clock::now();
+  EXPECT_EQ(cudaEventQuery(of_other), cudaErrorNotReady);
+  EXPECT_EQ(cudaGetLastError(), cudaErrorNotReady);
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  EXPECT_EQ(*x, 1.0f);
+  int asked = 1;
+  while (cudaEventQuery(of_other) == cudaErrorNotReady) {
+    EXPECT_EQ(*x, 2.0f);  // what is before the delay has run
+    ++asked;
+  }
+  EXPECT_GE(std::chrono::steady_clock::now() - began, kDelay);
+  EXPECT_GT(asked, 1);
+  EXPECT_EQ(*x, 4.0f);
+
+  ASSERT_EQ(Delay(queue_.stream, kDelay), cudaSuccess);
+  const auto again = std::chrono::steady_clock::now();
+  while (cudaStreamQuery(queue_.stream) == cudaErrorNotReady) {
+  }
+  EXPECT_GE(std::chrono::steady_clock::now() - again, kDelay);
+  cudaGetLastError();
+  ASSERT_EQ(Delay(queue_.stream, kDelay), cudaSuccess);
+  const auto last = std::chrono::steady_clock::now();
+  EXPECT_EQ(Wait(), cudaSuccess);
+  EXPECT_GE(std::chrono::steady_clock::now() - last, kDelay);
+}
+
 TEST_F(EmulatorTest, StreamsWaitOnlyForWhatTheyAreTold) {
   float* const x = Pinned(1, 0.0f);
   cudaStream_t const other = MakeStream();
@@ -675,6 +712,7 @@ TEST_F(GraphTest, IsReplayedWithTheValuesOfItsTime) {
   EXPECT_EQ(*x, 46.0f);
   EXPECT_EQ(*copy, 46.0f);
   EXPECT_EQ(Count().graph_launches, 3);
+  EXPECT_EQ(Count().graph_relaunches, 1);
   EXPECT_EQ(cudaGraphExecDestroy(graph), cudaSuccess);
   EXPECT_EQ(cudaGraphLaunch(graph, queue_.stream), cudaErrorInvalidValue);
 }

@@ -55,8 +55,9 @@ void Begin(Emulator& e, const Options& options) {
   }
 }
 
-// Runs until the stream has passed the record. With `running` held, without `mutex`.
-void RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& record) {
+// Runs until the stream has passed the record; false: no further than to a delay, where it may not
+// `wait`. With `running` held, without `mutex`.
+bool RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& record, bool wait) {
   while (!record->done) {
     Operation operation;
     std::shared_ptr<Stream> stream;
@@ -76,6 +77,7 @@ void RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& reco
       Running::Pause();
       continue;
     }
+    bool held_up = false;
     switch (operation.kind) {
       case Operation::Kind::kWork:
         if (!lost) {
@@ -84,7 +86,13 @@ void RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& reco
         }
         break;
       case Operation::Kind::kWait:
-        RunUntil(e, running, operation.record);
+        held_up = !RunUntil(e, running, operation.record, wait);
+        break;
+      case Operation::Kind::kDelay:
+        if (operation.ends == Clock::time_point()) operation.ends = Clock::now() + operation.takes;
+        while (wait && !lost && Clock::now() < operation.ends) {
+        }
+        held_up = !lost && Clock::now() < operation.ends;
         break;
       case Operation::Kind::kRecord: {
         const std::lock_guard<std::mutex> lock(e.mutex);
@@ -96,7 +104,32 @@ void RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& reco
     }
     const std::lock_guard<std::mutex> lock(e.mutex);
     stream->busy = false;
+    if (held_up) {
+      stream->queue.push_front(std::move(operation));
+      return false;
+    }
   }
+  return true;
+}
+
+// Where order is permuted, other streams run a little before one is waited for.
+void RunOthers(Emulator& e, Running& running, bool wait) {
+  std::vector<std::shared_ptr<Record>> others;
+  {
+    const std::lock_guard<std::mutex> lock(e.mutex);
+    if (e.options.order.kind != Order::Kind::kPermuted) return;
+    for (const auto& weak : e.all_streams) {
+      const auto stream = weak.lock();
+      if (stream == nullptr || stream->queue.empty() || Random(e) % 2 == 0) continue;
+      auto record = std::make_shared<Record>();
+      record->stream = stream;
+      const size_t before = Random(e) % (stream->queue.size() + 1);
+      stream->queue.insert(stream->queue.begin() + static_cast<ptrdiff_t>(before),
+                           {Operation::Kind::kRecord, nullptr, record});
+      others.push_back(std::move(record));
+    }
+  }
+  for (const auto& record : others) RunUntil(e, running, record, wait);
 }
 
 // ---- launches.
@@ -157,7 +190,7 @@ thread_local Running* Running::current_ = nullptr;
 // ---- errors of the calls.
 
 cudaError_t Return(cudaError_t error) {
-  if (error != cudaSuccess && error != cudaErrorNotReady) ThreadState().last = error;
+  if (error != cudaSuccess) ThreadState().last = error;
   return error;
 }
 
@@ -257,25 +290,21 @@ uint64_t Random(Emulator& e) {
 
 void WaitFor(Emulator& e, const std::vector<std::shared_ptr<Record>>& records) {
   Running running;
-  std::vector<std::shared_ptr<Record>> others;
   {
     const std::lock_guard<std::mutex> lock(e.mutex);
     ++e.counters.waits;
-    if (e.options.order.kind == Order::Kind::kPermuted) {
-      for (const auto& weak : e.all_streams) {
-        const auto stream = weak.lock();
-        if (stream == nullptr || stream->queue.empty() || Random(e) % 2 == 0) continue;
-        auto record = std::make_shared<Record>();
-        record->stream = stream;
-        const size_t before = Random(e) % (stream->queue.size() + 1);
-        stream->queue.insert(stream->queue.begin() + static_cast<ptrdiff_t>(before),
-                             {Operation::Kind::kRecord, nullptr, record});
-        others.push_back(std::move(record));
-      }
-    }
   }
-  for (const auto& record : others) RunUntil(e, running, record);
-  for (const auto& record : records) RunUntil(e, running, record);
+  RunOthers(e, running, /*wait=*/true);
+  for (const auto& record : records) RunUntil(e, running, record, /*wait=*/true);
+}
+
+bool IsPassed(Emulator& e, const std::shared_ptr<Record>& record) {
+  Running running;
+  RunOthers(e, running, /*wait=*/false);
+  if (!RunUntil(e, running, record, /*wait=*/false)) return false;
+  const std::lock_guard<std::mutex> lock(e.mutex);
+  ++e.counters.waits;
+  return true;
 }
 
 std::vector<std::shared_ptr<Record>> MarkAll(Emulator& e, int device) {
@@ -377,6 +406,20 @@ cudaError_t Enqueue(cudaStream_t handle, std::function<void()> work) {
   return Return(Push(e, stream, [&e, device, work = std::move(work)] {
     if (CountLaunch(e, device)) work();
   }));
+}
+
+cudaError_t Delay(cudaStream_t handle, std::chrono::nanoseconds takes) {
+  Emulator& e = E();
+  const std::lock_guard<std::mutex> lock(e.mutex);
+  std::shared_ptr<Stream> stream;
+  if (const cudaError_t error = FindStream(e, handle, &stream); error != cudaSuccess) {
+    return Return(error);
+  }
+  if (const cudaError_t error = WaitingInCapture(*stream); error != cudaSuccess) {
+    return Return(error);
+  }
+  stream->queue.push_back({Operation::Kind::kDelay, nullptr, nullptr, takes});
+  return cudaSuccess;
 }
 
 bool GuardsIntact(const void* allocation) {

@@ -39,11 +39,13 @@ struct Record {
   std::vector<int> nodes;            // that it stands for
 };
 
-// What a stream runs: work, a record that is passed, or one that is waited for.
+// What a stream runs: work, a record that is passed, one that is waited for, or a delay.
 struct Operation {
-  enum class Kind { kWork, kRecord, kWait } kind = Kind::kWork;
+  enum class Kind { kWork, kRecord, kWait, kDelay } kind = Kind::kWork;
   std::function<void()> work;
   std::shared_ptr<Record> record;
+  Clock::duration takes = {};
+  Clock::time_point ends = {};  // of a delay that has begun
 };
 
 struct Node {
@@ -71,6 +73,11 @@ struct Stream {
 };
 
 using Graph = std::shared_ptr<const std::vector<Node>>;
+
+struct Executable {
+  Graph graph;
+  std::shared_ptr<std::atomic<int>> launched;  // that have not run
+};
 
 struct Event {
   int device = 0;
@@ -100,7 +107,7 @@ struct Emulator {
   std::map<CUstream_st*, std::shared_ptr<Stream>> streams;
   std::map<CUevent_st*, std::shared_ptr<Event>> events;
   std::map<CUgraph_st*, Graph> graphs;
-  std::map<CUgraphExec_st*, Graph> executables;
+  std::map<CUgraphExec_st*, Executable> executables;
   std::map<const char*, Pinned> pinned;
   std::vector<std::shared_ptr<Capture>> captures;  // that are going on
   std::vector<std::weak_ptr<Stream>> all_streams;  // destroyed ones with work included
@@ -200,6 +207,8 @@ cudaError_t Push(Emulator& e, const std::shared_ptr<Stream>& stream, std::functi
 // Waits for records. Where order is permuted, other streams run a little first. Without `mutex`, as
 // what follows.
 void WaitFor(Emulator& e, const std::vector<std::shared_ptr<Record>>& records);
+// Whether the record is passed, once everything before it has run that no delay holds up.
+bool IsPassed(Emulator& e, const std::shared_ptr<Record>& record);
 // Waits for everything on a device (-1: on all), for calls that free.
 cudaError_t Quiet(Emulator& e, int device);
 // Marks of the streams of a device that have something to run; with `mutex`.

@@ -64,6 +64,15 @@ cudaError_t cudaSetDevice(int device) {
   return Return(e.devices[device].lost);
 }
 
+cudaError_t cudaSetDeviceFlags(unsigned flags) {
+  Emulator& e = E();
+  const Lock lock(e.mutex);
+  if (const cudaError_t error = Usable(e); error != cudaSuccess) return Return(error);
+  const bool one = (flags & (flags - 1)) == 0;  // of the ways to wait
+  return Return(one && flags <= cudaDeviceScheduleBlockingSync ? cudaSuccess
+                                                               : cudaErrorInvalidValue);
+}
+
 cudaError_t cudaInitDevice(int device, unsigned, unsigned) { return cudaSetDevice(device); }
 
 cudaError_t cudaGetDevice(int* device) {

@@ -168,7 +168,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
   const auto it = e.graphs.find(graph);
   if (it == e.graphs.end()) return Return(cudaErrorInvalidValue);
   *executable = NewHandle<CUgraphExec_st>(e);
-  e.executables[*executable] = it->second;
+  e.executables[*executable] = {it->second, std::make_shared<std::atomic<int>>(0)};
   return cudaSuccess;
 }
 
@@ -192,7 +192,12 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
   const auto it = e.executables.find(executable);
   if (it == e.executables.end()) return Return(cudaErrorInvalidValue);
   ++e.counters.graph_launches;
-  return Return(Push(e, stream, [&e, nodes = it->second] { Replay(e, *nodes); }));
+  const Executable& launch = it->second;
+  if (launch.launched->fetch_add(1) > 0) ++e.counters.graph_relaunches;
+  return Return(Push(e, stream, [&e, launch] {
+    Replay(e, *launch.graph);
+    --*launch.launched;
+  }));
 }
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {

@@ -64,6 +64,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   Emulator& e = E();
   std::shared_ptr<Stream> stream;
+  std::shared_ptr<Record> record;
   {
     const Lock lock(e.mutex);
     if (const cudaError_t error = FindStream(e, handle, &stream); error != cudaSuccess) {
@@ -72,14 +73,17 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
     if (const cudaError_t error = WaitingInCapture(*stream); error != cudaSuccess) {
       return Return(error);
     }
-    if (stream->queue.empty()) return cudaSuccess;
+    if (stream->queue.empty() && !stream->busy) return cudaSuccess;
     // Not at once: a caller that asks only once must not find its work done.
-    if (stream->queue.back().kind != Operation::Kind::kRecord) {
+    if (stream->queue.empty() || stream->queue.back().kind != Operation::Kind::kRecord) {
       Mark(stream);
-      return cudaErrorNotReady;
+      return Return(cudaErrorNotReady);
     }
+    record = stream->queue.back().record;
   }
-  return cudaStreamSynchronize(handle);
+  if (!IsPassed(e, record)) return Return(cudaErrorNotReady);
+  const Lock lock(e.mutex);
+  return Return(Usable(e, stream->device));
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsigned) {
@@ -186,21 +190,24 @@ cudaError_t cudaEventRecord(cudaEvent_t event_handle, cudaStream_t handle) {
 
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
   Emulator& e = E();
+  std::shared_ptr<Record> record;
+  int device;
   {
     const Lock lock(e.mutex);
     const auto event = e.events.find(handle);
     if (event == e.events.end()) return Return(cudaErrorInvalidResourceHandle);
-    if (const cudaError_t error = Usable(e, event->second->device); error != cudaSuccess) {
-      return Return(error);
-    }
+    device = event->second->device;
+    if (const cudaError_t error = Usable(e, device); error != cudaSuccess) return Return(error);
     if (const cudaError_t error = UnsafeInCapture(e); error != cudaSuccess) return Return(error);
-    const auto& record = event->second->record;
+    record = event->second->record;
     if (record == nullptr || record->done) return cudaSuccess;
     if (record->capture != nullptr) return Return(cudaErrorCapturedEvent);
     // Not at once: a caller that asks only once must not find its work done.
-    if (record->polls++ == 0) return cudaErrorNotReady;
+    if (record->polls++ == 0) return Return(cudaErrorNotReady);
   }
-  return cudaEventSynchronize(handle);
+  if (!IsPassed(e, record)) return Return(cudaErrorNotReady);
+  const Lock lock(e.mutex);
+  return Return(Usable(e, device));
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
@@ -233,7 +240,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEve
       a->second->record == nullptr || b->second->record == nullptr) {
     return Return(cudaErrorInvalidResourceHandle);
   }
-  if (!a->second->record->done || !b->second->record->done) return cudaErrorNotReady;
+  if (!a->second->record->done || !b->second->record->done) return Return(cudaErrorNotReady);
   *milliseconds =
       std::chrono::duration<float, std::milli>(b->second->record->time - a->second->record->time)
           .count();
