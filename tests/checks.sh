@@ -47,7 +47,7 @@ PYTHON
     # All kernels of the GPU, on the emulator: once, in the natural order, without the tests that compare
     # the bits of many calls.
     asan) sanitized asan address,undefined '/orders$|^cuda_device_emulated/.*(Threads|Rows|ManyTiles)' common spec data device nn optim numerics collective train server \
-            gpu_emulator cuda_device_emulated gpu_kernels_emulated ;;
+            gpu_emulator gpu_stream_emulated cuda_device_emulated gpu_kernels_emulated ;;
     # Of a list of placements, one slot has no others to race with, and two members or five do as three do.
     tsan) TSAN_OPTIONS="halt_on_error=1" sanitized tsan thread '^train/.*_(1x1|5x1|8x1)( |$)' simulation server collective train ;;
     *) echo "tests/checks.sh: no check called $check; there are format, thread-safety, asan, tsan" >&2; exit 2 ;;

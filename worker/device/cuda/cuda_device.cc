@@ -109,7 +109,11 @@ class CudaDevice : public Device {
   absl::Status Check() override {
     cudaError_t error = UseGpu(ordinal_);
     if (error == cudaSuccess) error = cudaStreamQuery(cudaStreamLegacy);
-    if (error == cudaSuccess || error == cudaErrorNotReady) return absl::OkStatus();
+    if (error == cudaErrorNotReady) {
+      cudaGetLastError();  // else it were the next wait's
+      return absl::OkStatus();
+    }
+    if (error == cudaSuccess) return absl::OkStatus();
     return absl::InternalError(
         absl::StrCat(name_, " is lost: ", cudaGetErrorString(error), " (", cudaGetErrorName(error),
                      "); nvidia-smi and the kernel's log (dmesg, Xid) say whether it is broken"));
@@ -460,6 +464,8 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
   cudaDeviceProp properties;
   error = cudaGetDeviceProperties(&properties, ordinal);
   if (error != cudaSuccess) return ToStatus(error, absl::StrCat("asking about GPU ", ordinal));
+  // What the driver waits for itself, it should sleep for; where it cannot, that is no failure.
+  if (cudaSetDeviceFlags(cudaDeviceScheduleBlockingSync) != cudaSuccess) cudaGetLastError();
   const std::string name = absl::StrCat("GPU ", ordinal, " (", properties.name, ")");
   constexpr int kOldestMajor = 8;
   if (properties.major < kOldestMajor) {

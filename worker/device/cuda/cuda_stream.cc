@@ -1,8 +1,13 @@
 #include "worker/device/cuda/cuda_stream.h"
 
+#include <sys/prctl.h>
+
+#include <algorithm>
 #include <utility>
 
 #include "absl/memory/memory.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "worker/device/cuda/cuda_status.h"
 
 namespace lockstep::device::cuda {
@@ -29,9 +34,7 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t
     error = cudaEventCreateWithFlags(&stream->place_, cudaEventDisableTiming);
   }
   for (cudaEvent_t& place : stream->places_) {
-    // Who waits for them is ahead, and need not be woken at once.
-    constexpr unsigned kFlags = cudaEventDisableTiming | cudaEventBlockingSync;
-    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&place, kFlags);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&place, cudaEventDisableTiming);
   }
   if (error != cudaSuccess) return ToStatus(error, "making a stream");
   return stream;
@@ -49,7 +52,39 @@ CudaStream::~CudaStream() {
   cudaStreamDestroy(queue_.stream);
 }
 
-absl::Status CudaStream::Synchronize() { return Outcome(cudaStreamSynchronize(queue().stream)); }
+// A thread that waits sleeps for a part of the time that it has waited so far before it asks again,
+// and so is late by no larger part of the whole.
+struct CudaStream::Patience {
+  absl::Duration awake;     // at first it asks without sleeping
+  absl::Duration shortest;  // of its sleeps
+  int part;
+};
+
+absl::Status CudaStream::Await(const Patience& patience, absl::FunctionRef<cudaError_t()> ask) {
+  constexpr absl::Duration kLongest = absl::Milliseconds(1);
+  // Ends of sleeps are put off by it, by 50 us where nobody says otherwise.
+  constexpr unsigned long kTimerSlack = 2000;  // NOLINT: nanoseconds, in the type of prctl
+  [[maybe_unused]] thread_local const int slack = prctl(PR_SET_TIMERSLACK, kTimerSlack);
+  // A launch that the runtime refused has left its error here, whose place cudaErrorNotReady takes.
+  const cudaError_t launch = cudaGetLastError();
+  const absl::Time began = absl::Now();
+  cudaError_t error;
+  while ((error = ask()) == cudaErrorNotReady) {
+    const absl::Duration waited = absl::Now() - began;
+    if (waited < patience.awake) continue;
+    absl::SleepFor(std::clamp(waited / patience.part, patience.shortest, kLongest));
+  }
+  static_cast<void>(cudaGetLastError());
+  if (error == cudaSuccess) error = launch;
+  if (!failure_.empty()) return absl::InternalError(std::exchange(failure_, std::string()));
+  return ToStatus(error, "running a step's kernels");
+}
+
+// Nothing is behind what is waited for: the device idles until the thread wakes.
+absl::Status CudaStream::Synchronize() {
+  constexpr Patience kPrompt = {absl::Microseconds(20), absl::Microseconds(20), 32};
+  return Await(kPrompt, [this] { return cudaStreamQuery(queue().stream); });
+}
 
 int64_t CudaStream::Mark() {
   // What it fails with is the runtime's last error, which the next wait returns.
@@ -57,17 +92,10 @@ int64_t CudaStream::Mark() {
   return marks_++;
 }
 
+// Who waits for a place is ahead: the device has as much work behind it (RunAhead) as before it.
 absl::Status CudaStream::WaitFor(int64_t mark) {
-  queue();
-  return Outcome(cudaEventSynchronize(places_[mark % kMarks]));
-}
-
-absl::Status CudaStream::Outcome(cudaError_t error) {
-  // A launch that the runtime refused has left its error here.
-  const cudaError_t launch = cudaGetLastError();
-  if (error == cudaSuccess) error = launch;
-  if (!failure_.empty()) return absl::InternalError(std::exchange(failure_, std::string()));
-  return ToStatus(error, "running a step's kernels");
+  constexpr Patience kAhead = {absl::ZeroDuration(), absl::Microseconds(50), 2};
+  return Await(kAhead, [this, mark] { return cudaEventQuery(places_[mark % kMarks]); });
 }
 
 cudaError_t CudaStream::Follow(CudaStream& ahead) {

@@ -1,4 +1,6 @@
-// The CUDA device's stream: a CUDA stream and the workspace of the kernels on it.
+// The CUDA device's stream: a CUDA stream and the workspace of the kernels on it. A thread that
+// waits for it sleeps: the driver's own waits may keep a processor busy all the while, whatever is
+// asked of them. For that its timer slack is set to a few microseconds.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "worker/device/cuda/launch.h"
 #include "worker/device/device.h"
@@ -32,8 +35,9 @@ class CudaStream : public Stream {
 
  private:
   explicit CudaStream(int ordinal) : ordinal_(ordinal) {}
-  // Of a call that waited and returned `error`.
-  absl::Status Outcome(cudaError_t error);
+  // Returns when `ask` no longer says cudaErrorNotReady, and what has failed until then.
+  struct Patience;
+  absl::Status Await(const Patience& patience, absl::FunctionRef<cudaError_t()> ask);
 
   const int ordinal_;
   std::string failure_;

@@ -1,0 +1,126 @@
+// The stream of the CUDA device on the emulator: who waits for it sleeps, whatever the driver does,
+// and hears of what has failed meanwhile.
+#include "worker/device/cuda/cuda_stream.h"
+
+#include <gtest/gtest.h>
+#include <time.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "tests/gpu/emulator/emulator.h"
+#include "worker/device/cuda/cuda_device.h"
+
+namespace lockstep::device::cuda {
+namespace {
+
+absl::Duration ProcessorTime() {
+  timespec now;
+  EXPECT_EQ(clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now), 0);
+  return absl::DurationFromTimespec(now);
+}
+
+class StreamTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    emulator::Configure({});
+    device_ = MakeCudaDevice(0).value();
+    stream_ = device_->MakeStream().value();
+    flags_memory_ = device_->AllocateHostVisible(2 * sizeof(int)).value();
+    flags_ = static_cast<int*>(flags_memory_->data());
+  }
+  void TearDown() override {
+    flags_memory_.reset();
+    stream_.reset();
+    device_.reset();
+  }
+  const Queue& queue() { return QueueOf(*stream_); }
+  // What a call that waits, with as much before it on the stream, costs its thread, at most.
+  void ExpectSleeps(absl::FunctionRef<absl::Status()> wait) {
+    const absl::Time began = absl::Now();
+    const absl::Duration before = ProcessorTime();
+    ASSERT_TRUE(wait().ok());
+    const absl::Duration busy = ProcessorTime() - before, waited = absl::Now() - began;
+    EXPECT_GE(waited, absl::FromChrono(kLong));
+    EXPECT_LT(busy, waited / 4) << waited;
+  }
+  void Set(int flag) {
+    ASSERT_EQ(emulator::Enqueue(queue().stream, [this, flag] { flags_[flag] = 1; }), cudaSuccess);
+  }
+
+  static constexpr std::chrono::milliseconds kLong{200};
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Memory> flags_memory_;
+  int* flags_ = nullptr;
+};
+
+TEST_F(StreamTest, WhoWaitsForAPlaceSleeps) {
+  ASSERT_EQ(emulator::Delay(queue().stream, kLong), cudaSuccess);
+  Set(0);
+  const int64_t mark = stream_->Mark();
+  Set(1);
+  ExpectSleeps([&] { return stream_->WaitFor(mark); });
+  EXPECT_EQ(flags_[0], 1);
+  EXPECT_EQ(flags_[1], 0);
+}
+
+TEST_F(StreamTest, WhoWaitsForAllSleeps) {
+  ASSERT_EQ(emulator::Delay(queue().stream, kLong), cudaSuccess);
+  Set(0);
+  stream_->Mark();
+  Set(1);
+  ExpectSleeps([&] { return stream_->Synchronize(); });
+  EXPECT_EQ(flags_[0], 1);
+  EXPECT_EQ(flags_[1], 1);
+}
+
+TEST_F(StreamTest, MarksAreOfTheirPlaces) {
+  int64_t marks[Stream::kMarks];
+  for (int64_t& mark : marks) {
+    ASSERT_EQ(emulator::Enqueue(queue().stream, [this] { ++flags_[0]; }), cudaSuccess);
+    mark = stream_->Mark();
+  }
+  for (int place = 0; place < Stream::kMarks; ++place) {
+    ASSERT_TRUE(stream_->WaitFor(marks[place]).ok());
+    EXPECT_EQ(flags_[0], place + 1);
+  }
+}
+
+TEST_F(StreamTest, AWaitReportsALaunchThatWasRefused) {
+  emulator::FailLaunch(1);
+  device_->OneHot(*stream_, 1, 1, nullptr, nullptr);
+  // Before it a wait is told that the stream is not ready yet.
+  Set(0);
+  EXPECT_FALSE(stream_->WaitFor(stream_->Mark()).ok());
+  Set(0);
+  EXPECT_TRUE(stream_->WaitFor(stream_->Mark()).ok()) << "reported once";
+
+  emulator::FailLaunch(1);
+  device_->OneHot(*stream_, 1, 1, nullptr, nullptr);
+  Set(0);
+  EXPECT_FALSE(stream_->Synchronize().ok());
+  Set(0);
+  EXPECT_TRUE(stream_->Synchronize().ok()) << "reported once";
+}
+
+TEST_F(StreamTest, AWaitEndsWhenTheDeviceIsLost) {
+  emulator::LoseDevice(0, 0, cudaErrorECCUncorrectable);
+  ASSERT_EQ(emulator::Delay(queue().stream, std::chrono::milliseconds(5)), cudaSuccess);
+  Set(0);
+  const absl::Status of_place = stream_->WaitFor(stream_->Mark()), of_all = stream_->Synchronize();
+  for (const absl::Status& status : {of_place, of_all}) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
+    EXPECT_NE(status.message().find("ECC"), std::string::npos) << status;
+  }
+  EXPECT_EQ(flags_[0], 0);
+}
+
+}  // namespace
+}  // namespace lockstep::device::cuda
