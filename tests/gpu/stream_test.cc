@@ -1,17 +1,19 @@
 // The stream of the CUDA device on the emulator: who waits for it sleeps, whatever the driver does,
-// and hears of what has failed meanwhile.
+// and hears of what has failed meanwhile; and how many replays of a recording a stream takes.
 #include "worker/device/cuda/cuda_stream.h"
 
 #include <gtest/gtest.h>
 #include <time.h>
 
 #include <chrono>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <utility>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "tests/gpu/emulator/emulator.h"
@@ -49,6 +51,12 @@ class StreamTest : public testing::Test {
     const absl::Duration busy = ProcessorTime() - before, waited = absl::Now() - began;
     EXPECT_GE(waited, absl::FromChrono(kLong));
     EXPECT_LT(busy, waited / 4) << waited;
+  }
+  absl::StatusOr<std::unique_ptr<Recording>> Record(int calls) {
+    return device_->Record(*stream_, [&] {
+      for (int i = 0; i < calls; ++i) device_->Zero(*stream_, flags_, sizeof(int));
+      return absl::OkStatus();
+    });
   }
   void Set(int flag) {
     ASSERT_EQ(emulator::Enqueue(queue().stream, [this, flag] { flags_[flag] = 1; }), cudaSuccess);
@@ -120,6 +128,33 @@ TEST_F(StreamTest, AWaitEndsWhenTheDeviceIsLost) {
     EXPECT_NE(status.message().find("ECC"), std::string::npos) << status;
   }
   EXPECT_EQ(flags_[0], 0);
+}
+
+TEST_F(StreamTest, TakesAsManyReplaysAsTheirCallsAllow) {
+  for (const auto& [calls, ahead] : std::initializer_list<std::pair<int, int>>{
+           {1, 8}, {125, 8}, {126, 7}, {333, 3}, {334, 2}, {500, 2}, {1500, 2}}) {
+    const auto recording = Record(calls).value();
+    EXPECT_EQ(recording->most_ahead(), ahead) << calls << " calls";
+    // None of them is a launch of what has not run; one more is.
+    const int64_t before = emulator::Count().graph_relaunches;
+    for (int i = 0; i < ahead; ++i) recording->Replay(*stream_);
+    EXPECT_EQ(emulator::Count().graph_relaunches, before);
+    recording->Replay(*stream_);
+    EXPECT_EQ(emulator::Count().graph_relaunches, before + 1);
+    ASSERT_TRUE(stream_->Synchronize().ok());
+  }
+}
+
+TEST_F(StreamTest, OneExecutableIsEnough) {
+  emulator::FailInstantiation(1);
+  EXPECT_EQ(Record(1).status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(stream_->Synchronize().ok()) << "reported once";
+  emulator::FailInstantiation(3);
+  const auto recording = Record(1).value();
+  const int64_t before = emulator::Count().graph_relaunches;
+  for (int i = 0; i < 4; ++i) recording->Replay(*stream_);
+  EXPECT_EQ(emulator::Count().graph_relaunches, before + 2);
+  EXPECT_TRUE(stream_->Synchronize().ok());
 }
 
 }  // namespace

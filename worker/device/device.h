@@ -52,7 +52,7 @@ class Stream {
   virtual absl::Status Synchronize() = 0;
   // The place that the stream has come to, and: returns when everything before that place has run.
   // A stream keeps its last kMarks places; an older one is waited for as the oldest of these.
-  static constexpr int kMarks = 4;
+  static constexpr int kMarks = 8;
   virtual int64_t Mark() { return 0; }
   virtual absl::Status WaitFor(int64_t /*mark*/) { return Synchronize(); }
 };
@@ -215,6 +215,10 @@ class Recording {
  public:
   virtual ~Recording() = default;
   virtual void Replay(Stream& stream) = 0;
+  // How many replays that have not run a stream should have at most, of [kLeastAhead, kMostAhead]:
+  // with more, calls may keep their thread busy until there is room for what they enqueue.
+  static constexpr int kLeastAhead = 2, kMostAhead = 8;
+  virtual int most_ahead() const = 0;
 };
 
 // Algorithms of a vendor's libraries by the problem that each is for: bytes that only devices of

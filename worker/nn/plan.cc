@@ -419,6 +419,16 @@ const ShardResult* Plan::device_results() const {
   return static_cast<const ShardResult*>(impl_->device_results->data());
 }
 
+int Plan::most_ahead() const {
+  int most = 0;
+  for (const auto& one : impl_->ran) {
+    if (one->recording == nullptr) continue;
+    const int of_one = one->recording->most_ahead();
+    most = most == 0 ? of_one : std::min(most, of_one);
+  }
+  return std::max(most, device::Recording::kLeastAhead);
+}
+
 absl::StatusOr<bool> Plan::Impl::IsNonFinite(const void* x, int64_t n, device::ElementType type) {
   auto* non_finite = static_cast<uint32_t*>(flag->data());
   *non_finite = 0;

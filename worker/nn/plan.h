@@ -172,6 +172,9 @@ class Plan {
   // batch: moments, Program::moments_size() floats a shard; and results.
   const float* device_moments() const;
   const ShardResult* device_results() const;
+  // How many training steps should be on a stream that have not run, at most: what the recordings
+  // of them that there are say (device::Recording), and before there is one, its kLeastAhead.
+  int most_ahead() const;
 
   // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of
   // the first that has an element that is not finite ("conv1.weight", then outputs in execution

@@ -768,7 +768,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.augmentation = MakeAugmentation(spec_);
     o.first_step = first_step;
     // Batches of steps that are on the device stay.
-    if (!device_->host_addressable()) o.depth += StepLoop::kMostAhead;
+    if (!device_->host_addressable()) o.depth += RunAhead::kMost;
     ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
     o.depth = spec_.data().prefetch();
     o.shuffle = false;

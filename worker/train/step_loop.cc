@@ -32,7 +32,7 @@ void MergeTrailers(Trailer& left, const Trailer& right) {
 // A slot's own memory, all of it allocated before the first step.
 struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   Slot(StepLoop* loop, int index)
-      : loop(loop), index(index), ring(loop->runs_ahead() ? kMostAhead : 1) {}
+      : loop(loop), index(index), ring(loop->runs_ahead() ? RunAhead::kMost : 1) {}
   // What a failed loop has left on the device has run before it goes.
   ~Slot() override {
     if (stream != nullptr) stream->Synchronize().IgnoreError();
@@ -116,8 +116,8 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   std::unique_ptr<device::Stream> stream;
   // Host-visible: written by the host and read by kernels, or the other way round.
   struct Shared {
-    device::StepScalars scalars[kMostAhead];   // by step
-    device::StepOutcome outcomes[kMostAhead];  // by step
+    device::StepScalars scalars[RunAhead::kMost];   // by step
+    device::StepOutcome outcomes[RunAhead::kMost];  // by step
     uint32_t non_finite = 0;
     uint32_t poison = 0;  // of the gate
   };
@@ -160,16 +160,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   int64_t blamed = 0;  // place in execution order of this slot's first non-finite tensor
 
   // ---- of a loop that runs ahead.
-  // What the host knows of a step on the device.
-  struct Enqueued {
-    int64_t samples = 0;
-    bool stop = false;      // as Trailer
-    bool digested = false;  // its digests are in the digest table's ring
-  };
-  Enqueued enqueued[kMostAhead];  // by step
-  Enqueued& EnqueuedOf(int64_t of) { return enqueued[of % ring]; }
-  int64_t marks[kMostAhead / kAsksEvery] = {};  // of every kAsksEvery-th step
-  int64_t& MarkOf(int64_t of) { return marks[of / kAsksEvery % (kMostAhead / kAsksEvery)]; }
+  RunAhead ahead;
   int64_t device_step = 0;  // that device_scalars are of when what is enqueued has run
   device::StepGate gate;
   Batch batch;           // at hand
@@ -350,7 +341,7 @@ absl::Status StepLoop::NextShards(Slot& slot) {
   }
   TakeMicrobatches(slot, *batch);
   ASSIGN_OR_RETURN(const bool stop, AgreeToStop(slot));
-  slot.EnqueuedOf(slot.step) = {batch->samples, stop, false};
+  slot.ahead.Of(slot.step) = {batch->samples, stop, false};
   slot.scalars = slot.ScalarsOf(slot.step);
   parts_.optimizer->Prepare(options_.schedule, slot.step, slot.scalars);
   ShowScalars(slot);
@@ -580,15 +571,12 @@ absl::Status StepLoop::Collect(Slot& slot) {
   if (StateIsLookedAt(slot)) {
     RETURN_IF_ERROR(Synchronize(slot));
   } else {
-    Slot::Enqueued& enqueued = slot.EnqueuedOf(slot.step);
-    enqueued.digested = DigestDue(slot.step);
-    if (enqueued.digested && options_.digest_every != 1) {
+    const bool digested = slot.ahead.Of(slot.step).digested = DigestDue(slot.step);
+    if (digested && options_.digest_every != 1) {
       slot.digest_table->Enqueue(*parts_.device, *slot.stream, slot.gated_scalars);
     }
-    if (slot.step % kAsksEvery == 0) slot.MarkOf(slot.step) = slot.stream->Mark();
-    if (slot.step - slot.committed < kMostAhead) return absl::OkStatus();
-    last = (slot.committed / kAsksEvery + 1) * kAsksEvery;
-    RETURN_IF_ERROR(slot.stream->WaitFor(slot.MarkOf(last)));
+    ASSIGN_OR_RETURN(last, slot.ahead.Enqueued(*slot.stream, slot.step, slot.committed));
+    if (last == slot.committed) return absl::OkStatus();
     RETURN_IF_ERROR(Settle());  // what a failure has poisoned came to nothing
   }
   while (slot.committed < last) {
@@ -601,7 +589,7 @@ absl::Status StepLoop::Collect(Slot& slot) {
 // Of a step that has run; it is the next one.
 absl::Status StepLoop::TakeOutcome(Slot& slot, int64_t step) {
   const device::StepOutcome& outcome = slot.shared->outcomes[step % slot.ring];
-  const Slot::Enqueued& enqueued = slot.EnqueuedOf(step);
+  const RunAhead::Step& enqueued = slot.ahead.Of(step);
   if (outcome.step != static_cast<uint64_t>(step)) {
     return absl::InternalError(
         absl::StrCat("step ", step, " has not run; its place has that of ", outcome.step));
@@ -635,7 +623,7 @@ absl::Status StepLoop::MakeAgain(Slot& slot, int64_t step) {
 // Whether more is done with the state after the step at hand than the next step.
 bool StepLoop::StateIsLookedAt(Slot& slot) const {
   return EvaluationDue(slot.step) || CheckpointDue(slot.step) ||
-         slot.step == options_.flip_bit_at_step || slot.EnqueuedOf(slot.step).stop;
+         slot.step == options_.flip_bit_at_step || slot.ahead.Of(slot.step).stop;
 }
 
 bool StepLoop::IsStopped(const Slot& slot) {
@@ -1001,15 +989,15 @@ absl::Status StepLoop::Synchronize(Slot& slot) {
 }
 
 // Whether the step at hand is the last. Where the host runs ahead it does not see the trailer in
-// time, so that members ask each other.
+// time, so that members ask each other, and how many steps their devices take.
 absl::StatusOr<bool> StepLoop::AgreeToStop(Slot& slot) {
-  const char mine = stop_requested_ ? 1 : 0;
-  if (!runs_ahead() || members() == 1) return mine != 0;
-  if (slot.step % kAsksEvery != 0) return false;
+  const RunAhead::Word mine = {stop_requested_, static_cast<uint8_t>(slot.plan->most_ahead())};
+  if (!runs_ahead()) return mine.stop != 0;
+  if (members() == 1) return slot.ahead.Agree({&mine, 1});
+  if (slot.step % RunAhead::kAsksEvery != 0) return false;
   ASSIGN_OR_RETURN(const void* all,
                    parts_.all_reduce->AllGather(slot.index, &mine, sizeof(mine), Deadline()));
-  const char* const asked = static_cast<const char*>(all);
-  return std::any_of(asked, asked + members(), [](char stop) { return stop != 0; });
+  return slot.ahead.Agree(absl::MakeConstSpan(static_cast<const RunAhead::Word*>(all), members()));
 }
 
 // The step's scalars as they are now, to the kernels behind this.

@@ -8,11 +8,11 @@
 //
 // On a device whose memory the host does not address, where every member is one slot and members
 // exchange on their devices, the gate is on the device too: a step is enqueued whole, as one
-// recording once it has run before, and the host runs ahead by at most kMostAhead steps. What steps
+// recording once it has run before, and the host runs ahead by some steps (RunAhead). What they
 // came to is collected behind them, in order. A latch that is closed stays closed, so that steps
 // behind one that is not finite change nothing, nor those that a failure has poisoned; and before
 // anything looks at the state, all that were enqueued have run. Members' hosts agree on a stop
-// every kAsksEvery steps.
+// every few steps.
 //
 // Member holds what the slots of one address space share; each slot owns its Plan, stream and
 // StepScalars. Thread safety: Run is called once by each slot's thread; Stop and Abort by any
@@ -38,6 +38,7 @@
 #include "worker/optim/gradient_norm.h"
 #include "worker/optim/optimizer.h"
 #include "worker/train/recorder.h"
+#include "worker/train/run_ahead.h"
 #include "worker/train/spec_options.h"
 
 namespace lockstep::train {
@@ -59,9 +60,6 @@ struct EpochSums {
 
 class StepLoop {
  public:
-  // Steps on the device that the host does not know the outcome of, and after how many it asks.
-  static constexpr int64_t kMostAhead = 8, kAsksEvery = 4;
-
   // All borrowed but the options' values; the recorder is null but at rank 0.
   struct Options {
     int rank = 0;

@@ -79,6 +79,8 @@ void FailAllocation(int nth, cudaError_t error = cudaErrorMemoryAllocation);
 void FailHostAllocation(int nth, cudaError_t error = cudaErrorMemoryAllocation);
 // The nth launch of a kernel from now is refused, with an error that is not sticky.
 void FailLaunch(int nth, cudaError_t error = cudaErrorLaunchOutOfResources);
+// The nth cudaGraphInstantiate from now fails once.
+void FailInstantiation(int nth, cudaError_t error = cudaErrorMemoryAllocation);
 // The device is lost when the launch after the next `launches` is run (-1: now): neither that nor
 // anything after it has an effect, and every call that concerns the device returns the error.
 void LoseDevice(int device, int64_t launches, cudaError_t error = cudaErrorIllegalAddress);

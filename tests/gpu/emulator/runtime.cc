@@ -35,7 +35,7 @@ void Begin(Emulator& e, const Options& options) {
   e.shared_limits.clear();
   e.fail_allocation = options.fail_allocation;
   e.allocation_error = cudaErrorMemoryAllocation;
-  e.fail_host_allocation = e.fail_launch = 0;
+  e.fail_host_allocation = e.fail_launch = e.fail_instantiation = 0;
   e.counters = {};
   e.launch_number = 0;
   ++e.generation;
@@ -379,6 +379,13 @@ void FailLaunch(int nth, cudaError_t error) {
   const std::lock_guard<std::mutex> lock(e.mutex);
   e.fail_launch = nth;
   e.launch_error = error;
+}
+
+void FailInstantiation(int nth, cudaError_t error) {
+  Emulator& e = E();
+  const std::lock_guard<std::mutex> lock(e.mutex);
+  e.fail_instantiation = nth;
+  e.instantiation_error = error;
 }
 
 void LoseDevice(int device, int64_t launches, cudaError_t error) {

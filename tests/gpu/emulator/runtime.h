@@ -112,9 +112,9 @@ struct Emulator {
   std::vector<std::shared_ptr<Capture>> captures;  // that are going on
   std::vector<std::weak_ptr<Stream>> all_streams;  // destroyed ones with work included
   std::map<const void*, size_t> shared_limits;     // of kernels that may have more
-  int fail_allocation = 0, fail_host_allocation = 0, fail_launch = 0;
+  int fail_allocation = 0, fail_host_allocation = 0, fail_launch = 0, fail_instantiation = 0;
   cudaError_t allocation_error = cudaSuccess, host_allocation_error = cudaSuccess,
-              launch_error = cudaSuccess;
+              launch_error = cudaSuccess, instantiation_error = cudaSuccess;
   Counters counters;
   uint64_t next_handle = 1, launch_number = 0, random = 0;
   int generation = 0;

@@ -167,6 +167,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
   if (const cudaError_t error = UnsafeInCapture(e); error != cudaSuccess) return Return(error);
   const auto it = e.graphs.find(graph);
   if (it == e.graphs.end()) return Return(cudaErrorInvalidValue);
+  if (FailsNow(&e.fail_instantiation)) return Return(e.instantiation_error);
   *executable = NewHandle<CUgraphExec_st>(e);
   e.executables[*executable] = {it->second, std::make_shared<std::atomic<int>>(0)};
   return cudaSuccess;

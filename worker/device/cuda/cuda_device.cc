@@ -2,8 +2,10 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -46,14 +48,37 @@ class PinnedMemory : public Memory {
 
 class Graph : public Recording {
  public:
-  explicit Graph(cudaGraphExec_t graph) : graph_(graph) {}
-  ~Graph() override { cudaGraphExecDestroy(graph_); }
+  ~Graph() override {
+    for (cudaGraphExec_t executable : executables_) cudaGraphExecDestroy(executable);
+  }
+  cudaError_t Instantiate(cudaGraph_t graph) {
+    // A stream takes about 1,024 kernels that have not run; some are enqueued besides.
+    constexpr size_t kMostCalls = 1000;
+    size_t calls = 0;
+    cudaError_t error = cudaGraphGetNodes(graph, nullptr, &calls);
+    const auto ahead = static_cast<int>(kMostCalls / std::max<size_t>(calls, 1));
+    most_ahead_ = std::clamp(ahead, kLeastAhead, kMostAhead);
+    // Of one executable there is at most one launch at a time, for whose end the next may wait in
+    // the driver: so each launch that may be ahead has its own, where there is memory for them.
+    for (int i = 0; i < most_ahead_ && error == cudaSuccess; ++i) {
+      cudaGraphExec_t executable = nullptr;
+      error = cudaGraphInstantiate(&executable, graph, 0);
+      if (error == cudaSuccess) executables_.push_back(executable);
+    }
+    if (executables_.empty()) return error;
+    if (error != cudaSuccess) cudaGetLastError();
+    return cudaSuccess;
+  }
+  int most_ahead() const override { return most_ahead_; }
   void Replay(Stream& stream) override {
-    static_cast<void>(cudaGraphLaunch(graph_, QueueOf(stream).stream));
+    static_cast<void>(cudaGraphLaunch(executables_[next_], QueueOf(stream).stream));
+    next_ = (next_ + 1) % executables_.size();
   }
 
  private:
-  cudaGraphExec_t const graph_;
+  std::vector<cudaGraphExec_t> executables_;  // launched in turn
+  size_t next_ = 0;
+  int most_ahead_ = kLeastAhead;
 };
 
 class CudaDevice : public Device {
@@ -171,15 +196,15 @@ class CudaDevice : public Device {
     const absl::Status called = calls();
     cudaGraph_t graph = nullptr;
     error = cudaStreamEndCapture(on, &graph);
-    cudaGraphExec_t runnable = nullptr;
-    if (error == cudaSuccess && called.ok()) error = cudaGraphInstantiate(&runnable, graph, 0);
+    auto recording = std::make_unique<Graph>();
+    if (error == cudaSuccess && called.ok()) error = recording->Instantiate(graph);
     if (graph != nullptr) cudaGraphDestroy(graph);
     if (!called.ok()) return called;
     if (error != cudaSuccess) {
       cudaGetLastError();
       return ToStatus(error, "recording a graph");
     }
-    return std::make_unique<Graph>(runnable);
+    return recording;
   }
 
   absl::StatusOr<std::unique_ptr<Dense>> MakeDense(const DenseShape& shape,
