@@ -162,6 +162,8 @@ TEST_P(LstmTest, Bf16MatchesTheDefinition) {
   for (LstmShape s : std::vector<LstmShape>{{28, 28, 128, false, true, false},
                                             {7, 5, 65, true, true, true},
                                             {5, 33, 100, true, false, false},
+                                            {4, 6, 64, false, true, true},
+                                            {3, 5, 130, true, true, true},
                                             {1, 3, 17, false, true, true}}) {
     SCOPED_TRACE(Describe(s));
     s.precision = Precision::kBf16;
@@ -289,6 +291,36 @@ TEST_P(LstmTest, RowsDoNotDependOnTheirNumber) {
       };
       ASSERT_TRUE(SameBits(part.y, head(whole.y, part.y.size()))) << rows << " rows, forward";
       ASSERT_TRUE(SameBits(part.dx, head(whole.dx, part.dx.size()))) << rows << " rows, gradient";
+    }
+  }
+}
+
+// Also where there are more than a GPU's multiprocessors, which then take several at once.
+TEST_P(LstmTest, FewOfManyRowsHaveTheBitsOfAll) {
+  for (LstmShape s : std::vector<LstmShape>{{2, 3, 9, false, true, false},
+                                            {3, 2, 36, true, false, true},
+                                            {2, 4, 65, true, true, false},
+                                            {2, 3, 130, false, true, true}}) {
+    for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
+      s.precision = precision;
+      SCOPED_TRACE(Describe(s) + (precision == Precision::kBf16 ? " bf16" : ""));
+      constexpr int64_t kAll = 603, kFew = 3;
+      auto lstm = device().MakeLstm(s, {kFew, kAll});
+      ASSERT_TRUE(lstm.ok()) << lstm.status();
+      LstmData d(s, kAll);
+      const Result all = Run(**lstm, s, d, kAll);
+      for (const int64_t first : {int64_t{0}, int64_t{301}, kAll - kFew}) {
+        LstmData few = d;
+        const int64_t inputs = s.steps * s.in, outputs = s.outputs();
+        few.x.erase(few.x.begin(), few.x.begin() + first * inputs);
+        few.dy.erase(few.dy.begin(), few.dy.begin() + first * outputs);
+        const Result part = Run(**lstm, s, few, kFew);
+        const auto middle = [](const std::vector<float>& values, int64_t begin, size_t size) {
+          return std::vector<float>(values.begin() + begin, values.begin() + begin + size);
+        };
+        EXPECT_TRUE(SameBits(part.y, middle(all.y, first * outputs, part.y.size()))) << first;
+        EXPECT_TRUE(SameBits(part.dx, middle(all.dx, first * inputs, part.dx.size()))) << first;
+      }
     }
   }
 }

@@ -186,17 +186,21 @@ LOCKSTEP_MATH V SigmoidGradient(V y, V dy) {
   return dy * (y * (V(1.0f) - y));
 }
 
-// ---- one unit of an LSTM cell (device.h, LstmShape): the gates hold pre-activations and take
-// their activations.
+// ---- one unit of an LSTM cell (device.h, LstmShape). The gates are activations.
+template <class V>
+LOCKSTEP_MATH void LstmState(V i, V f, V g, V o, V c_before, V& c, V& tanh_c, V& h) {
+  c = Fma(f, c_before, i * g);
+  tanh_c = Tanh(c);
+  h = o * tanh_c;
+}
+// The gates hold pre-activations and take their activations.
 template <class V>
 LOCKSTEP_MATH void LstmCell(V& i, V& f, V& g, V& o, V c_before, V& c, V& tanh_c, V& h) {
   i = Sigmoid(i);
   f = Sigmoid(f);
   g = Tanh(g);
   o = Sigmoid(o);
-  c = Fma(f, c_before, i * g);
-  tanh_c = Tanh(c);
-  h = o * tanh_c;
+  LstmState(i, f, g, o, c_before, c, tanh_c, h);
 }
 // The gates hold activations and take the gradients of their pre-activations; dc holds the gradient
 // of c from the step behind and takes that of c_before.

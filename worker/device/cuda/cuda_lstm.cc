@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/device/cuda/cuda_status.h"
 #include "worker/device/cuda/cuda_stream.h"
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/parts.h"
@@ -25,14 +26,17 @@ namespace {
 // weights are products over all samples and steps. In bf16 factors are rounded where a kernel or
 // another pass over them writes them; everything else is the same.
 //
-// A step is a product and the cells behind it, of the rows of all leaves: only weights have
-// gradients for each leaf, and a leaf's samples lie together.
+// Rows of all leaves are taken together: only weights have gradients for each leaf, and a leaf's
+// samples lie together. Where the units are few, one kernel walks through all steps, and h_before
+// is written as the products of the weights' gradients take it; in tf32 its products are fp32's.
+// Else a step is a product and the cells behind it.
 class CudaLstm : public Lstm {
  public:
   static absl::StatusOr<std::unique_ptr<Lstm>> Make(Device& device, Blas& blas,
                                                     const LstmShape& shape,
                                                     absl::Span<const int64_t> rows) {
     auto lstm = std::make_unique<CudaLstm>(shape, *std::max_element(rows.begin(), rows.end()));
+    RETURN_IF_ERROR(lstm->ChooseWay());
     ASSIGN_OR_RETURN(lstm->memory_, device.Allocate(lstm->Place(nullptr)));
     lstm->Place(lstm->memory_->data());
     RETURN_IF_ERROR(lstm->MakeProducts(blas, rows));
@@ -75,38 +79,13 @@ class CudaLstm : public Lstm {
       const Packed& p = packed_[static_cast<size_t>(d)];
       const Reserve r(s_, rows, d, reserve);
       Run(q, input_, rows * s_.steps, inputs, p.weight_ih, p.bias, r.gates, use.workspace);
-      const StridedCopy first = {.size = {1, 1, s_.hidden},
-                                 .from = {0, 0, 1},
-                                 .to_begin = Time(d, 0) * s_.hidden,
-                                 .to = {0, 0, 1},
-                                 .to_row = state_row()};
-      CopyStrided(q, first, rows, zeros_, r.h_before);
-      for (int64_t k = 0; k < s_.steps; ++k) {
-        const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
-        float* const gate = r.gates + t * gates();
-        if (k > 0) {
-          const float* const h = r.h_before + t * s_.hidden;
-          Run(q, recurrent_, rows, is_bf16() ? static_cast<const void*>(use.h16) : h, p.weight_hh,
-              nullptr, gate, use.workspace);
-        }
-        const bool last = k + 1 == s_.steps;
-        LstmForwardStep(q, rows, s_.hidden, gate, gates_row(),
-                        k == 0 ? nullptr : r.c + before * s_.hidden, r.c + t * s_.hidden,
-                        r.tanh_c + t * s_.hidden, state_row(),
-                        last ? y + OutputOf(d, t) : r.h_before + after * s_.hidden,
-                        last ? s_.outputs() : state_row(), use.h16);
+      if (walks_) {
+        LstmWalk walk = WalkOf(d, rows, r);
+        walk.y = y + OutputOf(d, 0);
+        LstmForwardWalk(q, walk, multiprocessors_);
+      } else {
+        ForwardSteps(q, d, rows, r, use, y);
       }
-      if (!s_.sequence || s_.steps == 1) continue;
-      // The other steps' outputs are what the steps behind them began with.
-      const int64_t begin = d == 0 ? 0 : 1;  // in time
-      const StridedCopy others = {.size = {1, s_.steps - 1, s_.hidden},
-                                  .from_begin = (1 - begin) * s_.hidden,
-                                  .from = {0, s_.hidden, 1},
-                                  .from_row = state_row(),
-                                  .to_begin = OutputOf(d, begin),
-                                  .to = {0, s_.out(), 1},
-                                  .to_row = s_.outputs()};
-      CopyStrided(q, others, rows, r.h_before, y);
     }
   }
 
@@ -127,24 +106,20 @@ class CudaLstm : public Lstm {
     for (int64_t d = 0; d < s_.directions(); ++d) {
       const Packed& p = packed_[static_cast<size_t>(d)];
       const Reserve r(s_, rows, d, reserve);
-      const void* const dgates = is_bf16() ? static_cast<const void*>(use.gates16) : r.gates;
-      for (int64_t k = s_.steps - 1; k >= 0; --k) {
-        const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
-        const bool last = k + 1 == s_.steps;
-        if (!last) {
-          Run(q, recurrent_gradient_, rows, FactorAt(dgates, after * gates()), p.weight_hh, nullptr,
-              use.dh_after, use.workspace);
-        }
-        LstmBackwardStep(q, rows, s_.hidden, r.gates + t * gates(), gates_row(),
-                         k == 0 ? nullptr : r.c + before * s_.hidden, r.tanh_c + t * s_.hidden,
-                         state_row(), s_.sequence || last ? dy + OutputOf(d, t) : nullptr,
-                         s_.outputs(), last ? nullptr : use.dh_after, last, use.dc,
-                         is_bf16() ? use.gates16 + t * gates() : nullptr);
+      if (walks_) {
+        LstmWalk walk = WalkOf(d, rows, r);
+        walk.dy = dy + OutputOf(d, 0);
+        walk.gates16 = use.gates16;
+        LstmBackwardWalk(q, walk, multiprocessors_);
+      } else {
+        BackwardSteps(q, d, rows, r, use, dy);
       }
+      const void* const dgates = FactorsOfGates(r, use);
       const LstmTensors<float>& gradient = gradients[static_cast<size_t>(d)];
       WeightGradients(q, leaves, &WeightProducts::input, dgates, inputs, s_.in, use,
                       gradient.weight_ih, stride);
-      const void* const states = Factor(q, samples * s_.hidden, r.h_before, use.h16);
+      const void* const states =
+          walks_ ? r.h_before : Factor(q, samples * s_.hidden, r.h_before, use.h16);
       WeightGradients(q, leaves, &WeightProducts::recurrent, dgates, states, s_.hidden, use,
                       gradient.weight_hh, stride);
       if (s_.bias) {
@@ -185,7 +160,7 @@ class CudaLstm : public Lstm {
       workspace = parts.Take(kProductWorkspaceBytes);
       if (lstm.is_bf16()) {
         x16 = parts.TakeBf16(rows * s.steps * s.in);
-        h16 = parts.TakeBf16(rows * s.hidden);
+        if (!lstm.walks_) h16 = parts.TakeBf16(rows * s.hidden);
       }
       bytes = parts.taken();
     }
@@ -199,18 +174,20 @@ class CudaLstm : public Lstm {
       const int64_t samples = rows * s.steps;
       Parts parts(scratch);
       workspace = parts.Take(kProductWorkspaceBytes);
-      dc = parts.TakeFloats(rows * s.hidden);
-      dh_after = parts.TakeFloats(rows * s.hidden);
+      if (!lstm.walks_) {
+        dc = parts.TakeFloats(rows * s.hidden);
+        dh_after = parts.TakeFloats(rows * s.hidden);
+      }
       weight = parts.TakeFloats(lstm.gates() * std::max(s.in, s.hidden));
       if (lstm.is_bf16()) {
         x16 = parts.TakeBf16(samples * s.in);
-        h16 = parts.TakeBf16(samples * s.hidden);
+        if (!lstm.walks_) h16 = parts.TakeBf16(samples * s.hidden);
         gates16 = parts.TakeBf16(samples * lstm.gates());
       }
       bytes = parts.taken();
     }
     void* workspace;
-    float *dc, *dh_after, *weight;
+    float *dc = nullptr, *dh_after = nullptr, *weight;
     uint16_t *x16 = nullptr, *h16 = nullptr, *gates16 = nullptr;
     size_t bytes;
   };
@@ -224,9 +201,99 @@ class CudaLstm : public Lstm {
     std::unique_ptr<Product> input, recurrent;
   };
 
+  absl::Status ChooseWay() {
+    int device = 0, shared_bytes = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error =
+          cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device);
+    }
+    walks_ = WalksLstm(s_.hidden, shared_bytes);
+    return ToStatus(error, "asking about the GPU");
+  }
+
   static LstmShape WithMostRows(LstmShape shape, int64_t most_listed) {
     shape.most_rows = std::max(shape.most_rows, most_listed);
     return shape;
+  }
+
+  void ForwardSteps(const Queue& q, int64_t d, int64_t rows, const Reserve& r,
+                    const ForwardScratch& use, float* y) const {
+    const Packed& p = packed_[static_cast<size_t>(d)];
+    const StridedCopy first = {.size = {1, 1, s_.hidden},
+                               .from = {0, 0, 1},
+                               .to_begin = Time(d, 0) * s_.hidden,
+                               .to = {0, 0, 1},
+                               .to_row = state_row()};
+    CopyStrided(q, first, rows, zeros_, r.h_before);
+    for (int64_t k = 0; k < s_.steps; ++k) {
+      const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
+      float* const gate = r.gates + t * gates();
+      if (k > 0) {
+        const float* const h = r.h_before + t * s_.hidden;
+        Run(q, recurrent_, rows, is_bf16() ? static_cast<const void*>(use.h16) : h, p.weight_hh,
+            nullptr, gate, use.workspace);
+      }
+      const bool last = k + 1 == s_.steps;
+      LstmForwardStep(q, rows, s_.hidden, gate, gates_row(),
+                      k == 0 ? nullptr : r.c + before * s_.hidden, r.c + t * s_.hidden,
+                      r.tanh_c + t * s_.hidden, state_row(),
+                      last ? y + OutputOf(d, t) : r.h_before + after * s_.hidden,
+                      last ? s_.outputs() : state_row(), use.h16);
+    }
+    if (!s_.sequence || s_.steps == 1) return;
+    // The other steps' outputs are what the steps behind them began with.
+    const int64_t begin = d == 0 ? 0 : 1;  // in time
+    const StridedCopy others = {.size = {1, s_.steps - 1, s_.hidden},
+                                .from_begin = (1 - begin) * s_.hidden,
+                                .from = {0, s_.hidden, 1},
+                                .from_row = state_row(),
+                                .to_begin = OutputOf(d, begin),
+                                .to = {0, s_.out(), 1},
+                                .to_row = s_.outputs()};
+    CopyStrided(q, others, rows, r.h_before, y);
+  }
+  void BackwardSteps(const Queue& q, int64_t d, int64_t rows, const Reserve& r,
+                     const BackwardScratch& use, const float* dy) const {
+    const Packed& p = packed_[static_cast<size_t>(d)];
+    const void* const dgates = FactorsOfGates(r, use);
+    for (int64_t k = s_.steps - 1; k >= 0; --k) {
+      const int64_t t = Time(d, k), before = Time(d, k - 1), after = Time(d, k + 1);
+      const bool last = k + 1 == s_.steps;
+      if (!last) {
+        Run(q, recurrent_gradient_, rows, FactorAt(dgates, after * gates()), p.weight_hh, nullptr,
+            use.dh_after, use.workspace);
+      }
+      LstmBackwardStep(q, rows, s_.hidden, r.gates + t * gates(), gates_row(),
+                       k == 0 ? nullptr : r.c + before * s_.hidden, r.tanh_c + t * s_.hidden,
+                       state_row(), s_.sequence || last ? dy + OutputOf(d, t) : nullptr,
+                       s_.outputs(), last ? nullptr : use.dh_after, last, use.dc,
+                       is_bf16() ? use.gates16 + t * gates() : nullptr);
+    }
+  }
+  LstmWalk WalkOf(int64_t d, int64_t rows, const Reserve& r) const {
+    LstmWalk walk;
+    walk.rows = rows;
+    walk.steps = static_cast<int>(s_.steps);
+    walk.hidden = static_cast<int>(s_.hidden);
+    walk.reversed = d == 1;
+    walk.bf16 = is_bf16();
+    walk.weight = packed_[static_cast<size_t>(d)].weight_hh;
+    walk.gates = r.gates;
+    walk.c = r.c;
+    walk.tanh_c = r.tanh_c;
+    walk.h_before = r.h_before;
+    walk.sequence = s_.sequence;
+    walk.output_row = s_.outputs();
+    walk.output_step = s_.out();
+    return walk;
+  }
+  // The gradients of the gates, as factors of products.
+  const void* FactorsOfGates(const Reserve& r, const BackwardScratch& use) const {
+    return is_bf16() ? static_cast<const void*>(use.gates16) : r.gates;
   }
 
   bool is_bf16() const { return s_.precision == Precision::kBf16; }
@@ -267,22 +334,24 @@ class CudaLstm : public Lstm {
     shape.bias = s_.bias;
     RETURN_IF_ERROR(MakeRowProduct(blas, shape, input_));
 
-    shape = base;  // gates += h W_hh^T
-    shape.transpose_b = true;
-    shape.m = most;
-    shape.n = gates();
-    shape.k = s_.hidden;
-    shape.a_row = is_bf16() ? 0 : state_row();
-    shape.c_row = gates_row();
-    shape.accumulate = true;
-    RETURN_IF_ERROR(MakeRowProduct(blas, shape, recurrent_));
+    if (!walks_) {
+      shape = base;  // gates += h W_hh^T
+      shape.transpose_b = true;
+      shape.m = most;
+      shape.n = gates();
+      shape.k = s_.hidden;
+      shape.a_row = is_bf16() ? 0 : state_row();
+      shape.c_row = gates_row();
+      shape.accumulate = true;
+      RETURN_IF_ERROR(MakeRowProduct(blas, shape, recurrent_));
 
-    shape = base;  // dh = dgates W_hh
-    shape.m = most;
-    shape.n = s_.hidden;
-    shape.k = gates();
-    shape.a_row = gates_row();
-    RETURN_IF_ERROR(MakeRowProduct(blas, shape, recurrent_gradient_));
+      shape = base;  // dh = dgates W_hh
+      shape.m = most;
+      shape.n = s_.hidden;
+      shape.k = gates();
+      shape.a_row = gates_row();
+      RETURN_IF_ERROR(MakeRowProduct(blas, shape, recurrent_gradient_));
+    }
 
     shape = base;  // dx = dgates W_ih
     shape.m = most_samples;
@@ -393,6 +462,8 @@ class CudaLstm : public Lstm {
   }
 
   const LstmShape s_;  // with most_rows
+  int multiprocessors_ = 0;
+  bool walks_ = false;  // through all steps in one kernel
   std::unique_ptr<Memory> memory_;
   std::vector<Packed> packed_;    // by direction
   const float* zeros_ = nullptr;  // a state

@@ -1,6 +1,7 @@
-// Lstm on the vendor's matrix products and hand-written cells: one product for all gates of all
-// steps' inputs, then for each step the recurrent product and the cells behind it (lstm.cu), of the
-// rows of all leaves together; a leaf's gradient of each weight is one product over all steps.
+// Lstm on the vendor's matrix products and hand-written steps: one product for all gates of all
+// steps' inputs, then the steps of the rows of all leaves together, in one kernel where the GPU has
+// room for the units (lstm_steps.cu), else each a recurrent product and the cells behind it
+// (lstm.cu). A leaf's gradient of each weight is one product over all steps.
 // Thread-safe as worker/device/device.h says: Pack excludes the other calls.
 #pragma once
 

@@ -202,6 +202,30 @@ void LstmBackwardStep(const Queue& q, int64_t rows, int64_t hidden, float* gates
                       const float* c_before, const float* tanh_c, int64_t state_row,
                       const float* dh, int64_t dh_row, const float* dh_after, bool last, float* dc,
                       uint16_t* gates16);
+// All steps of one direction at once, where the units are few: a block computes its samples' steps
+// one behind the other, with the weights beside it. Places are {rows, steps}, by time.
+struct LstmWalk {
+  int64_t rows = 0;
+  int steps = 0, hidden = 0;
+  bool reversed = false;                  // from the last time to the first
+  bool bf16 = false;                      // factors of the recurrent products; else they are fp32
+  const void* weight = nullptr;           // {4 hidden, hidden}, as the factors are
+  float* gates = nullptr;                 // {places, 4 hidden}, as those of a step
+  float *c = nullptr, *tanh_c = nullptr;  // {places, hidden}
+  void* h_before = nullptr;  // {places, hidden}, as the factors are: h of the step before
+  // Of all times, or of the walk's last step alone; so many elements apart.
+  float* y = nullptr;
+  const float* dy = nullptr;
+  bool sequence = false;
+  int64_t output_row = 0, output_step = 0;
+  uint16_t* gates16 = nullptr;  // Backward in bf16: the gradients rounded, {places, 4 hidden}
+};
+// Whether a GPU whose blocks may have so much shared memory has room for so many units.
+bool WalksLstm(int64_t hidden, int64_t shared_bytes);
+// On a GPU of so many multiprocessors. Forward fills c, tanh_c, h_before and y; Backward does not
+// read h_before.
+void LstmForwardWalk(const Queue& q, const LstmWalk& walk, int multiprocessors);
+void LstmBackwardWalk(const Queue& q, const LstmWalk& walk, int multiprocessors);
 
 // ---- flat vectors.
 // One fused pass over [0, n) of the given pointers.
