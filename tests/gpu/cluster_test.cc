@@ -373,12 +373,12 @@ TEST_F(EmulatedCluster, ALostGpuIsOneLineOfARun) {
 // What the message advises is followed, each advice by itself.
 TEST_F(EmulatedCluster, TooLittleMemoryIsRefusedWithAdviceThatHolds) {
   const std::string spec = WideSpec();
-  setenv(kFaults, "memory=180000000", 1);
+  setenv(kFaults, "memory=230000000", 1);
   const std::string failure = Failure(spec, "run");
   EXPECT_THAT(failure, HasSubstr("GPU 0 (Emulated GPU) has not enough memory: this needs "));
   EXPECT_THAT(failure, HasSubstr("the plan of slot 0: activations of 8 shards (8192 samples at "
                                  "once) "));
-  EXPECT_THAT(failure, HasSubstr(" of 171.7 MiB are free; "));
+  EXPECT_THAT(failure, HasSubstr(" of 219.3 MiB are free; "));
   std::smatch advice;
   ASSERT_TRUE(
       std::regex_search(failure, advice, std::regex("(train.batch=[0-9]+) \\(now 8192\\)")));
@@ -418,7 +418,7 @@ TEST_F(EmulatedCluster, AnAllocationThatFailsSaysWhatItWasFor) {
 
 // A data set is copied to the GPU only where everything else has room beside it.
 TEST_F(EmulatedCluster, ADataSetDoesNotTakeTheRoomOfTheRest) {
-  setenv(kFaults, "memory=150000000", 1);
+  setenv(kFaults, "memory=200000000", 1);
   const std::string spec = Spec("mlp", "steps: 20");
   const std::vector<std::string> large = {"--set", "data.train_samples=60000"};
   const nlohmann::json staged = Result(spec, "staged", large);

@@ -41,6 +41,12 @@ class Arena {
       for (int64_t i = Begin(out, shard); i < End(out, shard); ++i) owner_.at(i) = {out, shard};
     }
     if (call.out2 >= 0) ExpectHeld(call.out, shard, index);
+    // What a gradient of weights reads beside the calls behind it.
+    if (lowering_.weights_beside && call.type == CallType::kLinearBackwardWeight) beside_ = index;
+    if (beside_ < 0) return;
+    for (const int value : {lowering_.calls[beside_].a, lowering_.calls[beside_].b}) {
+      if (value >= 0) ExpectHeld(value, shard, index);
+    }
   }
 
  private:
@@ -59,6 +65,7 @@ class Arena {
 
   const Lowering& lowering_;
   const MemoryPlan& plan_;
+  int beside_ = -1;  // the last such call
   std::vector<std::pair<int, int>> owner_;
 };
 

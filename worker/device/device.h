@@ -259,8 +259,8 @@ class Device {
   // of what is free beyond `spare`; else null.
   virtual absl::StatusOr<std::unique_ptr<Memory>> MakeResident(const void* data, size_t bytes,
                                                                size_t spare = 0) = 0;
-  // What is enqueued on `behind` from now on runs after what is on `ahead` now. Both are of this
-  // device; where one is being recorded, so is the other.
+  // What is enqueued on `behind` from now on runs after what is on `ahead` now, whose failures it
+  // returns, too. Both are of this device; where one is being recorded, so is the other.
   virtual void Follow(Stream& behind, Stream& ahead) = 0;
   // From and to any memory of device or host. The host's, where it is not host-visible, may be
   // reused at once if it is the source, and is valid after Synchronize if it is the target.

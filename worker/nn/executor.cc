@@ -11,13 +11,14 @@ namespace lockstep::nn {
 
 Executor::Executor(std::shared_ptr<const Program> program, device::Device& device,
                    const Operations& operations, uint64_t seed, Lowering lowering,
-                   MemoryPlan memory, void* scratch, int most_shards)
+                   MemoryPlan memory, void* scratch, Beside beside, int most_shards)
     : program_(std::move(program)),
       device_(device),
       operations_(operations),
       lowering_(std::move(lowering)),
       memory_(std::move(memory)),
       scratch_(scratch),
+      beside_(beside),
       leaf_rows_(most_shards),
       leaf_x_(most_shards),
       leaf_dy_(most_shards),
@@ -248,13 +249,28 @@ bool Executor::CanRunTogether(const Call& call, const StepContext& context,
 void Executor::RunAll(int index, const StepContext& context, const Merged& merged,
                       absl::Span<const Frame> frames, const Joint& joint) {
   const Call& call = lowering_.calls[index];
-  if (call.type == CallType::kLinearBackwardWeight && operations_.dense(call.node) != nullptr &&
-      context.sink->Fold() != nullptr) {
-    return RunFoldedGradient(call, context, frames);
+  if (RunsBeside(call, context)) {
+    JoinBeside(context);
+    device_.Follow(*beside_.stream, *context.stream);
+    beside_call_ = &call;
+    beside_frames_ = frames;
   }
+  if (IsFolded(call, context)) return RunFoldedGradient(call, context, frames);
   const size_t most = CanRunTogether(call, context, joint) ? device::kMostLeaves : 1;
   for (size_t at = 0; at < frames.size(); at += most) {
     RunGroup(call, context, merged, frames.subspan(at, most), joint.leaf_stride);
+  }
+}
+
+void Executor::JoinBeside(const StepContext& context) {
+  if (beside_call_ == nullptr) return;
+  const Call& call = *std::exchange(beside_call_, nullptr);
+  device_.Follow(*context.stream, *beside_.stream);
+  if (IsFolded(call, context)) {
+    const Program::Node& node = program_->nodes()[call.node];
+    context.sink->DoneFolded(node.parameters_begin, node.parameters_end);
+  } else {
+    FinishLeaves(call.node, context, beside_frames_);
   }
 }
 
@@ -273,10 +289,11 @@ void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
     part_db_[part] = node.bias < 0 ? nullptr : gradient + node.bias;
     if (!context.sink->LeavesStay()) ZeroPadding(call.node, context, gradient);
   }
-  operations_.dense(call.node)->BackwardWeight(*context.stream, fold, leaf_rows_.data(),
-                                               leaf_x_.data(), leaf_dy_.data(), part_dw_.data(),
-                                               part_db_.data(), scratch_);
-  context.sink->DoneFolded(node.parameters_begin, node.parameters_end);
+  const bool beside = RunsBeside(call, context);
+  operations_.dense(call.node)->BackwardWeight(
+      beside ? *beside_.stream : *context.stream, fold, leaf_rows_.data(), leaf_x_.data(),
+      leaf_dy_.data(), part_dw_.data(), part_db_.data(), beside ? beside_.scratch : scratch_);
+  if (!beside) context.sink->DoneFolded(node.parameters_begin, node.parameters_end);
 }
 
 void Executor::RunLinear(const Call& call, const StepContext& context,
@@ -284,24 +301,26 @@ void Executor::RunLinear(const Call& call, const StepContext& context,
   const Program::Node& node = program_->nodes()[call.node];
   const Frame& frame = frames[0];
   const int64_t rows = RowsOf(frames);
-  device::Stream& stream = *context.stream;
+  const bool beside = RunsBeside(call, context);
+  device::Stream& stream = beside ? *beside_.stream : *context.stream;
+  void* const scratch = beside ? beside_.scratch : scratch_;
   // What they take: floats, or whatever type the convolution is of.
   auto run = [&](auto* operation, auto* a, auto* dy, auto* out) {
     if (call.type == CallType::kLinearForward) {
       const float* bias = node.bias < 0 ? nullptr : context.state->parameters() + node.bias;
-      operation->Forward(stream, rows, a, bias, out, scratch_);
+      operation->Forward(stream, rows, a, bias, out, scratch);
     } else if (call.type == CallType::kLinearBackwardInput) {
-      operation->BackwardInput(stream, rows, a, out, scratch_);
+      operation->BackwardInput(stream, rows, a, out, scratch);
     } else {
       float* dw = frame.leaf + node.weight;
       float* db = node.bias < 0 ? nullptr : frame.leaf + node.bias;
       if constexpr (std::is_same_v<decltype(operation), device::Dense*>) {
-        operation->BackwardWeight(stream, device::kOneLeaf, &rows, &a, &dy, &dw, &db, scratch_);
+        operation->BackwardWeight(stream, device::kOneLeaf, &rows, &a, &dy, &dw, &db, scratch);
       } else {
         operation->BackwardWeights(stream, LeavesOf(frames, 1), a, dy, dw, db, leaf_stride,
-                                   scratch_);
+                                   scratch);
       }
-      FinishLeaves(call.node, context, frames);
+      if (!beside) FinishLeaves(call.node, context, frames);
     }
   };
   if (device::Dense* dense = operations_.dense(call.node)) {

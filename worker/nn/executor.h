@@ -38,6 +38,13 @@ struct Frame {
   float* leaf = nullptr;
 };
 
+// Where gradients of weights are computed beside the step's stream: nothing but the update waits
+// for them, and of small layers neither fills a GPU. Null: nowhere.
+struct Beside {
+  device::Stream* stream = nullptr;
+  void* scratch = nullptr;
+};
+
 // What an exchange brought: by moments slice, in the layout of Program::moments(), and the rows.
 struct Merged {
   float* moments = nullptr;
@@ -61,7 +68,7 @@ class Executor {
  public:
   Executor(std::shared_ptr<const Program> program, device::Device& device,
            const Operations& operations, uint64_t seed, Lowering lowering, MemoryPlan memory,
-           void* scratch, int most_shards);
+           void* scratch, Beside beside, int most_shards);
 
   const Lowering& lowering() const { return lowering_; }
   void Run(int call, const StepContext& context, const Merged& merged, const Frame& frame) const {
@@ -71,6 +78,9 @@ class Executor {
   // device where that gives every row and every leaf the bits that it has alone.
   void RunAll(int call, const StepContext& context, const Merged& merged,
               absl::Span<const Frame> frames, const Joint& joint);
+  // The stream waits for what is beside it, which is announced. To be called behind a pass's last
+  // call, also of one that failed.
+  void JoinBeside(const StepContext& context);
   // What a call of forward made, or null; so many elements of that type.
   const void* Output(int call, const Frame& frame, int64_t* elements,
                      device::ElementType* type) const;
@@ -114,6 +124,14 @@ class Executor {
   void RunLoss(const Call& call, const StepContext& context, absl::Span<const Frame> frames) const;
   void ZeroPadding(int node, const StepContext& context, float* gradient) const;
   void FinishLeaves(int node, const StepContext& context, absl::Span<const Frame> frames) const;
+  bool RunsBeside(const Call& call, const StepContext& context) const {
+    return call.type == CallType::kLinearBackwardWeight && beside_.stream != nullptr &&
+           context.leaves_stay;
+  }
+  bool IsFolded(const Call& call, const StepContext& context) const {
+    return call.type == CallType::kLinearBackwardWeight &&
+           operations_.dense(call.node) != nullptr && context.sink->Fold() != nullptr;
+  }
 
   float* Floats(int value, const Frame& frame) const {
     return reinterpret_cast<float*>(Bytes(value, frame));
@@ -137,7 +155,11 @@ class Executor {
   const Lowering lowering_;
   const MemoryPlan memory_;
   void* const scratch_;
+  const Beside beside_;
   std::vector<NodeConstants> constants_;  // by node
+  // The call that is beside, and its frames; null: none.
+  const Call* beside_call_ = nullptr;
+  absl::Span<const Frame> beside_frames_;
   // Of RunFoldedGradient, by shard and by part.
   std::vector<int64_t> leaf_rows_;
   std::vector<const float*> leaf_x_, leaf_dy_;

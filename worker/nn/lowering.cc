@@ -40,6 +40,7 @@ class Lowerer {
       }
     }
     EndSegment(Exchange::kNone, -1);
+    result_.weights_beside = training_ && always_layerwise_;
     return std::move(result_);
   }
 

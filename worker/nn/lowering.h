@@ -107,6 +107,9 @@ struct Lowering {
   std::vector<Call> calls;
   int forward_calls = 0;          // the calls of the loss begin here
   std::vector<Segment> segments;  // partition calls
+  // The gradient of a dense's or conv2d's weights may be computed beside the calls behind it, up to
+  // the next such gradient or the last call.
+  bool weights_beside = false;
 };
 
 // One layer of an lstm node.

@@ -56,6 +56,18 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot
     }
   }
 
+  if (lowering.weights_beside) {
+    int next = calls - 1;
+    for (int i = calls - 1; i >= 0; --i) {
+      const Call& call = lowering.calls[i];
+      if (call.type != CallType::kLinearBackwardWeight) continue;
+      for (const int value : {call.a, call.b}) {
+        if (value >= 0) last_use[value] = std::max(last_use[value], next);
+      }
+      next = i;
+    }
+  }
+
   std::vector<Block> blocks;
   std::vector<int> block_of(values, -1);
   for (int i = 0; i < calls; ++i) {

@@ -9,8 +9,8 @@
 //
 // Invariants:
 //  1. Two values overlap only if one is dead before the other is written, or a chain of in-place
-//  calls
-//     leads from one to the other.
+//     calls leads from one to the other. What a call reads that may run beside those behind it
+//     (lowering.h) lives as long as it may run.
 //  2. Offsets are multiples of kArenaAlignment.
 #pragma once
 

@@ -28,6 +28,9 @@ struct Plan::Impl {
   int64_t widest_norm = 0;
   std::unique_ptr<device::Memory> arena, scratch, moments, sums, merged_moments, merged_sums,
       results, flag;
+  // Where gradients of weights are computed beside a step (Beside); null where they are not.
+  std::unique_ptr<device::Stream> beside;
+  std::unique_ptr<device::Memory> beside_scratch;
   std::unique_ptr<device::Memory> packed;  // of all shards what one exchange is about; or null
   // What the host reads of moments and sums; null where it can read those themselves.
   std::unique_ptr<device::Memory> host_moments, host_sums;
@@ -150,6 +153,10 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
     ASSIGN_OR_RETURN(p.host_moments, device.AllocateHostVisible(AtLeastOne(record * positions)));
     ASSIGN_OR_RETURN(p.host_sums, device.AllocateHostVisible(AtLeastOne(sums * positions)));
     ASSIGN_OR_RETURN(p.device_results, device.Allocate(sizeof(ShardResult) * positions));
+    if (options.training && options.weights_beside) {
+      ASSIGN_OR_RETURN(p.beside, device.MakeStream());
+      ASSIGN_OR_RETURN(p.beside_scratch, device.Allocate(AtLeastOne(operations.scratch_bytes())));
+    }
     if (options.batch_shards > shards && program->has_synchronized_norm()) {
       ASSIGN_OR_RETURN(p.packed, device.Allocate(AtLeastOne(sums * positions)));
     }
@@ -164,13 +171,15 @@ absl::StatusOr<std::unique_ptr<Plan>> Plan::Make(std::shared_ptr<const Program> 
   p.records.resize(positions, nullptr);
 
   if (options.training) {
+    Beside beside;
+    if (p.beside != nullptr) beside = {p.beside.get(), p.beside_scratch->data()};
     p.train =
         std::make_unique<Executor>(program, device, operations, options.seed, std::move(train),
-                                   std::move(train_memory), p.scratch->data(), shards);
+                                   std::move(train_memory), p.scratch->data(), beside, shards);
   }
   p.inference =
       std::make_unique<Executor>(program, device, operations, options.seed, std::move(inference),
-                                 std::move(inference_memory), p.scratch->data(), shards);
+                                 std::move(inference_memory), p.scratch->data(), Beside(), shards);
   return absl::WrapUnique(new Plan(std::move(impl)));
 }
 
@@ -351,7 +360,9 @@ absl::Status Plan::TrainStep(device::Stream& stream, optim::FlatState& state,
 absl::Status Plan::Impl::RunTraining(absl::Span<const ShardInput> shards,
                                      MomentExchange& exchange) {
   const int calls = static_cast<int>(train->lowering().calls.size());
-  RETURN_IF_ERROR(RunCalls(*train, calls, shards, &exchange));
+  const absl::Status status = RunCalls(*train, calls, shards, &exchange);
+  train->JoinBeside(context);
+  RETURN_IF_ERROR(status);
   if (exchange.OnDevice() != nullptr) {
     RETURN_IF_ERROR(GatherAll(exchange));
   } else {

@@ -140,6 +140,7 @@ class Plan {
     int together = 0;             // most shards of one TrainStep; 0: all
     int batch_shards = 0;         // of all slots, where MomentExchange::OnDevice; 0: its own
     bool training = true;         // false: evaluation only
+    bool weights_beside = true;   // on a GPU, where leaves stay: their gradients on a second stream
     uint64_t seed = 0;            // of the job, for dropout
   };
   static absl::StatusOr<std::unique_ptr<Plan>> Make(std::shared_ptr<const Program> program,

@@ -119,7 +119,10 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts) {
         activations(shards, together, rows.training, evaluation_rows));
     // Over NCCL a plan has the records of all of the job's shards.
     const int records = facts.exchanges_on_gpu ? 2 * cut.shards : shards;
-    add(absl::StrCat("the plan of slot ", slot, ": scratch"), scratch + record * (records + 1));
+    // Gradients of weights are computed beside the rest, on a stream and a scratch of their own.
+    const int64_t beside = facts.training ? scratch + facts.stream_bytes : 0;
+    add(absl::StrCat("the plan of slot ", slot, ": scratch"),
+        scratch + beside + record * (records + 1));
   }
   const int64_t vector = kFloat * program.parameters().size;
   // Which products in bf16 read.

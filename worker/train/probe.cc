@@ -75,6 +75,7 @@ absl::StatusOr<std::string> ProbeDigest(std::shared_ptr<const nn::Program> progr
   options.shards = {0};
   options.max_rows = rows;
   options.seed = seed;
+  options.weights_beside = false;
   ASSIGN_OR_RETURN(auto plan, nn::Plan::Make(program, device, operations, options));
   ASSIGN_OR_RETURN(auto gradient, device.Allocate(sizeof(float) * program->parameters().size));
   Alone alone(gradient->floats());

@@ -30,7 +30,8 @@ class CudaStream : public Stream {
 
   // Makes the stream's GPU the calling thread's.
   const Queue& queue() const;
-  // What is enqueued from now on runs after what is on `ahead` now.
+  // What is enqueued from now on runs after what is on `ahead` now; what failed there, has
+  // failed here.
   cudaError_t Follow(CudaStream& ahead);
 
  private:
