@@ -45,11 +45,14 @@ sys.exit(any(codes))
 PYTHON
       ;;
     # All kernels of the GPU, on the emulator: once, in the natural order, without the tests that compare
-    # the bits of many calls.
-    asan) sanitized asan address,undefined '/orders$|^cuda_device_emulated/.*(Threads|Rows|ManyTiles)' common spec data device nn optim numerics collective train server \
+    # the bits of many calls. Of a list of placements, those of one slot, of two members with two, and of three.
+    asan) sanitized asan address,undefined \
+            '/orders$|^cuda_device_emulated/.*(Threads|Rows|ManyTiles)|^train/.*_(1x2|2x1|1x3|5x1|8x1)( |$)' \
+            common spec data device nn optim numerics collective train server simulation \
             gpu_emulator gpu_stream_emulated cuda_device_emulated gpu_kernels_emulated ;;
-    # Of a list of placements, one slot has no others to race with, and two members or five do as three do.
-    tsan) TSAN_OPTIONS="halt_on_error=1" sanitized tsan thread '^train/.*_(1x1|5x1|8x1)( |$)' simulation server collective train ;;
+    # Not simulation, which is of one thread. Of a list of placements, one slot has no others to race with, and two
+    # members or five do as three do.
+    tsan) TSAN_OPTIONS="halt_on_error=1" sanitized tsan thread '^train/.*_(1x1|2x1|5x1|8x1)( |$)' server collective train ;;
     *) echo "tests/checks.sh: no check called $check; there are format, thread-safety, asan, tsan" >&2; exit 2 ;;
   esac
 done
