@@ -17,6 +17,7 @@
 #include "worker/device/cuda/cuda_stream.h"
 #include "worker/device/cuda/dnn.h"
 #include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/own_products.h"
 #include "worker/device/kernel_math.h"
 
 namespace lockstep::device::cuda {
@@ -504,7 +505,7 @@ absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
   std::string fingerprint = absl::StrCat("cuda sm_", properties.major, properties.minor, " ",
                                          blas->version(), " ", dnn->version());
   return std::make_unique<CudaDevice>(ordinal, name, std::move(fingerprint), std::move(book),
-                                      std::move(blas), std::move(dnn));
+                                      WithOwnProducts(std::move(blas)), std::move(dnn));
 }
 
 }  // namespace lockstep::device::cuda

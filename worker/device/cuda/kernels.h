@@ -174,6 +174,25 @@ void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const
                                      const void* x, const void* dy, float* dw, int64_t stride,
                                      void* scratch);
 
+// ---- matrix products of small layers, C {m, n} = op(A) op(B), row-major, as blas.h says of them;
+// in fp32 on the ordinary units, in bf16 on tensor cores. An element's bits depend on its row of
+// op(A), its column of op(B), k and whether factors are bf16. Not both are transposed; n and k are
+// below 2^30, a_row and b_row below 2^24.
+struct SmallProduct {
+  bool transpose_a = false, transpose_b = false;
+  int64_t m = 0, n = 0, k = 0;
+  int64_t a_row = 0, b_row = 0, c_row = 0;  // elements from a stored row to the next
+  bool accumulate = false, relu = false;
+  bool bf16 = false;  // factors
+  // Of bf16 factors those that are given as fp32, and rounded on the way. Of both or none where A
+  // is transposed; B never where it is not.
+  bool a_floats = false, b_floats = false;
+  int count = 1;  // products that lie so many elements apart
+  int64_t a_stride = 0, b_stride = 0, c_stride = 0;
+};
+void MultiplySmall(const Queue& q, const SmallProduct& product, const void* a, const void* b,
+                   const float* bias, float* c);
+
 // ---- parts of dense layers, convolutions and LSTMs.
 // sums[c] = sum over a leaf's rows of x {leaves.begin[count], columns}; leaf l's at l * stride
 // behind.

@@ -1,5 +1,5 @@
-// What the kernels of convolutions on tensor cores have in common: factors, and how tiles of them
-// lie in shared memory. Thread-safe: pure functions.
+// What the kernels of products and convolutions on tensor cores have in common: factors, and how
+// tiles of them lie in shared memory. Thread-safe: pure functions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,6 +30,15 @@ struct Bf16 {
     MultiplyBf16(sums, a, b0, b1);
   }
 };
+
+// In a row of kPieces 16-byte pieces of a tile, where one stands: eight rows of one piece, which an
+// instruction loads, are in different banks.
+template <int kPieces>
+__device__ __forceinline__ int PieceOf(int row, int piece) {
+  if constexpr (kPieces % 8 == 0) return piece ^ (row & 7);
+  if constexpr (kPieces % 8 == 4) return piece ^ (row >> 1 & 3);
+  return piece ^ (row >> 2 & 1);
+}
 
 // Four neighbours as they are stored.
 template <class T>
