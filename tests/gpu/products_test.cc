@@ -267,6 +267,13 @@ TEST(OwnProductsTest, FollowTheRule) {
   EXPECT_TRUE(is_own(with(forward, [](ProductShape& s) { s.transpose_b = false; })));
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.factors = Factors::kTf32; })));
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.transpose_a = true; })));
+  EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.a_row = kMostOwnRow + 1; })));
+  const ProductShape gradient = {.transpose_a = true, .m = 1024, .n = 1024, .k = 2048};
+  EXPECT_TRUE(is_own(gradient));
+  EXPECT_TRUE(is_own(with(gradient, [](ProductShape& s) { s.k = 1; })));
+  EXPECT_FALSE(is_own(with(gradient, [](ProductShape& s) { s.k = 2049; })));
+  EXPECT_FALSE(is_own(with(gradient, [](ProductShape& s) { s.m = 1025; })));
+  EXPECT_FALSE(is_own(with(gradient, [](ProductShape& s) { s.n = 1025; })));
   // What is wrong is the vendor's to say.
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.n = 0; })));
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.a_row = 1023; })));
@@ -274,17 +281,28 @@ TEST(OwnProductsTest, FollowTheRule) {
 
 TEST_F(ProductsTest, AreRunThroughTheInterface) {
   const std::unique_ptr<Blas> blas = WithOwnProducts(std::make_unique<NoBlas>());
-  constexpr int64_t kM = 5, kN = 6, kK = 7;
-  const Factor a(kM * kK, 11, false, false), b(kN * kK, 12, false, false);
+  constexpr int64_t kM = 5, kN = 6, kK = 7, kStride = 60;
+  const Factor a(2 * kStride, 11, false, false), b(2 * kStride, 12, false, false);
   const Buffer<float> bias(RandomFloats(kN, 13));
-  const auto product = blas->MakeProduct(
+  const auto forward = blas->MakeProduct(
       {.transpose_b = true, .m = kM, .n = kN, .k = kK, .bias = true, .relu = true});
-  ASSERT_TRUE(product.ok()) << product.status();
+  ASSERT_TRUE(forward.ok()) << forward.status();
   SmallProduct p = ProductOf(false, true, Given::kFp32, kM - 1, kN, kK);
   p.relu = true;
-  const Buffer<float> expected(kM * kN, kBefore), c(kM * kN, kBefore);
-  MultiplySmall(q(), p, a.From(0), b.From(0), bias, expected);
-  (*product)->Run(q(), kM - 1, a.From(0), b.From(0), bias, c, nullptr);
+  {
+    const Buffer<float> expected(kM * kN, kBefore), c(kM * kN, kBefore);
+    MultiplySmall(q(), p, a.From(0), b.From(0), bias, expected);
+    (*forward)->Run(q(), kM - 1, a.From(0), b.From(0), bias, c, nullptr);
+    EXPECT_TRUE(SameBytes(c.Read(), expected.Read()));
+  }
+  const auto gradient = blas->MakeProduct({.transpose_a = true, .m = kM, .n = kN, .k = kK});
+  ASSERT_TRUE(gradient.ok()) << gradient.status();
+  p = ProductOf(true, false, Given::kFp32, kM, kN, kK);
+  p.count = 2;
+  p.a_stride = p.b_stride = p.c_stride = kStride;
+  const Buffer<float> expected(2 * kStride, kBefore), c(2 * kStride, kBefore);
+  MultiplySmall(q(), p, a.From(0), b.From(0), nullptr, expected);
+  (*gradient)->RunBatch(q(), 2, a.From(0), kStride, b.From(0), kStride, c, kStride, nullptr);
   EXPECT_TRUE(SameBytes(c.Read(), expected.Read()));
 }
 

@@ -74,8 +74,9 @@ bool IsSound(const ProductShape& s) {
 
 bool IsOwnProduct(const ProductShape& s) {
   if (!IsSound(s) || s.factors != Factors::kFp32) return false;
-  if (s.transpose_a) return false;
-  return s.n <= kMostOwnWeights / s.k;
+  if (s.a_row > kMostOwnRow || s.b_row > kMostOwnRow) return false;
+  if (!s.transpose_a) return s.n <= kMostOwnWeights / s.k;
+  return !s.transpose_b && s.n <= kMostOwnWeights / s.m && s.k <= kMostOwnTerms;
 }
 
 std::unique_ptr<Blas> WithOwnProducts(std::unique_ptr<Blas> vendor) {
