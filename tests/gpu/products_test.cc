@@ -268,6 +268,7 @@ TEST(OwnProductsTest, FollowTheRule) {
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.factors = Factors::kTf32; })));
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.transpose_a = true; })));
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.a_row = kMostOwnRow + 1; })));
+  EXPECT_TRUE(is_own(with(forward, [](ProductShape& s) { s.factors = Factors::kBf16; })));
   const ProductShape gradient = {.transpose_a = true, .m = 1024, .n = 1024, .k = 2048};
   EXPECT_TRUE(is_own(gradient));
   EXPECT_TRUE(is_own(with(gradient, [](ProductShape& s) { s.k = 1; })));
@@ -282,28 +283,36 @@ TEST(OwnProductsTest, FollowTheRule) {
 TEST_F(ProductsTest, AreRunThroughTheInterface) {
   const std::unique_ptr<Blas> blas = WithOwnProducts(std::make_unique<NoBlas>());
   constexpr int64_t kM = 5, kN = 6, kK = 7, kStride = 60;
-  const Factor a(2 * kStride, 11, false, false), b(2 * kStride, 12, false, false);
   const Buffer<float> bias(RandomFloats(kN, 13));
-  const auto forward = blas->MakeProduct(
-      {.transpose_b = true, .m = kM, .n = kN, .k = kK, .bias = true, .relu = true});
-  ASSERT_TRUE(forward.ok()) << forward.status();
-  SmallProduct p = ProductOf(false, true, Given::kFp32, kM - 1, kN, kK);
-  p.relu = true;
-  {
-    const Buffer<float> expected(kM * kN, kBefore), c(kM * kN, kBefore);
+  for (const Given given : kAllGiven) {
+    ProductShape shape = {.m = kM, .n = kN, .k = kK};
+    shape.factors = given == Given::kFp32 ? Factors::kFp32 : Factors::kBf16;
+    shape.floats = given != Given::kBf16;
+    ProductShape forward = shape, gradient = shape;
+    forward.transpose_b = forward.bias = forward.relu = true;
+    gradient.transpose_a = true;
+    const auto rows = blas->MakeProduct(forward), weights = blas->MakeProduct(gradient);
+    ASSERT_TRUE(rows.ok() && weights.ok());
+    EXPECT_EQ((*rows)->takes_floats(), given == Given::kRoundedOnTheWay);
+    EXPECT_EQ((*weights)->takes_floats(), given == Given::kRoundedOnTheWay);
+    const Buffer<float> expected(2 * kStride, kBefore), c(2 * kStride, kBefore);
+
+    SmallProduct p = ProductOf(false, true, given, kM - 1, kN, kK);
+    p.relu = true;
+    SCOPED_TRACE(Describe(p));
+    const Factor a(2 * kStride, 11, p.bf16, p.a_floats), b(2 * kStride, 12, p.bf16, false);
     MultiplySmall(q(), p, a.From(0), b.From(0), bias, expected);
-    (*forward)->Run(q(), kM - 1, a.From(0), b.From(0), bias, c, nullptr);
+    (*rows)->Run(q(), kM - 1, a.From(0), b.From(0), bias, c, nullptr);
+    EXPECT_TRUE(SameBytes(c.Read(), expected.Read()));
+
+    p = ProductOf(true, false, given, kM, kN, kK);
+    p.count = 2;
+    p.a_stride = p.b_stride = p.c_stride = kStride;
+    const Factor x(2 * kStride, 14, p.bf16, p.b_floats);
+    MultiplySmall(q(), p, a.From(0), x.From(0), nullptr, expected);
+    (*weights)->RunBatch(q(), 2, a.From(0), kStride, x.From(0), kStride, c, kStride, nullptr);
     EXPECT_TRUE(SameBytes(c.Read(), expected.Read()));
   }
-  const auto gradient = blas->MakeProduct({.transpose_a = true, .m = kM, .n = kN, .k = kK});
-  ASSERT_TRUE(gradient.ok()) << gradient.status();
-  p = ProductOf(true, false, Given::kFp32, kM, kN, kK);
-  p.count = 2;
-  p.a_stride = p.b_stride = p.c_stride = kStride;
-  const Buffer<float> expected(2 * kStride, kBefore), c(2 * kStride, kBefore);
-  MultiplySmall(q(), p, a.From(0), b.From(0), nullptr, expected);
-  (*gradient)->RunBatch(q(), 2, a.From(0), kStride, b.From(0), kStride, c, kStride, nullptr);
-  EXPECT_TRUE(SameBytes(c.Read(), expected.Read()));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Matrix products through the vendor's library (cuBLASLt): a thin wrapper that the SIMT emulator
-// answers with reference code. Everything is row-major.
+// Matrix products: the vendor's library (cuBLASLt) behind a thin wrapper, which the SIMT emulator
+// answers with reference code, and our own (own_products.h). Everything is row-major.
 #pragma once
 
 #include <cstdint>
@@ -30,15 +30,18 @@ struct ProductShape {
   bool bias = false;                        // + bias {n}
   bool relu = false;
   Factors factors = Factors::kFp32;
+  // bf16 factors that are no weights, A and, where op(A) is transposed, B, may be given as fp32, if
+  // the product says that it takes_floats(): it rounds them to nearest even.
+  bool floats = false;
   // Bytes that divide the addresses of A, B and C, which are rows of flat vectors or activations;
   // a stored row's own size is taken into account.
   int64_t alignment = 16;
 };
 
 // One shape, made ready. Where op(A) is not transposed, an element's bits depend on its row of
-// op(A), its column of op(B) and, of the shape, on everything but m: the algorithm is chosen by the
-// library's heuristic for a fixed m, kept for all, and never splits along k. Where it is, rows of C
-// are not samples, and m belongs to the shape. Thread-safe.
+// op(A), its column of op(B) and, of the shape, on everything but m: the library's algorithm is
+// chosen by its heuristic for a fixed m, kept for all, and never splits along k. Where it is, rows
+// of C are not samples, and m belongs to the shape. Thread-safe.
 class Product {
  public:
   virtual ~Product() = default;
@@ -51,6 +54,8 @@ class Product {
   virtual void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride,
                         const void* b, int64_t b_stride, float* c, int64_t c_stride,
                         void* workspace) = 0;
+  // Whether it is given what the shape's `floats` offers, and nothing else.
+  virtual bool takes_floats() const { return false; }
   // Names the chosen algorithm, for the fingerprint.
   virtual std::string algorithm() const = 0;
 };

@@ -88,7 +88,7 @@ class CudaDense : public Dense {
     // A row has the same bits in any call.
     for (int64_t row = 0; row < rows; row += most_rows_) {
       const int64_t count = std::min(most_rows_, rows - row);
-      const void* const factor = Factor(q, count * s_.in, x + row * s_.in, use.rounded);
+      const void* const factor = Factor(q, *forward_, count * s_.in, x + row * s_.in, use.rounded);
       forward_->Run(q, count, factor, weight_, s_.bias ? bias : nullptr, y + row * s_.out,
                     use.workspace);
     }
@@ -100,7 +100,8 @@ class CudaDense : public Dense {
     const Queue& q = QueueOf(stream);
     for (int64_t row = 0; row < rows; row += most_rows_) {
       const int64_t count = std::min(most_rows_, rows - row);
-      const void* const factor = Factor(q, count * s_.out, dy + row * s_.out, use.rounded);
+      const void* const factor =
+          Factor(q, *backward_input_, count * s_.out, dy + row * s_.out, use.rounded);
       backward_input_->Run(q, count, factor, weight_, nullptr, dx + row * s_.in, use.workspace);
     }
   }
@@ -124,9 +125,10 @@ class CudaDense : public Dense {
     const bool canonical = fold.parts <= kMostFoldBuffers && IsCanonical(fold, parts.data());
     const auto product = [&](int leaf, float* gradient) {
       const int64_t n = rows[leaf];
-      const void* const dy_factor = Factor(q, n * s_.out, dy[leaf], use.dy);
-      const void* const x_factor = Factor(q, n * s_.in, x[leaf], use.x);
-      backward_weight_.at(n)->Run(q, s_.out, dy_factor, x_factor, nullptr, gradient, use.workspace);
+      Product& weights = *backward_weight_.at(n);
+      const void* const dy_factor = Factor(q, weights, n * s_.out, dy[leaf], use.dy);
+      const void* const x_factor = Factor(q, weights, n * s_.in, x[leaf], use.x);
+      weights.Run(q, s_.out, dy_factor, x_factor, nullptr, gradient, use.workspace);
     };
     if (canonical && KeepsLeaves()) {
       FoldTogether(q, fold, parts.data(), Weights(), use.gradients, dw, product);
@@ -149,9 +151,9 @@ class CudaDense : public Dense {
     FactorScratch(const CudaDense& dense, void* scratch) {
       Parts parts(scratch);
       workspace = parts.Take(kProductWorkspaceBytes);
-      if (dense.is_bf16()) {
-        rounded = parts.TakeBf16(dense.most_rows_ * std::max(dense.s_.in, dense.s_.out));
-      }
+      const int64_t features = std::max(dense.Rounds(*dense.forward_) ? dense.s_.in : 0,
+                                        dense.Rounds(*dense.backward_input_) ? dense.s_.out : 0);
+      if (features > 0) rounded = parts.TakeBf16(dense.most_rows_ * features);
       bytes = parts.taken();
     }
     void* workspace;
@@ -162,7 +164,10 @@ class CudaDense : public Dense {
     WeightScratch(const CudaDense& dense, void* scratch) {
       Parts parts(scratch);
       workspace = parts.Take(kProductWorkspaceBytes);
-      if (dense.is_bf16()) {
+      const bool rounds =
+          std::any_of(dense.backward_weight_.begin(), dense.backward_weight_.end(),
+                      [&](const auto& product) { return dense.Rounds(*product.second); });
+      if (rounds) {
         x = parts.TakeBf16(dense.most_leaf_rows_ * dense.most_leaves_ * dense.s_.in);
         dy = parts.TakeBf16(dense.most_leaf_rows_ * dense.most_leaves_ * dense.s_.out);
       }
@@ -256,10 +261,11 @@ class CudaDense : public Dense {
         ++leaves.count;
         ++next;
       }
-      const void* const dy_factor = Factor(q, leaves.total() * s_.out, dy[first], use.dy);
-      const void* const x_factor = Factor(q, leaves.total() * s_.in, x[first], use.x);
-      backward_weight_.at(n)->RunBatch(q, leaves.count, dy_factor, n * s_.out, x_factor, n * s_.in,
-                                       dw[first], stride, use.workspace);
+      Product& weights = *backward_weight_.at(n);
+      const void* const dy_factor = Factor(q, weights, leaves.total() * s_.out, dy[first], use.dy);
+      const void* const x_factor = Factor(q, weights, leaves.total() * s_.in, x[first], use.x);
+      weights.RunBatch(q, leaves.count, dy_factor, n * s_.out, x_factor, n * s_.in, dw[first],
+                       stride, use.workspace);
       if (s_.bias) ColumnSums(q, leaves, s_.out, dy[first], db[first], stride);
     }
   }
@@ -274,9 +280,12 @@ class CudaDense : public Dense {
     return std::max<int64_t>(1, std::numeric_limits<int32_t>::max() / std::max(s_.in, s_.out));
   }
 
-  // n floats as products take them.
-  const void* Factor(const Queue& q, int64_t n, const float* x, uint16_t* rounded) const {
-    if (!is_bf16()) return x;
+  // Whether its factors are rounded before it.
+  bool Rounds(const Product& product) const { return is_bf16() && !product.takes_floats(); }
+  // n floats as a product takes them.
+  const void* Factor(const Queue& q, const Product& product, int64_t n, const float* x,
+                     uint16_t* rounded) const {
+    if (!Rounds(product)) return x;
     RoundToBf16(q, n, x, rounded);
     return rounded;
   }
@@ -284,6 +293,7 @@ class CudaDense : public Dense {
   absl::Status MakeProducts(Blas& blas, absl::Span<const int64_t> rows) {
     ProductShape base;
     base.factors = FactorsOf(s_.precision);
+    base.floats = true;
     ProductShape shape = base;  // y = x W^T + b
     shape.transpose_b = true;
     shape.m = most_rows_;

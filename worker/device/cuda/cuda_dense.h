@@ -1,4 +1,4 @@
-// Dense on the vendor's matrix products. Thread-safe as worker/device/device.h says: Pack excludes
+// Dense on matrix products. Thread-safe as worker/device/device.h says: Pack excludes
 // the other calls.
 #pragma once
 

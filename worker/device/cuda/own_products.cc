@@ -20,6 +20,9 @@ class OwnProduct : public Product {
     p_.c_row = s.c_row != 0 ? s.c_row : s.n;
     p_.accumulate = s.accumulate;
     p_.relu = s.relu;
+    p_.bf16 = s.factors == Factors::kBf16;
+    p_.a_floats = p_.bf16 && s.floats;
+    p_.b_floats = p_.a_floats && s.transpose_a;
     has_bias_ = s.bias;
   }
 
@@ -41,6 +44,7 @@ class OwnProduct : public Product {
     MultiplySmall(queue, p, a, b, nullptr, c);
   }
 
+  bool takes_floats() const override { return p_.a_floats; }
   std::string algorithm() const override { return "own small product"; }
 
  private:
@@ -73,7 +77,7 @@ bool IsSound(const ProductShape& s) {
 }  // namespace
 
 bool IsOwnProduct(const ProductShape& s) {
-  if (!IsSound(s) || s.factors != Factors::kFp32) return false;
+  if (!IsSound(s) || s.factors == Factors::kTf32) return false;
   if (s.a_row > kMostOwnRow || s.b_row > kMostOwnRow) return false;
   if (!s.transpose_a) return s.n <= kMostOwnWeights / s.k;
   return !s.transpose_b && s.n <= kMostOwnWeights / s.m && s.k <= kMostOwnTerms;
