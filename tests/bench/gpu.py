@@ -3,6 +3,7 @@
 Rows, all with `ratio` above 1 where Lockstep is better and null where there is nothing to compare with:
   gpu/copy/HOW, gpu/product/P      what the GPU reaches (gpu_floor.cu)
   gpu/launch/HOW                   microseconds of a kernel that does nothing, launched again and again
+  gpu/small_product/NAME           microseconds of our product of a small layer; peer: cuBLASLt's
   gpu/kernel/NAME                  GB/s of our kernels whose time is that of moving bytes; fraction_of_floor: of a copy
   train/M/B/P/S                    samples/s of whole steps of model M with batch B in precision P and S shards, on one
                                    slot; peer: PyTorch's best way of that precision; fraction_of_floor: of the matrix
@@ -274,6 +275,9 @@ class Benchmark:
                 self.report.add(f"gpu/product/{row['precision']}", row["tflops"], "TFLOP/s")
             elif row["what"] == "launch":
                 self.report.add(f"gpu/launch/{row['how']}", row["us"], "us")
+            elif row["what"] == "small product":
+                self.report.add(f"gpu/small_product/{row['name']}", row["us"], "us", "cublaslt", row["vendor_us"],
+                                less_is_better=True)
             else:
                 name = f"gpu/kernel/{row['name']}"
                 self.report.add(name, row["gb_per_second"], "GB/s")

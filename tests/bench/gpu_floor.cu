@@ -1,11 +1,13 @@
 // What a GPU can do at best, to judge everything else by: device copies by 16-byte accesses and by
-// cudaMemcpy, matrix products of cuBLASLt in each precision, the time of a launch; and how near to
-// the copy each of our kernels comes whose time is that of moving its bytes. Tensors are larger
-// than any cache, and about 200 MB at least, so that a launch's beginning and end are little of it.
-// Names are unique. A line of JSON each:
+// cudaMemcpy, matrix products of cuBLASLt in each precision, the time of a launch; how long
+// products of small layers take, ours and cuBLASLt's; and how near to the copy each of our kernels
+// comes whose time is that of moving its bytes. Their tensors are larger than any cache, and about
+// 200 MB at least, so that a launch's beginning and end are little of it. Names are unique. A line
+// of JSON each:
 //   {"what": "copy", "how": "kernel", "gb_per_second": 4300}         bytes read and bytes written
 //   {"what": "product", "precision": "bf16", "tflops": 790}          of 8192 x 8192 x 8192, random
 //   {"what": "launch", "how": "graph", "us": 1.3}
+//   {"what": "small product", ...}                                   gpu_products.h
 //   {"what": "kernel", "name": "TreeSum", ..., "gb_per_second": 4100, "of_copy": 0.95}
 // The best of several bursts, since whatever disturbs one can only make it slower.
 //   gpu_floor [seconds of each figure, default 0.02]
@@ -20,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/bench/gpu_products.h"
 #include "worker/device/cuda/kernels.h"
 
 namespace lockstep::device::cuda {
@@ -449,6 +452,7 @@ int main(int argc, char** argv) {
   }
   lockstep::device::cuda::Floor floor(seconds);
   floor.Machine();
+  const int failed = lockstep::device::cuda::PrintSmallProducts(500 * seconds);
   floor.Kernels();
-  return lockstep::device::cuda::failures == 0 ? 0 : 1;
+  return lockstep::device::cuda::failures + failed == 0 ? 0 : 1;
 }
