@@ -179,19 +179,21 @@ TEST_F(ProductsTest, RoundOnTheWay) {
 
 // The tile, which the number of rows chooses, does not change a row's bits.
 TEST_F(ProductsTest, RowsDoNotDependOnTheirNumber) {
-  constexpr int64_t kN = 132, kK = 140, kMost = 8500;
+  constexpr int64_t kN = 132, kMost = 8500;
   for (const bool transpose_b : {false, true}) {
-    for (const Given given : kAllGiven) {
-      SmallProduct p = ProductOf(false, transpose_b, given, kMost, kN, kK);
-      const Factor a(kMost * kK, 7, p.bf16, p.a_floats), b(kN * kK, 8, p.bf16, p.b_floats);
+    for (const Given given : {Given::kFp32, Given::kBf16}) {
+      // Of nine stages: the first slice has two of them.
+      const int64_t k = given == Given::kFp32 ? 140 : 260;
+      SmallProduct p = ProductOf(false, transpose_b, given, kMost, kN, k);
+      const Factor a(kMost * k, 7, p.bf16, p.a_floats), b(kN * k, 8, p.bf16, p.b_floats);
       const std::vector<float> whole = Multiply(p, a.From(0), b.From(0));
       // From the smallest tile to the largest, and on either side of each step.
-      for (const int64_t m : {1, 2, 15, 17, 100, 224, 225, 256, 1664, 1665, 8384, 8385}) {
+      for (const int64_t m : {1, 15, 17, 224, 225, 1664, 1665, 8384, 8385}) {
         p.m = m;
         SCOPED_TRACE(Describe(p));
         const int64_t first = m % 7 * 4;
         const auto begin = whole.begin() + first * kN;
-        EXPECT_TRUE(SameBytes(Multiply(p, a.From(first * kK), b.From(0)),
+        EXPECT_TRUE(SameBytes(Multiply(p, a.From(first * k), b.From(0)),
                               std::vector<float>(begin, begin + m * kN)));
       }
     }

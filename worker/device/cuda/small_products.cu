@@ -1,11 +1,11 @@
 // Matrix products of small layers: blocks of a few rows and columns, so that a hundred rows are
 // enough for a whole GPU, whose warps share the sum between them.
 //
-// Order, which is all that bits depend on: the k terms are cut into units of half a stage, the
-// units into slices, as many as k says (SlicesOf). A slice is one chain, of FMAs or of the tensor
-// core's products, in the order of its terms, its last unit filled up with zeros; slices are added
-// in their order. In small tiles every slice has a warp of its own, in large ones warps take one
-// slice behind the other: tiles do not matter, nor how many rows there are.
+// Order, which is all that bits depend on: the k terms are cut into stages, filled up with zeros,
+// and the stages into slices, as many as k says (SlicesOf). A slice is one chain, of FMAs or of the
+// tensor core's products, in the order of its terms; slices are added in their order. In small
+// tiles every slice has a warp of its own, in large ones warps take one slice behind the other:
+// tiles do not matter, nor how many rows there are.
 #include <algorithm>
 #include <type_traits>
 
@@ -27,12 +27,9 @@ struct Fp32 {
   using Quad = float4;
   static __device__ __forceinline__ Quad Round(float4 v) { return v; }
 };
-template <class Factor>
-constexpr int kUnit = Factor::kDepth / 2;  // terms
 
 constexpr int kMostSlices = 8;
-// At least a stage each, where k has that.
-int SlicesOf(int units) { return std::clamp(units / 2, 1, kMostSlices); }
+int SlicesOf(int stages) { return std::min(stages, kMostSlices); }
 
 // What a product is to its kernel.
 struct Problem {
@@ -41,11 +38,14 @@ struct Problem {
   int64_t c_row;
   int64_t a_stride, b_stride, c_stride;
   int column_tiles;
-  int units, slices;
-  bool wide_c;  // taken by four
+  int stages, slices;  // of the sum
+  int least, longer;   // stages of a slice; the first slices, which have one more
+  bool wide_c;         // taken by four
   bool accumulate, relu;
 
-  __device__ __forceinline__ int FirstUnit(int slice) const { return units * slice / slices; }
+  __device__ __forceinline__ int FirstStage(int slice) const {
+    return least * slice + min(slice, longer);
+  }
 };
 
 // ---- stages of factors.
@@ -57,67 +57,88 @@ template <class Factor, class T, int kCount, bool kByTerms, bool kWide, int kThr
 class Operand {
  public:
   static constexpr bool kTermByTerm = kByTerms;
-  static constexpr int kBytes = kCount * kRowBytes;
+  // Of a stored row in the stage, with one piece of 16 bytes to spare where a piece of eight rows
+  // is read at once: they are then in different banks.
+  static constexpr int kPitch =
+      !kByTerms ? kRowBytes + 16
+                : kCount * kRowBytes / Factor::kDepth + (std::is_same_v<Factor, Fp32> ? 0 : 16);
+  static constexpr int kBytes = (kByTerms ? Factor::kDepth : kCount) * kPitch;
 
   // `from`: the first of the kCount in memory, of which there are `count`; `row` elements from a
-  // stored row to the next. Others than these are loaded as any of them: nobody asks for their
-  // sums.
+  // stored row to the next. In place of what there is none of the last is loaded, whose sums nobody
+  // asks for.
   __device__ __forceinline__ Operand(const T* __restrict__ from, int row, int count, int thread)
-      : from_(from), row_(row), own_(thread / kAcross), quad_(thread % kAcross), count_(count) {
-    if constexpr (kByTerms) {
-      from_ += own_ * row + (kWide ? min(quad_ * 4, count - 4) : quad_ * 4);
-    } else {
-      from_ += quad_ * 4;
-    }
+      : from_(reinterpret_cast<const char*>(from)),
+        row_bytes_(static_cast<uint32_t>(row) * sizeof(T)),
+        own_(OwnRow(thread / kAcross)),
+        quad_(thread % kAcross),
+        count_(count) {
+    if constexpr (kByTerms) from_ += (kWide ? min(quad_ * 4, count - 4) : quad_ * 4) * sizeof(T);
   }
 
-  // Terms [term, end), and zeros up to the whole stage.
-  __device__ __forceinline__ void Load(int term, int end) {
-    const T* const from = from_ + (kByTerms ? static_cast<int64_t>(term) * row_ : term);
+  // The terms from `term` on, of k, to be stored with zeros behind them.
+  __device__ __forceinline__ void Load(int term, int k) {
+    left_ = k - term;
+    if constexpr (kByTerms) {
+      const char* const from = from_ + static_cast<uint64_t>(term) * row_bytes_;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int stored_row = own_ + i * kApart;
-      if constexpr (kByTerms) {
-        const int present = kWide ? 4 : count_ - quad_ * 4;
-        next_[i] =
-            LoadStored<kWide>(from + i * kApart * row_, stored_row < end - term ? present : 0);
-      } else {
-        next_[i] =
-            LoadStored<kWide>(from + min(stored_row, count_ - 1) * row_, end - term - quad_ * 4);
+      for (int i = 0; i < kLoads; ++i) {
+        const int stored_row = own_ + i * kApart;
+        next_[i] = LoadQuad(from + min(stored_row, left_ - 1) * row_bytes_,
+                            stored_row < left_ ? count_ - quad_ * 4 : 0);
+      }
+    } else {
+      const int at = term + quad_ * 4;
+      const char* const from =
+          from_ + static_cast<uint32_t>(kWide ? min(at, k - 4) : at) * sizeof(T);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        next_[i] = LoadQuad(from + min(own_ + i * kApart, count_ - 1) * row_bytes_, k - at);
       }
     }
   }
 
-  __device__ __forceinline__ void Store(char* stage) const {
-    constexpr int kBytesOfQuad = sizeof(typename Factor::Quad), kQuadsOfPiece = 16 / kBytesOfQuad;
+  __device__ __forceinline__ void Store(char* stage) {
+    if (kWide && left_ < Factor::kDepth) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if ((kByTerms ? own_ + i * kApart : quad_ * 4) >= left_) next_[i] = {};
+      }
+    }
+    char* const to = stage + PlaceOf(own_, 0) + quad_ * static_cast<int>(sizeof(Quad));
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int place = PlaceOf(i * kApart / 8 * 8, own_ + i * kApart % 8, quad_ / kQuadsOfPiece);
-      *reinterpret_cast<typename Factor::Quad*>(
-          stage + place + quad_ % kQuadsOfPiece * kBytesOfQuad) = Factor::Round(next_[i]);
+      *reinterpret_cast<Quad*>(to + PlaceOf(i * kApart, 0)) = Factor::Round(next_[i]);
     }
   }
 
-  // Where 16 bytes of a stored row stand in the stage; the row as a multiple of 8 and the rest,
-  // which alone says how pieces are exchanged.
-  static __device__ __forceinline__ int PlaceOf(int eights, int rest, int piece) {
-    constexpr int kPieces = kByTerms ? kBytes / Factor::kDepth / 16 : kRowBytes / 16;
-    // Floats by terms are read row by row, which needs no exchange.
-    constexpr bool kExchanged = !kByTerms || !std::is_same_v<Factor, Fp32>;
-    return (eights * kPieces + rest * kPieces +
-            (kExchanged ? PieceOf<kPieces>(rest, piece) : piece)) *
-           16;
+  // Where 16 bytes of a stored row stand in the stage.
+  static __device__ __forceinline__ int PlaceOf(int stored_row, int piece) {
+    return stored_row * kPitch + piece * 16;
   }
 
  private:
+  using Quad = typename Factor::Quad;
   static constexpr int kAcross = kByTerms ? kCount / 4 : Factor::kQuads;  // quads of a stored row
   static constexpr int kApart =
       kThreads / kAcross;  // stored rows, from one of a thread to the next
   static constexpr int kLoads = kCount * Factor::kQuads / kThreads;
   static_assert(kThreads % kAcross == 0 && kCount * Factor::kQuads % kThreads == 0);
 
-  const T* __restrict__ from_;
-  const int row_, own_, quad_, count_;
+  // Rows of terms that are written at once are four apart, which is in different banks.
+  static __device__ __forceinline__ int OwnRow(int index) {
+    if constexpr (kByTerms || kApart % 8 != 0) return index;
+    return index / 8 * 8 + index % 2 * 4 + index % 8 / 2;
+  }
+  // Four of which `present` are there; all, if they are wide.
+  static __device__ __forceinline__ Four<T> LoadQuad(const char* from, int present) {
+    return LoadStored<kWide>(reinterpret_cast<const T*>(from), kWide ? 4 : present);
+  }
+
+  const char* from_;
+  const uint32_t row_bytes_;
+  const int own_, quad_, count_;
+  int left_ = 0;
   Four<T> next_[kLoads];
 };
 
@@ -166,11 +187,10 @@ class FmaSums {
   }
 
   __device__ __forceinline__ void Multiply(const char* stage_a, const char* stage_b, int row,
-                                           int column, int unit) {
-    constexpr int kPieces = kUnit<Fp32> / 4;
+                                           int column) {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      MultiplyPiece(stage_a, stage_b, row, column, unit * kPieces + piece);
+    for (int piece = 0; piece < Fp32::kDepth / 4; ++piece) {
+      MultiplyPiece(stage_a, stage_b, row, column, piece);
     }
   }
 
@@ -209,7 +229,7 @@ class FmaSums {
   template <class Side, int kOwn, int kNeighbours, int kLanes>
   static __device__ __forceinline__ void LoadTerm(const char* stage, int first, int term,
                                                   float* to) {
-    const char* const from = stage + Side::PlaceOf(term, 0, 0) + first * 4;
+    const char* const from = stage + Side::PlaceOf(term, 0) + first * 4;
 #pragma unroll
     for (int i = 0; i < kOwn; i += kNeighbours) {
       if constexpr (kNeighbours == 4) {
@@ -228,7 +248,7 @@ class FmaSums {
     if constexpr (!A::kTermByTerm) {
 #pragma unroll
       for (int i = 0; i < kDown; ++i) {
-        Unpack(*reinterpret_cast<const float4*>(stage_a + A::PlaceOf(row + i * 8, Down(), piece)),
+        Unpack(*reinterpret_cast<const float4*>(stage_a + A::PlaceOf(row + OwnRow(i), piece)),
                a[i]);
       }
     }
@@ -256,9 +276,8 @@ class FmaSums {
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
         float b[4];
-        // Four columns are half of what an exchange is the same for.
-        const int eights = column + j / 2 * 8, rest = Across() + j % 2 * 4;
-        Unpack(*reinterpret_cast<const float4*>(stage_b + B::PlaceOf(eights, rest, piece)), b);
+        Unpack(*reinterpret_cast<const float4*>(stage_b + B::PlaceOf(column + OwnColumn(j), piece)),
+               b);
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
 #pragma unroll
@@ -311,41 +330,10 @@ class TensorSums {
     }
   }
 
-  // A unit is the depth of one product.
   __device__ __forceinline__ void Multiply(const char* stage_a, const char* stage_b, int row,
-                                           int column, int unit) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int matrix = lane / 8, own = lane % 8;
-    uint4 a[kDown];
+                                           int column) {
 #pragma unroll
-    for (int i = 0; i < kDown; ++i) {
-      // Matrices: rows 0-7 and 8-15 of terms 0-7, then of terms 8-15.
-      const int first = row + i * 16;
-      if constexpr (A::kTermByTerm) {
-        a[i] = LoadMatricesTransposed(
-            stage_a + A::PlaceOf(unit * 16 + matrix / 2 * 8, own, first / 8 + matrix % 2));
-      } else {
-        a[i] =
-            LoadMatrices(stage_a + A::PlaceOf(first + matrix % 2 * 8, own, unit * 2 + matrix / 2));
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kAcross; j += 2) {
-      // Matrices: terms 0-7 and 8-15 of columns 0-7, then of columns 8-15.
-      const int first = column + j * 8;
-      uint4 b;
-      if constexpr (B::kTermByTerm) {
-        b = LoadMatricesTransposed(
-            stage_b + B::PlaceOf(unit * 16 + matrix % 2 * 8, own, first / 8 + matrix / 2));
-      } else {
-        b = LoadMatrices(stage_b + B::PlaceOf(first + matrix / 2 * 8, own, unit * 2 + matrix % 2));
-      }
-#pragma unroll
-      for (int i = 0; i < kDown; ++i) {
-        MultiplyBf16(sums_[i][j], a[i], b.x, b.y);
-        MultiplyBf16(sums_[i][j + 1], a[i], b.z, b.w);
-      }
-    }
+    for (int half = 0; half < 2; ++half) MultiplyHalf(stage_a, stage_b, row, column, half);
   }
 
   template <int kPitch>
@@ -368,6 +356,44 @@ class TensorSums {
 
  private:
   static constexpr int kDown = kRows / 16, kAcross = kColumns / 8;
+
+  // The depth of one of the instruction's products.
+  __device__ __forceinline__ void MultiplyHalf(const char* stage_a, const char* stage_b, int row,
+                                               int column, int half) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int matrix = lane / 8, own = lane % 8;
+    uint4 a[kDown];
+#pragma unroll
+    for (int i = 0; i < kDown; ++i) {
+      // Matrices: rows 0-7 and 8-15 of terms 0-7, then of terms 8-15.
+      const int first = row + i * 16;
+      if constexpr (A::kTermByTerm) {
+        a[i] = LoadMatricesTransposed(
+            stage_a + A::PlaceOf(half * 16 + matrix / 2 * 8 + own, first / 8 + matrix % 2));
+      } else {
+        a[i] =
+            LoadMatrices(stage_a + A::PlaceOf(first + matrix % 2 * 8 + own, half * 2 + matrix / 2));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAcross; j += 2) {
+      // Matrices: terms 0-7 and 8-15 of columns 0-7, then of columns 8-15.
+      const int first = column + j * 8;
+      uint4 b;
+      if constexpr (B::kTermByTerm) {
+        b = LoadMatricesTransposed(
+            stage_b + B::PlaceOf(half * 16 + matrix % 2 * 8 + own, first / 8 + matrix / 2));
+      } else {
+        b = LoadMatrices(stage_b + B::PlaceOf(first + matrix / 2 * 8 + own, half * 2 + matrix % 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+        MultiplyBf16(sums_[i][j], a[i], b.x, b.y);
+        MultiplyBf16(sums_[i][j + 1], a[i], b.z, b.w);
+      }
+    }
+  }
+
   float sums_[kDown][kAcross][4];
 };
 
@@ -382,23 +408,8 @@ struct Tile {
   static constexpr bool kSerial = kSerialOf;
   static constexpr int kGroup = kDown * kAcross * kWarp;  // threads
   static constexpr int kMostThreads = kSerial ? kGroup : kMostSlices * kWarp;
-  static constexpr int kStage = (kRows + kColumns) * kRowBytes;
   static_assert(kSerial || kGroup == kWarp);
-
-  // Of a group: two stages, then, where slices follow each other, the sum of those before. All of
-  // it is its sums behind the last product.
-  static constexpr int kKeptAt = 2 * kStage;
-  template <int kPitch>
-  static constexpr int kGroupBytes =
-      std::max(kKeptAt + (kSerial ? kRows * kColumns * static_cast<int>(sizeof(float)) : 0),
-               kRows* kPitch* static_cast<int>(sizeof(float)));
 };
-
-template <class Factor, class FactorA, class FactorB, class T>
-using WarpSums =
-    std::conditional_t<std::is_same_v<Factor, Fp32>,
-                       FmaSums<FactorA, FactorB, T::kRows / T::kDown, T::kColumns / T::kAcross>,
-                       TensorSums<FactorA, FactorB, T::kRows / T::kDown, T::kColumns / T::kAcross>>;
 
 // How A and B are stored (op() as in ProductShape).
 template <bool kTransposeAOf, bool kTransposeBOf>
@@ -406,10 +417,32 @@ struct Layout {
   static constexpr bool kTransposeA = kTransposeAOf, kTransposeB = kTransposeBOf;
 };
 
-// Blocks of a multiprocessor that there are to be registers for.
-template <bool kWide, class L, class T>
-constexpr int kBlocksAtOnce = T::kSerial ? (kWide && !L::kTransposeB ? 4 : 3)
-                                         : (kWide&& T::kRows* T::kColumns <= 512 ? 2 : 1);
+template <class FactorOf, class A, class B, bool kWide, class L, class T>
+struct Instance {
+  using Factor = FactorOf;
+  using Stored = L;
+  using Shape = T;
+  using TypeA = A;
+  using TypeB = B;
+  using OperandA = Operand<Factor, A, T::kRows, L::kTransposeA, kWide, T::kGroup>;
+  using OperandB = Operand<Factor, B, T::kColumns, !L::kTransposeB, kWide, T::kGroup>;
+  static constexpr int kWarpRows = T::kRows / T::kDown, kWarpColumns = T::kColumns / T::kAcross;
+  using Sums = std::conditional_t<std::is_same_v<Factor, Fp32>,
+                                  FmaSums<OperandA, OperandB, kWarpRows, kWarpColumns>,
+                                  TensorSums<OperandA, OperandB, kWarpRows, kWarpColumns>>;
+  // Of a multiprocessor that there are to be registers for.
+  static constexpr int kBlocks = T::kSerial ? (!kWide           ? 2
+                                               : L::kTransposeB ? 3
+                                                                : 4)
+                                            : (kWide && T::kRows * T::kColumns <= 512 ? 2 : 1);
+  // A group's shared memory: two stages, then, where slices follow each other, the sum of those
+  // before. All of it is for its sums behind the last product.
+  static constexpr int kStage = OperandA::kBytes + OperandB::kBytes;
+  static constexpr int kKeptAt = 2 * kStage;
+  static constexpr int kPitch = T::kColumns + Sums::kPad;
+  static constexpr int kGroupBytes =
+      std::max(kKeptAt + (T::kSerial ? T::kRows * T::kColumns * 4 : 0), T::kRows* kPitch * 4);
+};
 
 // As LoadFour, of memory that the kernel writes.
 __device__ __forceinline__ float4 LoadResult(bool wide, const float* p, int count) {
@@ -417,28 +450,26 @@ __device__ __forceinline__ float4 LoadResult(bool wide, const float* p, int coun
   return make_float4(p[0], count > 1 ? p[1] : 0, count > 2 ? p[2] : 0, count > 3 ? p[3] : 0);
 }
 
-template <class Factor, class TypeA, class TypeB, bool kWide, class L, class T>
-__global__ void __launch_bounds__(T::kMostThreads, kBlocksAtOnce<kWide, L, T>)
-    MultiplyTiles(Problem p, const TypeA* __restrict__ a, const TypeB* __restrict__ b,
-                  const float* __restrict__ bias, float* __restrict__ c) {
-  using FactorA = Operand<Factor, TypeA, T::kRows, L::kTransposeA, kWide, T::kGroup>;
-  using FactorB = Operand<Factor, TypeB, T::kColumns, !L::kTransposeB, kWide, T::kGroup>;
-  using Sums = WarpSums<Factor, FactorA, FactorB, T>;
-  constexpr int kPitch = T::kColumns + Sums::kPad;
-  constexpr int kGroupBytes = T::template kGroupBytes<kPitch>;
+template <class I>
+__global__ void __launch_bounds__(I::Shape::kMostThreads, I::kBlocks)
+    MultiplyTiles(Problem p, const typename I::TypeA* __restrict__ a,
+                  const typename I::TypeB* __restrict__ b, const float* __restrict__ bias,
+                  float* __restrict__ c) {
+  using T = typename I::Shape;
+  using L = typename I::Stored;
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / T::kGroup, member = thread % T::kGroup;
-  char* const stages = SharedMemory<char>() + group * kGroupBytes;
+  char* const stages = SharedMemory<char>() + group * I::kGroupBytes;
 
   const int first_row = static_cast<int>(blockIdx.x) / p.column_tiles * T::kRows;
   const int first_column = static_cast<int>(blockIdx.x) % p.column_tiles * T::kColumns;
   const int64_t product = blockIdx.z;
   a += product * p.a_stride + (L::kTransposeA ? 1 : int64_t{p.a_row}) * first_row;
   b += product * p.b_stride + (L::kTransposeB ? int64_t{p.b_row} : 1) * first_column;
-  FactorA next_a(a, p.a_row, p.m - first_row, member);
-  FactorB next_b(b, p.b_row, p.n - first_column, member);
-  const int warp_row = member / kWarp % T::kDown * (T::kRows / T::kDown);
-  const int warp_column = member / kWarp / T::kDown * (T::kColumns / T::kAcross);
+  typename I::OperandA next_a(a, p.a_row, p.m - first_row, member);
+  typename I::OperandB next_b(b, p.b_row, p.n - first_column, member);
+  const int warp_row = member / kWarp % T::kDown * I::kWarpRows;
+  const int warp_column = member / kWarp / T::kDown * I::kWarpColumns;
 
   const auto synchronize = [] {
     if constexpr (T::kSerial) {
@@ -447,55 +478,47 @@ __global__ void __launch_bounds__(T::kMostThreads, kBlocksAtOnce<kWide, L, T>)
       __syncwarp();
     }
   };
-  const auto load = [&](int unit, int end) {
-    const int end_term = min(p.k, end * kUnit<Factor>);
-    next_a.Load(unit * kUnit<Factor>, end_term);
-    next_b.Load(unit * kUnit<Factor>, end_term);
+  const auto load = [&](int at) {
+    next_a.Load(at * I::Factor::kDepth, p.k);
+    next_b.Load(at * I::Factor::kDepth, p.k);
   };
   const auto store = [&](char* stage) {
     next_a.Store(stage);
-    next_b.Store(stage + FactorA::kBytes);
+    next_b.Store(stage + I::OperandA::kBytes);
   };
 
-  // Slices lie one behind the other, so that the next stage may be the first of the next slice.
-  int slice = T::kSerial ? 0 : group;
-  const int last_slice = T::kSerial ? p.slices - 1 : group;
-  int unit = p.FirstUnit(slice), end = p.FirstUnit(slice + 1);
-  Sums sums;
+  typename I::Sums sums;
   sums.Clear();
-  float4* const kept = reinterpret_cast<float4*>(stages + T::kKeptAt) + member;
-  char *stage = stages, *other = stages + T::kStage;
-  load(unit, end);
+  float4* const kept = reinterpret_cast<float4*>(stages + I::kKeptAt) + member;
+  char *stage = stages, *other = stages + I::kStage;
+  const auto multiply = [&] {
+    sums.Multiply(stage, stage + I::OperandA::kBytes, warp_row, warp_column);
+  };
+  int slice = T::kSerial ? 0 : group, end = p.FirstStage(slice + 1);
+  int at = p.FirstStage(slice);
+  const int last = T::kSerial ? p.stages - 1 : end - 1;
+  load(at);
   store(stage);
   synchronize();
-  while (true) {
-    const bool ends_slice = unit + 2 >= end, is_last = ends_slice && slice == last_slice;
-    const int next = ends_slice ? end : unit + 2;
-    const int next_end = ends_slice && !is_last ? p.FirstUnit(slice + 2) : end;
-    if (!is_last) load(next, next_end);
-    sums.Multiply(stage, stage + FactorA::kBytes, warp_row, warp_column, 0);
-    if (unit + 1 < end) {
-      sums.Multiply(stage, stage + FactorA::kBytes, warp_row, warp_column, 1);
-    }
-    if (T::kSerial && ends_slice) {
+  for (; at < last; ++at) {
+    load(at + 1);
+    multiply();
+    if (T::kSerial && at + 1 == end) {
       if (slice > 0) sums.AddTo(kept, T::kGroup);
-      if (!is_last) {
-        sums.Keep(kept, T::kGroup);
-        sums.Clear();
-      }
+      sums.Keep(kept, T::kGroup);
+      sums.Clear();
+      end = p.FirstStage(++slice + 1);
     }
-    if (is_last) break;
     store(other);
     synchronize();
     char* const present = stage;
     stage = other;
     other = present;
-    slice += ends_slice ? 1 : 0;
-    unit = next;
-    end = next_end;
   }
+  multiply();
+  if (T::kSerial && slice > 0) sums.AddTo(kept, T::kGroup);
   synchronize();  // behind the last products
-  sums.template Hand<kPitch>(reinterpret_cast<float*>(stages), warp_row, warp_column);
+  sums.template Hand<I::kPitch>(reinterpret_cast<float*>(stages), warp_row, warp_column);
   __syncthreads();
 
   // The slices' sums, added in their order.
@@ -506,10 +529,10 @@ __global__ void __launch_bounds__(T::kMostThreads, kBlocksAtOnce<kWide, L, T>)
     const int row = i / kAcross, column = i % kAcross * 4;
     const int left = p.n - first_column - column;
     if (first_row + row >= p.m || left <= 0) continue;
-    const char* from = SharedMemory<char>() + (row * kPitch + column) * 4;
+    const char* from = SharedMemory<char>() + (row * I::kPitch + column) * 4;
     float4 sum = *reinterpret_cast<const float4*>(from);
     for (int g = 1; g < groups; ++g) {
-      from += kGroupBytes;
+      from += I::kGroupBytes;
       const float4 more = *reinterpret_cast<const float4*>(from);
       sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
     }
@@ -533,16 +556,15 @@ constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;  // of a grid's first di
 constexpr int kMostProducts = 65535;                     // and of its third
 constexpr int64_t kMostRows = int64_t{1} << 30;          // of a launch: 32 bits count them
 
-template <class Factor, class TypeA, class TypeB, bool kWide, class L, class T>
-void LaunchTiles(const Queue& q, Problem p, int64_t m, int count, const TypeA* a, const TypeB* b,
-                 const float* bias, float* c) {
-  using FactorA = Operand<Factor, TypeA, T::kRows, L::kTransposeA, kWide, T::kGroup>;
-  using FactorB = Operand<Factor, TypeB, T::kColumns, !L::kTransposeB, kWide, T::kGroup>;
-  constexpr int kPitch = T::kColumns + WarpSums<Factor, FactorA, FactorB, T>::kPad;
-  const auto kernel = MultiplyTiles<Factor, TypeA, TypeB, kWide, L, T>;
+template <class I>
+void LaunchTiles(const Queue& q, Problem p, int64_t m, int count, const typename I::TypeA* a,
+                 const typename I::TypeB* b, const float* bias, float* c) {
+  using T = typename I::Shape;
+  constexpr bool kTransposeA = I::Stored::kTransposeA;
+  const auto kernel = MultiplyTiles<I>;
   p.column_tiles = static_cast<int>(CeilDiv(p.n, T::kColumns));
   const int groups = T::kSerial ? 1 : p.slices;
-  const size_t shared = static_cast<size_t>(groups) * T::template kGroupBytes<kPitch>;
+  const size_t shared = static_cast<size_t>(groups) * I::kGroupBytes;
   AllowShared(kernel, shared);
   const int64_t most = std::min(kMostRows, kMostBlocks / p.column_tiles * T::kRows);
   for (int first = 0; first < count; first += kMostProducts) {
@@ -551,7 +573,7 @@ void LaunchTiles(const Queue& q, Problem p, int64_t m, int count, const TypeA* a
       const dim3 grid(static_cast<uint32_t>(CeilDiv(p.m, T::kRows) * p.column_tiles), 1,
                       static_cast<uint32_t>(std::min(count - first, kMostProducts)));
       Launch(q, grid, dim3(static_cast<uint32_t>(groups * T::kGroup)), shared, kernel, p,
-             a + first * p.a_stride + (L::kTransposeA ? 1 : p.a_row) * row, b + first * p.b_stride,
+             a + first * p.a_stride + (kTransposeA ? 1 : p.a_row) * row, b + first * p.b_stride,
              bias, c + first * p.c_stride + row * p.c_row);
     }
   }
@@ -571,7 +593,8 @@ void MultiplyBy(const Queue& q, const SmallProduct& s, const Problem& p, const T
     return CeilDiv(s.m, rows) * CeilDiv(s.n, columns) * s.count;
   };
   const auto launch = [&](auto tile) {
-    LaunchTiles<Factor, TypeA, TypeB, kWide, L, decltype(tile)>(q, p, s.m, s.count, a, b, bias, c);
+    LaunchTiles<Instance<Factor, TypeA, TypeB, kWide, L, decltype(tile)>>(q, p, s.m, s.count, a, b,
+                                                                          bias, c);
   };
   constexpr int64_t kMultiprocessors = 132;  // of any GPU: the tile does not change a bit
   if (tiles(64, 64) >= 3 * kMultiprocessors) return launch(Tile<64, 64, 2, 2, true>());
@@ -591,7 +614,8 @@ void MultiplyAs(const Queue& q, const SmallProduct& s, const void* untyped_a, co
                 const float* bias, float* c) {
   const auto* const a = static_cast<const TypeA*>(untyped_a);
   const auto* const b = static_cast<const TypeB*>(untyped_b);
-  const auto units = static_cast<int>(CeilDiv(s.k, kUnit<Factor>));
+  const auto stages = static_cast<int>(CeilDiv(s.k, Factor::kDepth));
+  const int slices = SlicesOf(stages);
   const Problem p = {0,
                      static_cast<int>(s.n),
                      static_cast<int>(s.k),
@@ -602,8 +626,10 @@ void MultiplyAs(const Queue& q, const SmallProduct& s, const void* untyped_a, co
                      s.b_stride,
                      s.c_stride,
                      0,
-                     units,
-                     SlicesOf(units),
+                     stages,
+                     slices,
+                     stages / slices,
+                     stages % slices,
                      IsWide(c, s.n, s.c_row, s.c_stride),
                      s.accumulate,
                      s.relu};

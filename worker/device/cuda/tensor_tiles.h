@@ -31,15 +31,6 @@ struct Bf16 {
   }
 };
 
-// In a row of kPieces 16-byte pieces of a tile, where one stands: eight rows of one piece, which an
-// instruction loads, are in different banks.
-template <int kPieces>
-__device__ __forceinline__ int PieceOf(int row, int piece) {
-  if constexpr (kPieces % 8 == 0) return piece ^ (row & 7);
-  if constexpr (kPieces % 8 == 4) return piece ^ (row >> 1 & 3);
-  return piece ^ (row >> 2 & 1);
-}
-
 // Four neighbours as they are stored.
 template <class T>
 using Four = std::conditional_t<sizeof(T) == sizeof(float), float4, uint2>;

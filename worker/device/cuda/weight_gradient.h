@@ -25,6 +25,14 @@ struct WeightGradient {
   Divisor by_width, by_height;        // of the output
 };
 
+// In a row of kPieces 16-byte pieces: as PieceAt, for rows of any length.
+template <int kPieces>
+__device__ __forceinline__ int PieceOf(int row, int piece) {
+  if constexpr (kPieces % 8 == 0) return piece ^ (row & 7);
+  if constexpr (kPieces % 8 == 4) return piece ^ (row >> 1 & 3);
+  return piece ^ (row >> 2 & 1);
+}
+
 constexpr int kSpan = 128;  // places whose windows are looked up at once
 
 // Of a place of the leaf, below `end`: its window's begin in x, in 64 bits, and the taps that are
