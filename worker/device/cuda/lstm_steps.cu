@@ -110,12 +110,10 @@ __global__ void __launch_bounds__(kUnits* kSlices, 1) ForwardWalk(const LstmWalk
   };
   float4 held[kHeld / 4][kGates];
 #pragma unroll
-  for (int i = 0; i < kHeld / 4; ++i) {
+  for (int gate = 0; gate < kGates; ++gate) {  // a lane's terms of it are one line of the cache
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) held[i][gate] = weight_quad(gate, 4 * i);
-  }
-  for (int i = 0; i < (kTerms - kHeld) / 4; ++i) {
-    for (int gate = 0; gate < kGates; ++gate) {
+    for (int i = 0; i < kHeld / 4; ++i) held[i][gate] = weight_quad(gate, 4 * i);
+    for (int i = 0; i < (kTerms - kHeld) / 4; ++i) {
       weights[(i * kGates + gate) * threads + static_cast<int>(threadIdx.x)] =
           weight_quad(gate, kHeld + 4 * i);
     }
@@ -270,9 +268,9 @@ __global__ void __launch_bounds__(kUnits* kSlices, 1) BackwardWalk(const LstmWal
   }
 }
 
-// ---- bf16, on tensor cores: the weights are the first factor, all in registers, and the samples'
-// states the columns of the second, eight of an instruction. Where kRows is 4, four of them are
-// none, and the lanes that would have these take over half of the others' cells.
+// ---- bf16, on tensor cores: the weights are the first factor, nearly all in registers, and the
+// samples' states the columns of the second, eight of an instruction. Where kRows is 4, four of
+// them are none, and the lanes that would have these take over half of the others' cells.
 constexpr int kColumns = 8;
 // Of a warp's tiles of weights, those that its registers hold: nearly all of 128 units'.
 template <int kUnits>
@@ -283,6 +281,12 @@ template <int kUnits>
 constexpr int kHeldTilesForward = std::min(kTilesForward<kUnits>, 14);
 template <int kUnits>
 constexpr int kHeldTilesBackward = std::min(kTilesBackward<kUnits>, 26);
+// What a sample hands to its next step; from a sample to the next, so that what lanes read at once
+// is in different banks: 16 bytes of two samples forward, of eight backward.
+template <int kUnits>
+constexpr int kSampleForward = kUnits % 64 == 32 ? kUnits : kUnits + 32;
+template <int kUnits>
+constexpr int kSampleBackward = kGates* kUnits + 8;
 
 // The row of a lane's cell j, of kRows / 4, behind a block's first.
 template <int kRows>
@@ -297,11 +301,17 @@ __device__ __forceinline__ float SumOfCell(float even, float odd, int t, int j) 
   const float other = __shfl_xor_sync(kAllLanes, odd, 2);
   return t < 2 ? even : other;
 }
-// Two terms of the weights as an instruction takes them, zero where there are none.
-__device__ __forceinline__ uint32_t TwoTerms(const uint16_t* low, bool has_low,
-                                             const uint16_t* high, bool has_high) {
-  const uint32_t first = has_low ? __ldg(low) : 0u, second = has_high ? __ldg(high) : 0u;
-  return first | second << 16;
+// Neighbours, of which those from `count` on are none (0); wide: they lie right for one access, and
+// are all or none.
+__device__ __forceinline__ uint32_t LoadTwo(const uint16_t* p, int count, bool wide) {
+  if (wide) return count > 0 ? __ldg(reinterpret_cast<const uint32_t*>(p)) : 0u;
+  const uint32_t low = count > 0 ? __ldg(p) : 0u, high = count > 1 ? __ldg(p + 1) : 0u;
+  return low | high << 16;
+}
+__device__ __forceinline__ uint4 LoadEight(const uint16_t* p, int count, bool wide) {
+  if (wide && count > 0) return __ldg(reinterpret_cast<const uint4*>(p));
+  return make_uint4(LoadTwo(p, count, false), LoadTwo(p + 2, count - 2, false),
+                    LoadTwo(p + 4, count - 4, false), LoadTwo(p + 6, count - 6, false));
 }
 __device__ __forceinline__ void FillWithZeros(uint16_t* p, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x))
@@ -309,9 +319,12 @@ __device__ __forceinline__ void FillWithZeros(uint16_t* p, int count) {
 }
 
 // A warp has 8 units: the rows of its two tiles of sums are gates i and f of them, and g and o.
+// Which terms of a sum an instruction takes is the same for both factors: of 32, lane t has eight
+// neighbours.
 template <int kUnits, int kRows>
-__global__ void __launch_bounds__(kUnits / 8 * kWarp, 1) ForwardWalkBf16(const LstmWalk w) {
-  constexpr int kTiles = kUnits / 16, kSample = kUnits + 8, kCells = kRows / 4;
+__global__ void __launch_bounds__(kUnits / 8 * kWarp, 1)
+    ForwardWalkBf16(const LstmWalk w, bool wide) {
+  constexpr int kTiles = kUnits / 16, kSample = kSampleForward<kUnits>, kCells = kRows / 4;
   constexpr int kHeld = kHeldTilesForward<kUnits>;
   const int hidden = w.hidden;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -323,17 +336,23 @@ __global__ void __launch_bounds__(kUnits / 8 * kWarp, 1) ForwardWalkBf16(const L
       SharedMemory<uint4>() + (kTilesForward<kUnits> - kHeld) * threads);
 
   uint4 held[kHeld];
-  const auto two = [&](int gate, int term) {
-    const uint16_t* const p = static_cast<const uint16_t*>(w.weight) +
-                              (static_cast<int64_t>(gate) * hidden + unit) * hidden + term;
-    const bool real = unit < hidden;
-    return TwoTerms(p, real && term < hidden, p + 1, real && term + 1 < hidden);
+  const auto keep = [&](int tile, const uint4& v) {
+    (tile < kHeld ? held[tile < kHeld ? tile : 0] : tiles[(tile - kHeld) * threads]) = v;
   };
 #pragma unroll
-  for (int tile = 0; tile < kTilesForward<kUnits>; ++tile) {
-    const int m = tile % 2, term = tile / 2 * 16 + 2 * t;
-    (tile < kHeld ? held[tile < kHeld ? tile : 0] : tiles[(tile - kHeld) * threads]) = make_uint4(
-        two(2 * m, term), two(2 * m + 1, term), two(2 * m, term + 8), two(2 * m + 1, term + 8));
+  for (int i = 0; i < kTiles; i += 2) {
+    const int term = 16 * i + 8 * t;
+    const auto eight = [&](int gate) {
+      return LoadEight(static_cast<const uint16_t*>(w.weight) +
+                           (static_cast<int64_t>(gate) * hidden + unit) * hidden + term,
+                       unit < hidden ? hidden - term : 0, wide);
+    };
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const uint4 first = eight(2 * m), second = eight(2 * m + 1);
+      keep(2 * i + m, make_uint4(first.x, second.x, first.y, second.y));
+      keep(2 * i + 2 + m, make_uint4(first.z, second.z, first.w, second.w));
+    }
   }
   const auto weight = [&](int tile) {
     return tile < kHeld ? held[tile < kHeld ? tile : 0] : tiles[(tile - kHeld) * threads];
@@ -362,7 +381,7 @@ __global__ void __launch_bounds__(kUnits / 8 * kWarp, 1) ForwardWalkBf16(const L
     float sums[2][4] = {};
 #pragma unroll
     for (int i = 0; i < kTiles; i += 2) {
-      const uint4 h = LoadMatrices(before + lane % 8 * kSample + 16 * i + lane / 8 * 8);
+      const uint4 h = *reinterpret_cast<const uint4*>(before + g * kSample + 16 * i + 8 * t);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         MultiplyBf16(sums[m], weight(2 * i + m), h.x, h.y);
@@ -398,10 +417,12 @@ __global__ void __launch_bounds__(kUnits / 8 * kWarp, 1) ForwardWalkBf16(const L
   }
 }
 
-// A warp has 16 units, which are the rows of its tiles of sums: one for each gate, then added.
+// A warp has 16 units, which are the rows of its tiles of sums, one tile for each gate, then added:
+// lane g has two neighbours.
 template <int kUnits, int kRows>
-__global__ void __launch_bounds__(kUnits / 16 * kWarp, 1) BackwardWalkBf16(const LstmWalk w) {
-  constexpr int kTiles = kUnits / 16, kSample = kGates * kUnits + 8;
+__global__ void __launch_bounds__(kUnits / 16 * kWarp, 1)
+    BackwardWalkBf16(const LstmWalk w, bool wide) {
+  constexpr int kTiles = kUnits / 16, kSample = kSampleBackward<kUnits>;
   constexpr int kHeld = kHeldTilesBackward<kUnits>;
   constexpr int kRowCells = kRows / 4, kCells = 2 * kRowCells;  // of each half of the units
   const int hidden = w.hidden;
@@ -412,19 +433,22 @@ __global__ void __launch_bounds__(kUnits / 16 * kWarp, 1) BackwardWalkBf16(const
   uint16_t* const gradients = reinterpret_cast<uint16_t*>(   // {2, columns, kSample}
       SharedMemory<uint4>() + (kTilesBackward<kUnits> - kHeld) * threads);
 
+  const int first_unit = warp * 16 + 2 * g;
+
   uint4 held[kHeld];
-  const auto two = [&](int gate, int term, int unit) {
-    const uint16_t* const p = static_cast<const uint16_t*>(w.weight) +
-                              (static_cast<int64_t>(gate) * hidden + term) * hidden + unit;
-    const bool real = unit < hidden;
-    return TwoTerms(p, real && term < hidden, p + hidden, real && term + 1 < hidden);
-  };
 #pragma unroll
   for (int tile = 0; tile < kTilesBackward<kUnits>; ++tile) {
-    const int gate = tile % kGates, term = tile / kGates * 16 + 2 * t, unit = warp * 16 + g;
+    const int gate = tile % kGates, first_term = tile / kGates * 16 + 2 * t;
+    const auto two = [&](int term) {
+      return LoadTwo(static_cast<const uint16_t*>(w.weight) +
+                         (static_cast<int64_t>(gate) * hidden + term) * hidden + first_unit,
+                     term < hidden ? hidden - first_unit : 0, wide);
+    };
+    const uint32_t a = two(first_term), b = two(first_term + 1);
+    const uint32_t c = two(first_term + 8), d = two(first_term + 9);
     (tile < kHeld ? held[tile < kHeld ? tile : 0] : tiles[(tile - kHeld) * threads]) =
-        make_uint4(two(gate, term, unit), two(gate, term, unit + 8), two(gate, term + 8, unit),
-                   two(gate, term + 8, unit + 8));
+        make_uint4((a & 0xFFFFu) | b << 16, a >> 16 | (b & 0xFFFF0000u), (c & 0xFFFFu) | d << 16,
+                   c >> 16 | (d & 0xFFFF0000u));
   }
   const auto weight = [&](int tile) {
     return tile < kHeld ? held[tile < kHeld ? tile : 0] : tiles[(tile - kHeld) * threads];
@@ -433,9 +457,8 @@ __global__ void __launch_bounds__(kUnits / 16 * kWarp, 1) BackwardWalkBf16(const
   __syncthreads();
 
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int first_unit = warp * 16 + g;
   const auto row_of = [&](int cell) { return RowOfCell<kRows>(t, cell % kRowCells); };
-  const auto half_of = [&](int cell) { return cell / kRowCells * 8; };
+  const auto half_of = [&](int cell) { return cell / kRowCells; };
   const auto is_real = [&](int cell) {
     return first_unit + half_of(cell) < hidden && first_row + row_of(cell) < w.rows;
   };
@@ -547,12 +570,13 @@ void LstmForwardWalk(const Queue& q, const LstmWalk& w, int multiprocessors) {
     constexpr int kUnits = units();
     const int threads = static_cast<int>(CeilDiv(w.hidden, 8)) * kWarp;
     if (w.bf16) {
-      const size_t shared =
-          SharedBytesBf16(threads, kTilesForward<kUnits> - kHeldTilesForward<kUnits>, kUnits + 8);
+      const size_t shared = SharedBytesBf16(
+          threads, kTilesForward<kUnits> - kHeldTilesForward<kUnits>, kSampleForward<kUnits>);
+      const bool wide = w.hidden % 8 == 0 && IsAligned16(w.weight);
       if (w.rows <= 4 * multiprocessors) {
-        LaunchWalk(q, w, 4, threads, shared, ForwardWalkBf16<kUnits, 4>);
+        LaunchWalk(q, w, 4, threads, shared, ForwardWalkBf16<kUnits, 4>, wide);
       } else {
-        LaunchWalk(q, w, 8, threads, shared, ForwardWalkBf16<kUnits, 8>);
+        LaunchWalk(q, w, 8, threads, shared, ForwardWalkBf16<kUnits, 8>, wide);
       }
       return;
     }
@@ -571,11 +595,12 @@ void LstmBackwardWalk(const Queue& q, const LstmWalk& w, int multiprocessors) {
     if (w.bf16) {
       const int threads = static_cast<int>(CeilDiv(w.hidden, 16)) * kWarp;
       const size_t shared = SharedBytesBf16(
-          threads, kTilesBackward<kUnits> - kHeldTilesBackward<kUnits>, kGates * kUnits + 8);
+          threads, kTilesBackward<kUnits> - kHeldTilesBackward<kUnits>, kSampleBackward<kUnits>);
+      const bool wide = w.hidden % 2 == 0 && reinterpret_cast<uintptr_t>(w.weight) % 4 == 0;
       if (w.rows <= 4 * multiprocessors) {
-        LaunchWalk(q, w, 4, threads, shared, BackwardWalkBf16<kUnits, 4>);
+        LaunchWalk(q, w, 4, threads, shared, BackwardWalkBf16<kUnits, 4>, wide);
       } else {
-        LaunchWalk(q, w, 8, threads, shared, BackwardWalkBf16<kUnits, 8>);
+        LaunchWalk(q, w, 8, threads, shared, BackwardWalkBf16<kUnits, 8>, wide);
       }
       return;
     }
