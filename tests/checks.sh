@@ -47,7 +47,7 @@ PYTHON
     # All kernels of the GPU, on the emulator: once, in the natural order, without the tests that compare
     # the bits of many calls. Of a list of placements, those of one slot, of two members with two, and of three.
     asan) sanitized asan address,undefined \
-            '/orders$|^cuda_device_emulated/.*(Threads|Rows|ManyTiles)|^train/.*_(1x2|2x1|1x3|5x1|8x1)( |$)' \
+            '/orders$|^cuda_device_emulated/.*(Threads|Rows|ManyTiles)|^gpu_kernels_emulated/.*(Rows|Address)|^train/.*_(1x2|2x1|1x3|5x1|8x1)( |$)' \
             common spec data device nn optim numerics collective train server simulation \
             gpu_emulator gpu_stream_emulated cuda_device_emulated gpu_kernels_emulated ;;
     # Not simulation, which is of one thread. Of a list of placements, one slot has no others to race with, and two
