@@ -27,9 +27,13 @@ __device__ __forceinline__ Record MergeTree(const Leaves& leaves, int64_t spatia
   constexpr int kDepth = 6;  // of kMostLeaves = 32
   static_assert(kMostLeaves <= 1 << (kDepth - 1));
   Record waiting[kDepth] = {};
+  float next_mean = mean[0], next_m2 = m2[0];
   for (int l = 0; l < leaves.count; ++l) {
-    Record record = {(leaves.begin[l + 1] - leaves.begin[l]) * spatial, mean[l * stride],
-                     m2[l * stride]};
+    Record record = {(leaves.begin[l + 1] - leaves.begin[l]) * spatial, next_mean, next_m2};
+    if (l + 1 < leaves.count) {  // on their way while this one is merged
+      next_mean = mean[(l + 1) * stride];
+      next_m2 = m2[(l + 1) * stride];
+    }
     bool carry = true;
 #pragma unroll
     for (int level = 0; level < kDepth; ++level) {
