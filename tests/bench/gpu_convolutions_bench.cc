@@ -17,17 +17,12 @@
 #include <string>
 #include <vector>
 
+#include "tests/bench/gpu_must.h"
 #include "worker/device/cuda/dnn.h"
 #include "worker/device/cuda/kernels.h"
 
 namespace lockstep::device::cuda {
 namespace {
-
-void Must(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
 
 struct Layer {
   int count;  // in the network

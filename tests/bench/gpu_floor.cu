@@ -22,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/bench/gpu_must.h"
 #include "tests/bench/gpu_products.h"
 #include "worker/device/cuda/kernels.h"
 
@@ -29,12 +30,6 @@ namespace lockstep::device::cuda {
 namespace {
 
 int failures = 0;
-
-void Must(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "gpu_floor: %s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
 
 template <class T>
 T* Allocate(int64_t count) {

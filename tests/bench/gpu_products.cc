@@ -12,17 +12,12 @@
 #include <string>
 #include <vector>
 
+#include "tests/bench/gpu_must.h"
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/own_products.h"
 
 namespace lockstep::device::cuda {
 namespace {
-
-void Must(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "gpu_floor: %s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
 
 constexpr int kLeafCount = 8;
 constexpr int64_t kElements = int64_t{16} << 20;  // of a tensor, at most
