@@ -12,17 +12,20 @@ Rows, all with `ratio` above 1 where Lockstep is better and null where there is 
   host/M/B/P                       percent of the time that the thread of the slot, 8 shards, is not on a processor
   exactness/M/B/P                  percent of samples/s that 8 shards and their canonical tree cost against one shard,
                                    whose gradient has no second one to be added to
+  early/M/B/P                      percent of samples/s that 8 shards gain by kernels that are put on the multiprocessors
+                                   before the one before has ended
   memory/M/B/P/S                   peak MB of GPU memory: ours of the whole process, its context included, as nvidia-smi
                                    shows it; PyTorch's of its tensors
   trace/M/B/P/CLASS                with --trace: percent of the time of 8 shards' steps that each class of kernels takes
                                    (a source file of ours, or a library), and `gaps`, in which none runs; of a run of
-                                   its own, which CUPTI slows down a little (gpu_trace.cc)
+                                   its own, without that, which CUPTI slows down a little (gpu_trace.cc)
 
 Values are medians over the rounds, ratios medians of the ratios within the rounds, of two measurements one directly
 after the other. PyTorch's ways are prepared before anything is measured, compilation included, and sleep while others
 are measured. What --limit leaves no time for is told and not measured.
 """
 import argparse
+import contextlib
 import csv
 import glob
 import importlib.util
@@ -67,6 +70,7 @@ LIBRARIES = (("cuDNN", re.compile("cudnn|fprop|dgrad|wgrad|nchw|nhwc", re.IGNORE
              ("cuBLASLt", re.compile("gemm|cutlass|xmma|nvjet|splitk|cublas", re.IGNORECASE)))
 # Groups whose PyTorch processes live at the same time: those of resnet50 take tens of GB each.
 ALONE = ("resnet50",)
+LATE = {"LOCKSTEP_CUDA_EARLY_LAUNCH": "0"}
 
 
 class Memory:
@@ -97,6 +101,17 @@ class Memory:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+
+@contextlib.contextmanager
+def changed_environment(changes):
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def busy_of_slot(process):
@@ -372,6 +387,13 @@ class Benchmark:
             return figures
         for shards, name in own.items():
             turns.add(name, lambda steps, shards=shards: run(steps, shards))
+
+        def run_in_turn(steps):
+            with changed_environment(LATE):
+                return self.own.run_steps(spec, [*overrides, "train.shards=8"], steps)
+        in_turn = ["8 shards, kernels launched in turn"] if model not in ALONE else []
+        for name in in_turn:
+            turns.add(name, run_in_turn)
         ways = []
         for way, answer in (peer.ways.items() if peer else ()):
             if answer["parameters"] != explained["parameters"]:
@@ -383,13 +405,16 @@ class Benchmark:
         turns.take(ways)
         ways.sort(key=lambda way: max(turns.rates(way, [None]), default=0), reverse=True)
         guess = max((max(turns.rates(way, [None]), default=0) for way in ways), default=0)
-        for name in own.values():
+        for name in (*own.values(), *in_turn):
             turns.steps[name] = steps_at(guess)
         if not guess:
             turns.take(own.values())
         for round_number in range(self.options.rounds):
-            turns.take([own[8], *ways[:1], own[1], *ways[1:]], round_number)
+            turns.take([*in_turn, own[8], *ways[:1], own[1], *ways[1:]], round_number)
         self.tell(title, turns, own, ways, flops_of_step(explained), precision)
+        for name in in_turn:
+            if turns.rate(own[8]) and turns.rate(name):
+                self.report.add(f"early/{title}", 100 * (turns.ratio(own[8], name) - 1), "%")
         if idle:
             self.report.add(f"host/{title}", statistics.median(idle), "%")
             self.rows[-1]["idle"] = statistics.median(idle)
@@ -427,10 +452,12 @@ class Benchmark:
     def trace(self, title, spec, overrides):
         program = os.path.join(self.own.libexec, "gpu_trace.so")
         path = os.path.join(self.own.folder, "trace-" + title.replace("/", "-"))
-        before = dict(os.environ)
-        os.environ.update(CUDA_INJECTION64_PATH=program, LOCKSTEP_TRACE=path, LD_LIBRARY_PATH=self.libraries())
+        # A kernel that began early would be charged with the time in which it waits.
+        environment = {"CUDA_INJECTION64_PATH": program, "LOCKSTEP_TRACE": path,
+                       "LD_LIBRARY_PATH": self.libraries(), **LATE}
         try:
-            self.own.run_steps(spec, overrides, 40 if title.startswith(ALONE) else TRACED_STEPS)
+            with changed_environment(environment):
+                self.own.run_steps(spec, overrides, 40 if title.startswith(ALONE) else TRACED_STEPS)
             traces = [found for found in glob.glob(f"{path}.*") if os.path.getsize(found) > 0]
             if not traces:
                 raise Failed("no trace was written")
@@ -438,9 +465,6 @@ class Benchmark:
         except (Failed, OSError, ValueError) as failure:
             print(f"  not traced: {title}: {failure}", file=sys.stderr, flush=True)
             return
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
         for kind, share in classes.items():
             self.report.add(f"trace/{title}/{kind}", share, "%")
         self.report.rows[f"trace/{title}/gaps"]["kernels"] = kernels

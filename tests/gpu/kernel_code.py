@@ -1,7 +1,9 @@
 """What nvcc made of the kernels, read from their object files, without a GPU:
   - no kernel has a stack frame, so that none spills registers or keeps arrays in local memory, on any architecture but
     for the exceptions of the list;
-  - kernels whose time is that of moving bytes read 16 bytes at a time, as the PTX of the newest architecture shows.
+  - kernels whose time is that of moving bytes read 16 bytes at a time, as the PTX of the newest architecture shows;
+  - every kernel waits for the one before it (griddepcontrol.wait) before it branches or touches memory but its
+    parameters, as that PTX shows: it may begin before that one has ended.
 What the list names and is not there any more fails.
 
     kernel_code.py LIST OBJECT...
@@ -26,6 +28,10 @@ STACK_ATTRIBUTES = (0x11, 0x12, 0x23)
 # From global memory or what may be that.
 WIDE_LOAD = re.compile(r"\bld(\.(?!param|shared|local|const)[a-z0-9_:]+)*"
                        r"\.(v4\.[a-z]+32|v2\.[a-z]+64|v8\.[a-z]+16|b128)\b")
+WAIT = re.compile(r"^\s*griddepcontrol\.wait\b", re.MULTILINE)
+# Of an instruction with which a kernel does or skips something.
+EFFECT = re.compile(r"^\s*(@!?%\w+\s+)?(ld(?!\.param)|st|atom|red|cp|bar|barrier|mbarrier|prefetch|bra|brx|ret|exit|"
+                    r"call|trap)(\.|\s|;)", re.MULTILINE)
 
 
 class Malformed(Exception):
@@ -153,6 +159,9 @@ def check(lines, objects):
             raise Malformed(f"{path}: no {'PTX' if architectures else 'machine code'}")
         for name, body in entries(ptx):
             wide.setdefault(source, {})[name] = WIDE_LOAD.search(body) is not None
+            wait, effect = WAIT.search(body), EFFECT.search(body)
+            if wait is None or effect is None or effect.start() < wait.start():
+                wrong.append(f"{source}: {name} does not begin with waiting for the kernel before it")
     for _, source, *names in (line for line in lines if line[0] == "wide"):
         found = [is_wide for name, is_wide in wide.get(source, {}).items() if has(name, names)]
         if not found:

@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -143,6 +144,37 @@ TEST_F(StreamTest, TakesAsManyReplaysAsTheirCallsAllow) {
     EXPECT_EQ(emulator::Count().graph_relaunches, before + 1);
     ASSERT_TRUE(stream_->Synchronize().ok());
   }
+}
+
+TEST_F(StreamTest, KernelsOfARecordingBeginEarlyWhereTheGpuCan) {
+  const auto early_launches = [] {
+    const auto device = MakeCudaDevice(0).value();
+    const auto stream = device->MakeStream().value();
+    const auto labels = device->Allocate(sizeof(int32_t)).value();
+    const auto one_hot = device->Allocate(sizeof(float)).value();
+    const int64_t before = emulator::Count().early_launches;
+    const auto launch = [&] {
+      device->OneHot(*stream, 1, 1, static_cast<const int32_t*>(labels->data()),
+                     static_cast<float*>(one_hot->data()));
+    };
+    const auto recording = device->Record(*stream, [&] {
+      for (int i = 0; i < 3; ++i) launch();
+      return absl::OkStatus();
+    });
+    EXPECT_TRUE(recording.ok()) << recording.status();
+    launch();  // outside of it none does
+    EXPECT_TRUE(stream->Synchronize().ok());
+    return emulator::Count().early_launches - before;
+  };
+  EXPECT_EQ(early_launches(), 2);
+  setenv("LOCKSTEP_CUDA_EARLY_LAUNCH", "0", /*overwrite=*/1);
+  EXPECT_EQ(early_launches(), 0);
+  unsetenv("LOCKSTEP_CUDA_EARLY_LAUNCH");
+  TearDown();
+  emulator::Options older;
+  older.major = 8;
+  emulator::Configure(older);
+  EXPECT_EQ(early_launches(), 0);
 }
 
 TEST_F(StreamTest, OneExecutableIsEnough) {

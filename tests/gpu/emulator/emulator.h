@@ -7,6 +7,9 @@
 //    waiting sees old ones, and a stream that does not wait for another runs too early or too late.
 //  - A kernel's blocks run one by one, its threads as fibers that switch only where they wait for
 //    each other. The order of both can be changed; results must not.
+//  - A kernel that may begin before the one before it has ended (programmatic dependent launch)
+//    cannot touch device memory until all threads of its first block wait for that; a thread that
+//    returns without waiting ends the process.
 //  - A barrier or shuffle that not all threads reach, or reach at different places, ends the
 //    process with a report; so does a launch with a pointer that is neither to device nor to pinned
 //    memory.
@@ -99,7 +102,8 @@ void Pause();
 // Whether the guard bytes around a device allocation are what they were (always, under ASan).
 bool GuardsIntact(const void* allocation);
 struct Counters {
-  int64_t launches = 0;  // enqueued or captured, Enqueue included
+  int64_t launches = 0;        // enqueued or captured, Enqueue included
+  int64_t early_launches = 0;  // of these, that may begin before the one before has ended
   int64_t graph_launches = 0;
   int64_t graph_relaunches = 0;  // of an executable whose launch before has not run
   int64_t allocations = 0;       // of any memory, that succeeded

@@ -51,6 +51,8 @@ struct Operation {
 struct Node {
   std::function<void()> work;
   std::vector<int> after;
+  bool kernel = false;
+  cudaGraphNode_t handle = nullptr;
 };
 
 struct Capture {
@@ -69,7 +71,8 @@ struct Stream {
   std::deque<Operation> queue;
   bool busy = false;  // what was at its front runs, and may be in Pause
   std::shared_ptr<Capture> capture;
-  std::vector<int> captured_last;  // nodes that what comes next must wait for
+  std::vector<int> captured_last;          // nodes that what comes next must wait for
+  std::vector<cudaGraphNode_t> told_last;  // as the last call was told
 };
 
 using Graph = std::shared_ptr<const std::vector<Node>>;
@@ -163,6 +166,9 @@ class Running {
     open_ = true;
     for (Device& device : E().devices) device.arena->Open();
   }
+  // For a while, device memory may not be touched by the work that runs.
+  static void Shut() { current_->Close(); }
+  static void Reopen() { current_->Open(); }
 
  private:
   void Close() {
@@ -202,8 +208,9 @@ cudaError_t FindStream(Emulator& e, cudaStream_t handle, std::shared_ptr<Stream>
 std::shared_ptr<Record> Mark(const std::shared_ptr<Stream>& stream);
 // The null stream and the blocking streams of a device wait for each other.
 void OrderWithNullStream(Emulator& e, const std::shared_ptr<Stream>& stream);
-// Work for a stream, or a node of what it captures.
-cudaError_t Push(Emulator& e, const std::shared_ptr<Stream>& stream, std::function<void()> work);
+// Work for a stream, or a node of what it captures, perhaps a kernel's.
+cudaError_t Push(Emulator& e, const std::shared_ptr<Stream>& stream, std::function<void()> work,
+                 bool kernel = false);
 // Waits for records. Where order is permuted, other streams run a little first. Without `mutex`, as
 // what follows.
 void WaitFor(Emulator& e, const std::vector<std::shared_ptr<Record>>& records);

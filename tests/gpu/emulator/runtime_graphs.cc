@@ -149,6 +149,42 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
+                                     unsigned long long*, cudaGraph_t*,
+                                     const cudaGraphNode_t** before, const cudaGraphEdgeData**,
+                                     size_t* count) {
+  if (const cudaError_t error = cudaStreamIsCapturing(handle, status);
+      error != cudaSuccess || *status != cudaStreamCaptureStatusActive) {
+    return error;
+  }
+  Emulator& e = E();
+  const Lock lock(e.mutex);
+  std::shared_ptr<Stream> stream;
+  if (const cudaError_t error = FindStream(e, handle, &stream); error != cudaSuccess) {
+    return Return(error);
+  }
+  stream->told_last.clear();
+  for (const int node : stream->captured_last) {
+    stream->told_last.push_back(stream->capture->nodes[node].handle);
+  }
+  *before = stream->told_last.data();
+  *count = stream->told_last.size();
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphNodeGetType(cudaGraphNode_t handle, cudaGraphNodeType* type) {
+  Emulator& e = E();
+  const Lock lock(e.mutex);
+  for (const auto& capture : e.captures) {
+    const auto node = std::find_if(capture->nodes.rbegin(), capture->nodes.rend(),
+                                   [handle](const Node& n) { return n.handle == handle; });
+    if (node == capture->nodes.rend()) continue;
+    *type = node->kernel ? cudaGraphNodeTypeKernel : cudaGraphNodeTypeMemcpy;
+    return cudaSuccess;
+  }
+  return Return(cudaErrorInvalidValue);
+}
+
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
   Emulator& e = E();
   const Lock lock(e.mutex);

@@ -340,6 +340,75 @@ TEST_F(GraphTest, AMissingDependencyChangesResults) {
   EXPECT_THAT(results, testing::Contains(4.0f));
 }
 
+__global__ void PatientlyAddOne(float* x) {
+  device::cuda::WaitForPrevious();
+  *x += 1.0f;
+}
+__global__ void HastilyAddOne(float* x) {
+  const float before = *x;
+  device::cuda::WaitForPrevious();
+  *x = before + 1.0f;
+}
+__global__ void SometimesAddOne(float* x) {
+  if (threadIdx.x == 1) return;
+  device::cuda::WaitForPrevious();
+  *x += 1.0f;
+}
+
+// Where a kernel is all that it waits for; not where that is a copy, or more than one thing.
+TEST_F(GraphTest, AKernelMayBeginBeforeTheOneBeforeHasEnded) {
+  queue_.early = true;
+  Queue side = queue_;
+  side.stream = MakeStream();
+  float *const x = Device<float>(1), *const y = Device<float>(1);
+  cudaEvent_t const fork = MakeEvent(), join = MakeEvent();
+  int64_t before = 0;
+  const auto add = [&before](const Queue& queue, float* to) {
+    before = Count().early_launches;
+    Launch(queue, dim3(1), dim3(1), 0, PatientlyAddOne, to);
+    return Count().early_launches > before;
+  };
+  cudaGraphExec_t const graph = Capture([&] {
+    EXPECT_FALSE(add(queue_, x));  // the first
+    EXPECT_TRUE(add(queue_, x));
+    cudaMemsetAsync(x, 0, sizeof(float), queue_.stream);
+    EXPECT_FALSE(add(queue_, x));
+    cudaEventRecord(fork, queue_.stream);
+    cudaStreamWaitEvent(side.stream, fork);
+    EXPECT_TRUE(add(side, y));
+    EXPECT_TRUE(add(queue_, x));
+    cudaEventRecord(join, side.stream);
+    cudaStreamWaitEvent(queue_.stream, join);
+    EXPECT_FALSE(add(queue_, x));
+  });
+  EXPECT_FALSE(add(queue_, x));  // in no graph
+  ASSERT_EQ(cudaMemsetAsync(y, 0, sizeof(float), queue_.stream), cudaSuccess);
+  ASSERT_EQ(cudaGraphLaunch(graph, queue_.stream), cudaSuccess);
+  const std::vector<float> xs = Read(x, 1), ys = Read(y, 1);
+  ASSERT_EQ(Wait(), cudaSuccess);
+  EXPECT_THAT(xs, testing::ElementsAre(3.0f));
+  EXPECT_THAT(ys, testing::ElementsAre(1.0f));
+}
+
+using GraphDeathTest = GraphTest;
+
+TEST_F(GraphDeathTest, AKernelThatDoesNotWaitForTheOneBeforeIsFound) {
+  queue_.early = true;
+  float* const x = Device<float>(1);
+  const auto run = [&](void (*kernel)(float*)) {
+    cudaGraphExec_t const graph = Capture([&] {
+      Launch(queue_, dim3(1), dim3(1), 0, PatientlyAddOne, x);
+      Launch(queue_, dim3(2), dim3(2), 0, kernel, x);
+    });
+    cudaGraphLaunch(graph, queue_.stream);
+    return Wait();
+  };
+  EXPECT_EQ(run(PatientlyAddOne), cudaSuccess);
+  EXPECT_DEATH(run(HastilyAddOne), "");  // as the host that touches device memory
+  EXPECT_DEATH(run(SometimesAddOne),
+               "SometimesAddOne<<<(.|\n)*returned without waiting for the kernel before");
+}
+
 TEST_F(GraphTest, RefusesWhatCannotBeCaptured) {
   constexpr cudaError_t kUnsupported = cudaErrorStreamCaptureUnsupported;
   constexpr cudaError_t kInvalidated = cudaErrorStreamCaptureInvalidated;

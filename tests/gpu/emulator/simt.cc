@@ -11,6 +11,7 @@
 
 #include "tests/gpu/emulator/fiber.h"
 #include "tests/gpu/emulator/report.h"
+#include "tests/gpu/emulator/runtime.h"
 
 #if defined(LOCKSTEP_EMULATOR_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -42,6 +43,7 @@ struct Thread {
   Site site = {};      // where it waits
   uint64_t value = 0;  // that it brings to an exchange, then what it gets
   int source = 0, width = 0;
+  bool waited = false;                      // for the kernel before
   void (*perform)(void* const*) = nullptr;  // together with its warp
 };
 
@@ -127,6 +129,7 @@ class Engine {
   void Run(const KernelLaunch& launch, const Order& order, uint64_t number);
 
   void Barrier(const Site& site);
+  void GridDependency(const Site& site);
   uint64_t Exchanged(Exchange exchange, unsigned mask, uint64_t value, int source, int width,
                      const Site& site);
   void Together(void* record, void (*perform)(void* const*), const Site& site);
@@ -179,6 +182,7 @@ class Engine {
   unsigned warp_at_ = 0;  // in the order of warps
   unsigned at_barrier_ = 0, exited_ = 0;
   bool running_ = false;
+  bool shut_ = false;  // device memory, until the block has waited for the kernel before
   int current_ = -1;
   Fiber* main_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -302,6 +306,8 @@ void Engine::Run(const KernelLaunch& launch, const Order& order, uint64_t number
     blockIdx.y = static_cast<unsigned>(block / gridDim.x % gridDim.y);
     blockIdx.z = static_cast<unsigned>(block / gridDim.x / gridDim.y);
     if (launch.shared_bytes > 0) FillWithGarbage(shared_memory, launch.shared_bytes);
+    shut_ = launch.early && i == 0;
+    if (shut_) Running::Shut();
     RunBlock();
     CheckShared();
   }
@@ -327,6 +333,7 @@ void Engine::RunBlock() {
   for (unsigned t = 0; t < count_; ++t) {
     threads_[t].fiber = nullptr;
     threads_[t].state = State::kUnstarted;
+    threads_[t].waited = false;
   }
   warp_at_ = 0;
   at_barrier_ = exited_ = 0;
@@ -388,6 +395,9 @@ void Engine::Exit(int thread) {
     if (copy.to != nullptr) Report("returned without waiting for its copies", false);
   }
   copies_[thread].clear();
+  if (launch_->early && !threads_[thread].waited) {
+    Report("returned without waiting for the kernel before", false);
+  }
   Warp& warp = warps_[thread / kWarp];
   threads_[thread].state = State::kExited;
   warp.runnable &= ~(1u << position_of_lane_[thread % kWarp]);
@@ -436,6 +446,14 @@ void Engine::Barrier(const Site& site) {
     warp_at_ = 0;
   }
   Wait();
+}
+
+void Engine::GridDependency(const Site& site) {
+  threads_[current_].waited = true;
+  if (!shut_) return;
+  Barrier(site);
+  if (shut_) Running::Reopen();  // the first that goes on
+  shut_ = false;
 }
 
 uint64_t Engine::Exchanged(Exchange exchange, unsigned mask, uint64_t value, int source, int width,
@@ -625,6 +643,8 @@ void CopyLater(void* to, const void* from, size_t bytes) {
 void CommitCopies() { TheEngine().CopyLater({nullptr, nullptr, 0}); }
 void FinishCopies() { TheEngine().FinishCopies(); }
 void FinishGroups(int but) { TheEngine().FinishGroups(but); }
+
+void GridDependency(Site site) { TheEngine().GridDependency(site); }
 
 void BlockBarrier(Site site) { TheEngine().Barrier(site); }
 

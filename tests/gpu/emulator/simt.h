@@ -19,10 +19,11 @@ struct KernelLaunch {
   const void* function = nullptr;
   dim3 grid, block;
   size_t shared_bytes = 0;
+  bool early = false;          // may begin before the kernel before it has ended
   std::function<void()> body;  // one thread
 };
-// Within the limits, which the caller has checked. `number` is that of the launch, for permuted
-// orders.
+// Within the limits, which the caller has checked, with device memory open. `number` is that of the
+// launch, for permuted orders.
 void RunKernel(const KernelLaunch& launch, const Order& order, uint64_t number);
 
 // For the instructions of emulated_tensor_core.h. All lanes of a full warp come, each with its

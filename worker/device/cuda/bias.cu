@@ -21,6 +21,7 @@ int BlocksFor(int64_t vectors) {
 template <int kLanes, bool kBias, bool kRelu>
 __global__ void __launch_bounds__(kThreads) AddBias(int64_t n, uint32_t channels, const float* x,
                                                     const float* __restrict__ bias, float* y) {
+  WaitForPrevious();
   const uint32_t step = gridDim.x * kThreads;
   const uint32_t channel_step = step % channels;
   const uint32_t first = blockIdx.x * kThreads + threadIdx.x;
@@ -73,6 +74,7 @@ __device__ __forceinline__ float InFloat(float x) {
 // n in vectors of kLanes. y may be x.
 template <int kLanes>
 __global__ void __launch_bounds__(kThreads) Round(int64_t n, const float* x, float* y) {
+  WaitForPrevious();
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = first; i < n; i += step * kLoads) {

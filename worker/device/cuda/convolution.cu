@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kAcross>::kThre
                                   WindowTile<kPlaces, kFeatures, kAcross>::BlocksAtOnce(kBackward))
     MultiplyWindows(Windows s, const float* __restrict__ source, const float* __restrict__ weights,
                     const float* __restrict__ bias, bool relu, float* __restrict__ result) {
+  WaitForPrevious();
   using Tile = WindowTile<kPlaces, kFeatures, kAcross>;
   constexpr int kThreads = Tile::kThreads, kGroup = Tile::kGroup, kStage = Tile::kStage;
   float* const shared = SharedMemory<float>();
@@ -393,6 +394,7 @@ template <int kOut, int kColumns, bool kFlat>
 __global__ void __launch_bounds__(GradientTile<kOut, kColumns>::kThreads)
     MultiplyGradients(WeightGradient s, Chunks chunks, const float* __restrict__ x,
                       const float* __restrict__ dy, float* __restrict__ results) {
+  WaitForPrevious();
   using Tile = GradientTile<kOut, kColumns>;
   constexpr int kThreads = Tile::kThreads, kGroup = Tile::kGroup, kGroups = Tile::kGroups;
   constexpr int kLoaders = kThreads / kDepth;  // of one place
@@ -553,6 +555,7 @@ __global__ void __launch_bounds__(256)
     ConvolveDirectly(Windows s, int groups, const float* __restrict__ source,
                      const float* __restrict__ weights, const float* __restrict__ bias, bool relu,
                      float* __restrict__ result) {
+  WaitForPrevious();
   const int64_t element = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (element >= static_cast<int64_t>(s.rows) * s.height * s.width * s.features) return;
   uint32_t rest = static_cast<uint32_t>(element);
@@ -618,6 +621,7 @@ template <bool kBf16>
 __global__ void __launch_bounds__(256)
     GradientsDirectly(WeightGradient s, Chunks chunks, int groups, const float* __restrict__ x,
                       const float* __restrict__ dy, float* __restrict__ results) {
+  WaitForPrevious();
   const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
   const int64_t first_row = chunks.begin[leaf];
   const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
@@ -657,6 +661,7 @@ template <int kLanes>
 __global__ void __launch_bounds__(kWarp* kSlices)
     AddChunks(Chunks chunks, int out_places, int vectors, int64_t leaf_stride, int64_t chunk_stride,
               const float* __restrict__ partial, float* __restrict__ dw, int64_t stride) {
+  WaitForPrevious();
   const int leaf = static_cast<int>(blockIdx.y);
   const int64_t places = (chunks.begin[leaf + 1] - chunks.begin[leaf]) * out_places;
   const int count = static_cast<int>((places + chunks.places[leaf] - 1) / chunks.places[leaf]);

@@ -68,6 +68,7 @@ template <int kLanes>
 __global__ void __launch_bounds__(kThreads)
     CopyElements(uint32_t threads, Strides strides, const float* __restrict__ x,
                  float* __restrict__ y) {
+  WaitForPrevious();
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
   if (thread >= threads) return;
   uint32_t index = thread;

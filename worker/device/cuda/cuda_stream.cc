@@ -3,6 +3,8 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 #include <utility>
 
 #include "absl/memory/memory.h"
@@ -27,6 +29,12 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t
   if (error == cudaSuccess) {
     error = cudaStreamCreateWithFlags(&stream->queue_.stream, cudaStreamNonBlocking);
   }
+  int major = 0;
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  }
+  const char* const early = std::getenv("LOCKSTEP_CUDA_EARLY_LAUNCH");
+  stream->queue_.early = major >= 9 && (early == nullptr || std::string_view(early) != "0");
   if (error == cudaSuccess && workspace_bytes > 0) {
     error = cudaMalloc(&stream->queue_.workspace, workspace_bytes);
   }

@@ -40,6 +40,7 @@ __device__ __forceinline__ void MapOne(const Map& map, const Inputs<kInputs, T>&
 template <int kInputs, class Map, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 4)
     MapVectors(int64_t n, int lead, Map map, Inputs<kInputs, T> in, T* y) {
+  WaitForPrevious();
   constexpr int kLanes = kWideLanes<T>;
   constexpr int kStep = kLanes * kThreads;
   const int64_t first =
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 4)
 template <int kInputs, class Map, class T>
 __global__ void __launch_bounds__(kThreads)
     MapElements(int64_t n, Map map, Inputs<kInputs, T> in, T* y) {
+  WaitForPrevious();
   const int64_t first = blockIdx.x * kBlockElements<T> + static_cast<int>(threadIdx.x);
   for (int k = 0; k < kWideLanes<T> * kVectors; ++k) {
     const int64_t i = first + k * kThreads;
@@ -182,6 +184,7 @@ struct DropoutRule {
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     DropWords(int64_t n, DropoutRule rule, const float* x, float* y) {
+  WaitForPrevious();
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t i = 4 * thread - static_cast<int64_t>(rule.first % 4);
   if (i >= n) return;
@@ -213,6 +216,7 @@ __global__ void __launch_bounds__(kThreads)
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     RoundElements(int64_t n, const float* __restrict__ x, StoredBf16* __restrict__ bf16) {
+  WaitForPrevious();
   const int64_t i = 8 * (int64_t{blockIdx.x} * kThreads + threadIdx.x);
   if (kAligned && i + 8 <= n) return StoreLanes<8>(bf16 + i, LoadLanes<8>(x + i));
   for (int64_t j = i; j < i + 8 && j < n; ++j) StoreLanes<1>(bf16 + j, {{x[j]}});

@@ -25,6 +25,7 @@ template <int kLanes>
 __global__ void __launch_bounds__(kThreads)
     TakeRows(uint32_t threads, int vocabulary, int64_t features, Divisor by_units,
              const float* __restrict__ x, const float* __restrict__ weight, float* __restrict__ y) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   uint32_t position = index;
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 // Zeroes n elements of each leaf.
 constexpr int kZeros = 8;  // of a thread
 __global__ void __launch_bounds__(kThreads) ClearLeaves(int64_t n, float* to, int64_t stride) {
+  WaitForPrevious();
   const int64_t first = int64_t{blockIdx.x} * kThreads * kZeros + threadIdx.x;
   to += blockIdx.y * stride;
 #pragma unroll
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(kThreads)
     SumRows(int64_t positions, Leaves leaves, int vocabulary, int features,
             const float* __restrict__ x, const float* __restrict__ dy, float* __restrict__ dweight,
             int64_t stride) {
+  WaitForPrevious();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t position =
       int64_t{blockIdx.x} * (kThreads / kWarp) + static_cast<int>(threadIdx.x) / kWarp;
@@ -113,6 +116,7 @@ void RunForward(const Queue& q, int64_t n, int64_t vocabulary, int64_t features,
 __global__ void __launch_bounds__(kThreads)
     MarkLabels(uint32_t threads, Divisor by_classes, const int32_t* __restrict__ labels,
                float* __restrict__ out) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   uint32_t row = index;

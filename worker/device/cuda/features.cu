@@ -136,6 +136,7 @@ constexpr int kBlocksOfMore = kHeld == 8 ? 2 : 3;
 template <int kThreads, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksOfOne<kHeld>)
     ForwardSoftmax(int64_t n, int features, const float* x, float* y) {
+  WaitForPrevious();
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
   Features<kThreads, kAligned, kHeld> input(team, features, team.Begin(x, features));
@@ -180,6 +181,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksOfOne<kHeld>)
 template <int kThreads, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksOfMore<kHeld>)
     BackwardSoftmax(int64_t n, int features, const float* y, const float* dy, float* dx) {
+  WaitForPrevious();
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
   const Features<kThreads, kAligned, kHeld> outputs(team, features, team.Begin(y, features));
@@ -210,6 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksOfMore<kHeld>)
     ForwardNorm(int64_t n, int features, const float* x, float epsilon,
                 const float* __restrict__ weight, const float* __restrict__ bias, float* y,
                 float* __restrict__ stats) {
+  WaitForPrevious();
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
   const Features<kThreads, kAligned, kHeld> input(team, features, team.Begin(x, features));
@@ -254,6 +257,7 @@ template <int kThreads, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksOfMore<kHeld>)
     BackwardNorm(int64_t n, int features, const float* x, const float* __restrict__ stats,
                  const float* __restrict__ weight, const float* dy, float* dx) {
+  WaitForPrevious();
   const Team<kThreads, kAligned> team;
   if (team.vector >= n) return;
   const Features<kThreads, kAligned, kHeld> input(team, features, team.Begin(x, features));

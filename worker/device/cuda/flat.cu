@@ -55,6 +55,7 @@ template <OptimizerType kType, int kSlots, bool kByFour>
 __global__ void __launch_bounds__(kThreads, 5)
     Update(OptimizerCoefficients coefficients, int64_t n, int lead, const StepScalars* scalars,
            const float* gradient, float* parameters, OptimizerSlots slots, StoredBf16* rounded) {
+  WaitForPrevious();
   StepScalars* const shared = SharedMemory<StepScalars>();
   if (threadIdx.x == 0) *shared = *scalars;  // perhaps from memory of the host: once a block
   __syncthreads();
@@ -109,6 +110,7 @@ __global__ void __launch_bounds__(kThreads)
     UpdatePieces(OptimizerCoefficients coefficients, const UpdatePiece* pieces,
                  const StepScalars* scalars, const float* gradient, float* parameters,
                  OptimizerSlots slots, StoredBf16* rounded) {
+  WaitForPrevious();
   const UpdatePiece piece = pieces[blockIdx.x];
   const StepScalars s = *scalars;
   if (s.apply == 0) return;
@@ -178,6 +180,7 @@ __device__ __forceinline__ double BlockSquares(int64_t n, const float* x) {
 }
 
 __global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x, double* sums) {
+  WaitForPrevious();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kNormBlock;
   const double sum = BlockSquares(n - first, x + first);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
@@ -185,6 +188,7 @@ __global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x
 
 __global__ void __launch_bounds__(kThreads)
     SumSquaresOf(const NormBlock* blocks, const float* x, double* sums) {
+  WaitForPrevious();
   const NormBlock block = blocks[blockIdx.x];
   const double sum = BlockSquares(block.length, x + block.begin);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
@@ -201,6 +205,7 @@ __device__ __forceinline__ uint32_t BitsOf(float x) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     FlagRange(int64_t n, int lead, const T* x, uint32_t* flag) {
+  WaitForPrevious();
   constexpr uint32_t kExponent = 0x7F800000u;
   bool found = false;
   Walk<true>(
@@ -255,6 +260,7 @@ constexpr int64_t kMostDigestBlocks = 132 * 16;  // whose sums one block adds up
 __global__ void __launch_bounds__(kThreads, 4)
     DigestRange(int64_t n, int lead, const float* x, uint64_t tensor_key, uint64_t first_index,
                 Digest* block_sums) {
+  WaitForPrevious();
   MixedSum mixed;
   const int64_t step = 4 * static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t i = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) - lead;
@@ -288,6 +294,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 __global__ void __launch_bounds__(kThreads)
     AddDigests(int count, const Digest* block_sums, Digest* digest) {
+  WaitForPrevious();
   Digest sum;
 #pragma unroll 8
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) sum += block_sums[i];
@@ -298,6 +305,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block of threads for each piece.
 __global__ void __launch_bounds__(kThreads, 4) SumPieces(const DigestPiece* pieces, Digest* digests,
                                                          const StepScalars* scalars, int64_t ring) {
+  WaitForPrevious();
   const DigestPiece piece = pieces[blockIdx.x];
   MixedSum mixed;
   const int64_t fours = LeadOf(piece.data) == 0 ? piece.count / 4 : 0;
@@ -456,6 +464,7 @@ __device__ __forceinline__ Lanes<kLanes> Tree(const Parts& parts, int eights, in
 template <int kTail, bool kByFour>
 __global__ void __launch_bounds__(kThreads)
     SumParts(int64_t n, int lead, Parts parts, int eights, float* out) {
+  WaitForPrevious();
   Walk<kByFour>(
       n, lead, [&](int64_t i) { StoreLanes<4>(out + i, Tree<4, kTail>(parts, eights, i)); },
       [&](int64_t i) { StoreLanes<1>(out + i, Tree<1, kTail>(parts, eights, i)); });

@@ -27,6 +27,7 @@ __device__ __forceinline__ T TreeOfWarp(T value, int count) {
 
 // `values` has room for two levels behind the first.
 __global__ void __launch_bounds__(kThreads) Decide(StepGate gate, double* values) {
+  WaitForPrevious();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   // What the first thread needs in the end, part of it from memory of the host, is asked for first.

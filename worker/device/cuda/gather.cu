@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(kThreads)
                const float* __restrict__ inv_std, Augmentation augmentation, uint64_t step,
                uint64_t first_position, float* __restrict__ out, const int32_t* labels,
                int32_t* labels_out) {
+  WaitForPrevious();
   SampleChange& drawn = *SharedMemory<SampleChange>();
   const int64_t sample = blockIdx.x / static_cast<unsigned>(shape.blocks);
   const int block = static_cast<int>(blockIdx.x % static_cast<unsigned>(shape.blocks));

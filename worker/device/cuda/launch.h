@@ -7,6 +7,7 @@
 //    that of the launch, beyond which an access is an error, and it holds garbage at block start;
 //  - no inline assembly, no cooperative groups: __syncthreads, __syncwarp, __shfl_*_sync,
 //    __ballot_sync, integer atomics, __threadfence and vector types;
+//  - a kernel begins with WaitForPrevious();
 //  - a barrier or shuffle is reached by all threads (lanes of the mask) that take part;
 //  - the result must not depend on the order in which blocks and threads run: no float atomics.
 #pragma once
@@ -28,10 +29,31 @@ struct Queue {
   // Takes the text of a library call's first failure, which Stream::Synchronize returns; null:
   // lost.
   std::string* failure = nullptr;
+  // In a graph, a kernel may be put on the multiprocessors while the one before it still runs.
+  bool early = false;
 };
 
 inline void Fail(const Queue& queue, const std::string& text) {
   if (queue.failure != nullptr && queue.failure->empty()) *queue.failure = text;
+}
+
+// Whether what the stream captures next has one kernel to wait for, and nothing else: then that
+// wait may be the kernel's own (programmatic dependent launch, CUDA C++ Programming Guide).
+inline bool FollowsKernel(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaGraphNode_t* before = nullptr;
+  const cudaGraphEdgeData* edges = nullptr;
+  size_t count = 0;
+  cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
+#if CUDART_VERSION >= 13000
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &before, &edges, &count);
+#else
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo_v3(stream, &status, nullptr, nullptr, &before, &edges, &count);
+#endif
+  return error == cudaSuccess && status == cudaStreamCaptureStatusActive && count == 1 &&
+         cudaGraphNodeGetType(before[0], &type) == cudaSuccess && type == cudaGraphNodeTypeKernel;
 }
 
 // A failure is kept by the runtime and returned by Stream::Synchronize.
@@ -43,6 +65,13 @@ void Launch(const Queue& queue, dim3 grid, dim3 block, size_t shared_bytes,
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = queue.stream;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  if (queue.early && FollowsKernel(queue.stream)) {
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
@@ -52,6 +81,16 @@ void AllowShared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= size_t{48} << 10) return;
   static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          static_cast<int>(bytes)));
+}
+
+// A kernel's first statement: behind it, what is before the kernel on its stream is done, and its
+// writes are seen. The kernel behind this one may be put beside it from here on, to wait in turn:
+// by then all of this one's blocks are on multiprocessors, whose rest it takes.
+__device__ __forceinline__ void WaitForPrevious() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

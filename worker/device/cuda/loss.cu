@@ -327,6 +327,7 @@ constexpr int kLeafBlocks = 4;  // of rows, that one block of threads may take
 template <class Loss, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(kWarp* kLeafWarps, 1)
     SmallLeaves(Loss loss, Leaves leaves, LeafResult* results) {
+  WaitForPrevious();
   const int leaf = static_cast<int>(blockIdx.x);
   const int64_t begin = leaves.begin[leaf];
   const int rows = static_cast<int>(leaves.begin[leaf + 1] - begin);
@@ -365,6 +366,7 @@ constexpr int kRowBlocks = kHeld == 8 ? 3 : 4;
 template <class Loss, int kTeam, bool kAligned, int kHeld>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks<kHeld>)
     LossOfRows(Loss loss, int64_t first, int64_t rows, RowResult* row_results) {
+  WaitForPrevious();
   constexpr int kTeams = kRowThreads / kTeam;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kTeams + static_cast<int>(threadIdx.x) / kTeam;
@@ -381,6 +383,7 @@ template <class Loss>
 __global__ void __launch_bounds__(kSumThreads)
     SumRows(Leaves leaves, int64_t first, const RowResult* row_results, bool add,
             LeafResult* results) {
+  WaitForPrevious();
   const int leaf = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const RowResult* const from = row_results + (leaves.begin[leaf] - first);
   const int64_t rows = leaves.begin[leaf + 1] - leaves.begin[leaf];

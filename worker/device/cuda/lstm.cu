@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kThreads)
                  int64_t gates_row, const float* c_before, float* c, float* __restrict__ tanh_c,
                  int64_t state_row, float* __restrict__ h, int64_t h_row,
                  uint16_t* __restrict__ h16) {
+  WaitForPrevious();
   const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
   if (index >= threads) return;
   uint32_t row = index;
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(kThreads)
                   const float* __restrict__ tanh_c, int64_t state_row, const float* __restrict__ dh,
                   int64_t dh_row, const float* __restrict__ dh_after, bool last,
                   float* __restrict__ dc, uint16_t* __restrict__ gates16) {
+  WaitForPrevious();
   const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
   if (index >= threads) return;
   uint32_t row = index;

@@ -93,6 +93,7 @@ __device__ __forceinline__ void FillWithZeros(float* p, int count) {
 // the whole of gate `slice`.
 template <int kUnits, int kRows>
 __global__ void __launch_bounds__(kUnits* kSlices, 1) ForwardWalk(const LstmWalk w, bool wide) {
+  WaitForPrevious();
   constexpr int kTerms = kUnits / kSlices, kHeld = kHeldForward<kUnits, kRows> / kGates;
   using S = Slices<kTerms>;
   const int threads = static_cast<int>(blockDim.x), hidden = w.hidden;
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(kUnits* kSlices, 1) ForwardWalk(const LstmWalk
 // units hand each other.
 template <int kUnits, int kRows>
 __global__ void __launch_bounds__(kUnits* kSlices, 1) BackwardWalk(const LstmWalk w) {
+  WaitForPrevious();
   constexpr int kHeld = kHeldBackward<kUnits, kRows>;
   using S = Slices<kUnits>;
   const int threads = static_cast<int>(blockDim.x), hidden = w.hidden;
@@ -324,6 +326,7 @@ __device__ __forceinline__ void FillWithZeros(uint16_t* p, int count) {
 template <int kUnits, int kRows>
 __global__ void __launch_bounds__(kUnits / 8 * kWarp, 1)
     ForwardWalkBf16(const LstmWalk w, bool wide) {
+  WaitForPrevious();
   constexpr int kTiles = kUnits / 16, kSample = kSampleForward<kUnits>, kCells = kRows / 4;
   constexpr int kHeld = kHeldTilesForward<kUnits>;
   const int hidden = w.hidden;
@@ -422,6 +425,7 @@ __global__ void __launch_bounds__(kUnits / 8 * kWarp, 1)
 template <int kUnits, int kRows>
 __global__ void __launch_bounds__(kUnits / 16 * kWarp, 1)
     BackwardWalkBf16(const LstmWalk w, bool wide) {
+  WaitForPrevious();
   constexpr int kTiles = kUnits / 16, kSample = kSampleBackward<kUnits>;
   constexpr int kHeld = kHeldTilesBackward<kUnits>;
   constexpr int kRowCells = kRows / 4, kCells = 2 * kRowCells;  // of each half of the units

@@ -61,6 +61,7 @@ __device__ __forceinline__ Record MergeTree(const Leaves& leaves, int64_t spatia
 __global__ void __launch_bounds__(kThreads)
     MergeLeaves(int64_t channels, Leaves leaves, const float* mean, const float* m2, int64_t stride,
                 float* merged_mean, float* merged_m2) {
+  WaitForPrevious();
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= channels) return;
   const Record record = MergeTree(leaves, 1, mean + c, m2 + c, stride);
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     UpdateAll(const StatisticsSlice* slices, Leaves leaves, const float* records, int64_t stride,
               const StepScalars* scalars, float* statistics) {
+  WaitForPrevious();
   const StatisticsSlice s = slices[blockIdx.y];
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= s.channels || scalars->apply == 0) return;

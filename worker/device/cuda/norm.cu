@@ -262,6 +262,7 @@ constexpr int kThreads = 256;
 template <class Map, int kVector>
 __global__ void __launch_bounds__(kThreads, Map::kBlocks)
     MapRows(Map map, Leaves leaves, int64_t channels, int64_t block_rows) {
+  WaitForPrevious();
   const int leaf = static_cast<int>(blockIdx.z);
   const int64_t leaf_end = leaves.begin[leaf + 1];
   const int64_t first = leaves.begin[leaf] + blockIdx.y * block_rows;
@@ -465,6 +466,7 @@ void RunMap(const Queue& q, int64_t channels, const Leaves& leaves, bool aligned
 __global__ void __launch_bounds__(kThreads)
     UpdateAverages(int64_t channels, float divisor, const float* mean, const float* m2,
                    float momentum, float* running_mean, float* running_var) {
+  WaitForPrevious();
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= channels) return;
   const float old_mean = running_mean[c], old_var = running_var[c];

@@ -163,6 +163,7 @@ template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
     MaxForward(uint32_t threads, Geometry g, const T* __restrict__ x, T* __restrict__ y,
                uint8_t* __restrict__ argmax) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> best = {};
@@ -190,6 +191,7 @@ template <int kLanes, bool kOfFour, class T>
 __global__ void __launch_bounds__(kThreads)
     MaxBackward(uint32_t threads, Geometry g, const T* __restrict__ dy,
                 const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
@@ -227,6 +229,7 @@ template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
     MaxBackwardTiles(uint32_t threads, Geometry g, const T* __restrict__ dy,
                      const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   const uint32_t winners = LoadBytes<kLanes>(argmax + int64_t{index} * kLanes);
@@ -254,6 +257,7 @@ template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
     AverageForward(uint32_t threads, Geometry g, float share, const T* __restrict__ x,
                    T* __restrict__ y) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
@@ -271,6 +275,7 @@ template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads)
     AverageBackward(uint32_t threads, Geometry g, float share, const T* __restrict__ dy,
                     T* __restrict__ dx) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
@@ -307,6 +312,7 @@ template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     GlobalAverage(int spatial, int channels, int tiles, int tile_units, float share,
                   const T* __restrict__ x, float* __restrict__ y) {
+  WaitForPrevious();
   double* const sums = SharedMemory<double>();  // {kSums, tile_units, kLanes}
   const int64_t row = blockIdx.x / static_cast<unsigned>(tiles);
   const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiles));
@@ -371,6 +377,7 @@ template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads)
     GlobalAverageSpread(uint32_t threads, int channels, Divisor by_units, Divisor by_spatial,
                         float share, const float* __restrict__ dy, T* __restrict__ dx) {
+  WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   uint32_t row = index;

@@ -195,6 +195,7 @@ constexpr int kMergeColumns = 32;  // of a block
 template <class Reduction, int kVector>
 __global__ void __launch_bounds__(Reduction::kMostThreads)
     ReduceChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
+  WaitForPrevious();
   using Order = typename Reduction::Order;
   constexpr int kPlanes = Reduction::kPlanes, kLanes = Order::kLanes;
   const int local_leaf = static_cast<int>(blockIdx.z), leaf = part.first_leaf + local_leaf;
@@ -264,6 +265,7 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
 template <class Reduction>
 __global__ void __launch_bounds__(kMergeColumns* Reduction::Order::kLanes)
     MergeChunks(Reduction reduction, Leaves leaves, ReductionPart part, const float* partials) {
+  WaitForPrevious();
   using Order = typename Reduction::Order;
   const int local_leaf = static_cast<int>(blockIdx.y), leaf = part.first_leaf + local_leaf;
   const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;

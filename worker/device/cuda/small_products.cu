@@ -455,6 +455,7 @@ __global__ void __launch_bounds__(I::Shape::kMostThreads, I::kBlocks)
     MultiplyTiles(Problem p, const typename I::TypeA* __restrict__ a,
                   const typename I::TypeB* __restrict__ b, const float* __restrict__ bias,
                   float* __restrict__ c) {
+  WaitForPrevious();
   using T = typename I::Shape;
   using L = typename I::Stored;
   const int thread = static_cast<int>(threadIdx.x);

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(
     StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>::kBlocks)
     MultiplyStoredGradients(WeightGradient s, Chunks chunks, const StoredBf16* __restrict__ x,
                             const StoredBf16* __restrict__ dy, float* __restrict__ results) {
+  WaitForPrevious();
   using Tile = StoredGradientTile<kOut, kColumns, kDown, kAcross, kGroups>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStages = Tile::kStages;
   constexpr int kColumnPieces = kColumns / 8, kOutPieces = kOut / 8;
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
     MultiplyStoredGradientRuns(WeightGradient s, Chunks chunks, int ring,
                                const StoredBf16* __restrict__ x, const StoredBf16* __restrict__ dy,
                                float* __restrict__ results) {
+  WaitForPrevious();
   using Tile = GradientRunTile<kOut, kHalves>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStage = Tile::kStage;
   constexpr int kPixelPieces = kHalves * 2, kOutPieces = kOut / 8;
@@ -342,6 +344,7 @@ template <int kOut>
 __global__ void __launch_bounds__(NineTapsTile<kOut>::kThreads, NineTapsTile<kOut>::kBlocks)
     MultiplyNineTaps(WeightGradient s, Chunks chunks, int ring, const StoredBf16* __restrict__ x,
                      const StoredBf16* __restrict__ dy, float* __restrict__ results) {
+  WaitForPrevious();
   using Tile = NineTapsTile<kOut>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStage = Tile::kStage;
   constexpr int kPixelPieces = 4, kOutPieces = kOut / 8, kTilesDown = 4, kTilesAcross = 3;

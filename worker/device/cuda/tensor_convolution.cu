@@ -116,6 +116,7 @@ __device__ __forceinline__ void PackQuad(const Packed& p, int kernel,
 template <class Factor>
 __global__ void __launch_bounds__(256)
     PackWeights(Packed forward, Packed backward, int kernel, const StoredBf16* __restrict__ w) {
+  WaitForPrevious();
   const uint32_t index = blockIdx.x * 256 + threadIdx.x;
   if (blockIdx.z == 0) {
     PackQuad<Factor>(forward, kernel, w, static_cast<int>(blockIdx.y), index);
@@ -214,6 +215,7 @@ __global__ void __launch_bounds__(WindowTile<kPlaces, kFeatures, kDown, kAcross>
     MultiplyWindows(Windows s, Terms terms, bool backward, const T* __restrict__ source,
                     const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
                     void* __restrict__ result) {
+  WaitForPrevious();
   using Tile = WindowTile<kPlaces, kFeatures, kDown, kAcross>;
   constexpr int kThreads = Tile::kThreads, kStage = Tile::kStage, kQuads = Factor::kQuads;
   constexpr int kRows = kPlaces * kQuads / kThreads;      // of the tile, that a thread loads from
@@ -470,6 +472,7 @@ __global__ void __launch_bounds__(StoredTile<kPlaces, kFeatures, kDown, kAcross>
     MultiplyStored(Windows s, Terms terms, bool backward, const StoredBf16* __restrict__ source,
                    const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
                    void* __restrict__ result) {
+  WaitForPrevious();
   using Tile = StoredTile<kPlaces, kFeatures, kDown, kAcross>;
   constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
   constexpr int kRowsApart = kThreads / 4, kRows = kPlaces / kRowsApart;  // that a thread copies to
@@ -604,6 +607,7 @@ __global__ void __launch_bounds__(ResidentTile::kThreads, ResidentTile::kBlocks)
     MultiplyResident(Windows s, Terms terms, int most_steps, bool backward,
                      const StoredBf16* __restrict__ source, const uint4* __restrict__ weights,
                      const float* __restrict__ bias, bool relu, void* __restrict__ result) {
+  WaitForPrevious();
   using Tile = ResidentTile;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kFeatures = Tile::kFeatures;
   constexpr int kRowsApart = kThreads / 4, kRows = kPlaces / kRowsApart;
@@ -749,6 +753,7 @@ __global__ void __launch_bounds__(RunTile<T, kFeatures, kDown, kAcross, kHalves>
     MultiplyRuns(Windows s, Terms terms, Runs runs, bool backward, const T* __restrict__ source,
                  const uint4* __restrict__ weights, const float* __restrict__ bias, bool relu,
                  void* __restrict__ result) {
+  WaitForPrevious();
   using Tile = RunTile<T, kFeatures, kDown, kAcross, kHalves>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kSteps = Tile::kSteps;
   constexpr int kPixelBytes = kHalves * kRowBytes / 2, kPixelQuads = kHalves * Factor::kQuads / 2;

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(
     GradientTile<kOut, kColumns, kDown, kAcross, kGroups, kDepths>::kBlocks)
     MultiplyGradients(WeightGradient s, Chunks chunks, const X* __restrict__ x,
                       const Y* __restrict__ dy, float* __restrict__ results) {
+  WaitForPrevious();
   using Tile = GradientTile<kOut, kColumns, kDown, kAcross, kGroups, kDepths>;
   constexpr int kThreads = Tile::kThreads, kStage = Tile::kStage, kPlaces = Tile::kPlaces;
   constexpr int kColumnQuads = kColumns / 4, kOutQuads = kOut / 4;
@@ -212,6 +213,7 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
                                   GradientRunTile<kOut, kHalves>::kBlocks)
     MultiplyGradientRuns(WeightGradient s, Chunks chunks, int ring, const X* __restrict__ x,
                          const Y* __restrict__ dy, float* __restrict__ results) {
+  WaitForPrevious();
   using Tile = GradientRunTile<kOut, kHalves>;
   constexpr int kThreads = Tile::kThreads, kPlaces = Tile::kPlaces, kStage = Tile::kStage;
   constexpr int kPixelQuads = kHalves * 4, kOutQuads = kOut / 4, kOutPieces = kOut / 8;

@@ -13,6 +13,7 @@
 #include <utility>
 
 // ---- the dialect.
+#define __CUDA_ARCH__ 900
 #define __global__
 #define __device__
 #define __host__
@@ -94,6 +95,7 @@ enum class Exchange {
   kTogether
 };
 void BlockBarrier(Site site);
+void GridDependency(Site site);
 // What the calling lane gets when all lanes of the mask have come.
 uint64_t WarpExchange(Exchange exchange, unsigned mask, uint64_t value, int source, int width,
                       Site site);
@@ -119,6 +121,10 @@ inline T Shuffle(Exchange exchange, unsigned mask, T value, int source, int widt
 inline void __syncthreads(LOCKSTEP_EMULATED_SITE) {
   lockstep::emulator::BlockBarrier(LOCKSTEP_EMULATED_HERE);
 }
+inline void cudaGridDependencySynchronize(LOCKSTEP_EMULATED_SITE) {
+  lockstep::emulator::GridDependency(LOCKSTEP_EMULATED_HERE);
+}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void __syncwarp(unsigned mask = 0xffffffffu, LOCKSTEP_EMULATED_SITE) {
   lockstep::emulator::WarpExchange(lockstep::emulator::Exchange::kSyncWarp, mask, 0, 0, warpSize,
                                    LOCKSTEP_EMULATED_HERE);
@@ -337,6 +343,12 @@ enum cudaStreamCaptureStatus {
   cudaStreamCaptureStatusActive = 1,
   cudaStreamCaptureStatusInvalidated = 2,
 };
+enum cudaGraphNodeType {
+  cudaGraphNodeTypeKernel = 0,
+  cudaGraphNodeTypeMemcpy = 1,
+  cudaGraphNodeTypeEmpty = 5,
+};
+struct cudaGraphEdgeData;  // of no edge that is captured there is any
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
@@ -401,7 +413,13 @@ struct cudaPointerAttributes {
   void* devicePointer;
   void* hostPointer;
 };
-struct cudaLaunchAttribute;  // none is known
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
@@ -485,6 +503,11 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEve
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id, cudaGraph_t* graph,
+                                     const cudaGraphNode_t** before,
+                                     const cudaGraphEdgeData** edges, size_t* count);
+cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type);
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
                                  unsigned long long flags = 0);
