@@ -319,6 +319,23 @@ std::vector<GraphCase> MakeCases() {
     m.Dense(8);
     m.MeanSquaredError(Target::kInput);
   });
+  // Whose last call of backward is that of a norm, and reads what a gradient of weights reads.
+  add("norm_of_data_read_twice", {4, 4, 2}, 3, [](GraphMaker& m) {
+    m.BatchNorm(Sync::kShard, kData);
+    const int y = m.Relu();
+    const int a = m.Conv2d(2, 3, 1, 1, true, y);
+    const int b = m.Conv2d(2, 3, 1, 1, true, y);
+    m.AddLayers({a, b});
+    m.Flatten();
+    m.Dense(3);
+  });
+  add("norm_of_data_around_a_convolution", {4, 4, 2}, 3, [](GraphMaker& m) {
+    const int y = m.BatchNorm(Sync::kBatch, kData);
+    const int a = m.Conv2d(2, 3, 1, 1, true, y);
+    m.AddLayers({y, a});
+    m.Flatten();
+    m.Dense(3);
+  });
   add("add_to_itself", {4}, 3, [](GraphMaker& m) {
     const int x = m.Dense(3);
     m.AddLayers({x, x});
@@ -416,7 +433,8 @@ spec::Graph RandomGraph(uint64_t seed, int layers) {
   auto pick = [&](int n) { return static_cast<int>(random() % n); };
   GraphMaker m({4, 4, 2}, 3);
   std::vector<int> images = {kData}, vectors;  // all images {4, 4, 2}, all vectors {5}
-  vectors.push_back(m.Dense(5, true, kData));
+  if (pick(3) == 0) images = {m.BatchNorm(pick(2) == 0 ? Sync::kBatch : Sync::kShard, kData)};
+  vectors.push_back(m.Dense(5, true, images.front()));
   while (m.Last() + 1 < layers) {
     const Sync sync = pick(2) == 0 ? Sync::kBatch : Sync::kShard;
     const int image = images[pick(images.size())], vector = vectors[pick(vectors.size())];

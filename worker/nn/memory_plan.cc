@@ -48,7 +48,8 @@ int64_t Place(bool of_slot, int64_t base, std::vector<Block>* blocks) {
 MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot_rows) {
   const size_t values = lowering.value_bytes.size();
   const int calls = static_cast<int>(lowering.calls.size());
-  std::vector<int> last_use(values, -1);
+  // Of calls in their order, and of those that may run beside them: until they are waited for.
+  std::vector<int> last_use(values, -1), beside_until(values, -1);
   for (int i = 0; i < calls; ++i) {
     const Call& call = lowering.calls[i];
     for (const int value : {call.a, call.b, call.c, call.d, call.out, call.out2}) {
@@ -62,7 +63,7 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot
       const Call& call = lowering.calls[i];
       if (call.type != CallType::kLinearBackwardWeight) continue;
       for (const int value : {call.a, call.b}) {
-        if (value >= 0) last_use[value] = std::max(last_use[value], next);
+        if (value >= 0) beside_until[value] = std::max(beside_until[value], next);
       }
       next = i;
     }
@@ -75,7 +76,7 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot
     for (const int out : {call.out, call.out2}) {
       if (out < 0) continue;
       for (const int in : {call.a, call.b, call.c, call.d}) {
-        if (IsElementwise(call.type) && in >= 0 && last_use[in] == i &&
+        if (IsElementwise(call.type) && in >= 0 && last_use[in] == i && beside_until[in] < i &&
             lowering.value_bytes[in] == lowering.value_bytes[out]) {
           block_of[out] = block_of[in];
           break;
@@ -86,7 +87,7 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot
         blocks.push_back({lowering.value_bytes[out], i});
       }
       Block& block = blocks[block_of[out]];
-      block.end = std::max(block.end, last_use[out]);
+      block.end = std::max({block.end, last_use[out], beside_until[out]});
     }
   }
 
