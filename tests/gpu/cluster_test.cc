@@ -136,6 +136,23 @@ TEST_F(EmulatedCluster, EveryPlacementGivesTheResultOfOneSlot) {
       one);
 }
 
+// Microbatches whose gradients are there only when the last pass over them has ended.
+TEST_F(EmulatedCluster, AccumulatedMicrobatchesAreExchangedWhenAllAreThere) {
+  setenv(kGpus, "3", 1);
+  for (const char* sync : {"batch", "shard"}) {
+    for (const auto& [accumulate, workers] : {std::pair(2, "3"), std::pair(5, "2")}) {
+      const std::string name = absl::StrCat(sync, accumulate);
+      SCOPED_TRACE(name);
+      const std::string spec = Spec(name, absl::StrCat("steps: 8, accumulate: ", accumulate));
+      const std::vector<std::string> one_gpu = {"--set", absl::StrCat("model.sync=", sync)};
+      const nlohmann::json one = Result(spec, name + "-one", one_gpu);
+      std::vector<std::string> arguments = one_gpu;
+      arguments.insert(arguments.end(), {"--workers", workers});
+      ExpectSameResult(Result(spec, name + "-several", arguments), one);
+    }
+  }
+}
+
 // Libraries on two GPUs of one kind may propose others; the result is that of the first member's,
 // or of the run that a checkpoint is of.
 TEST_F(EmulatedCluster, AJobKeepsItsAlgorithms) {

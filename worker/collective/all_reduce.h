@@ -31,6 +31,8 @@ struct Placement {
   int leaves = 0;
   std::vector<std::vector<int>> bounds;
   int interleaved = 1;  // the order in which a slot writes its leaves (tree.h, WriteOrder)
+  // A slot may write its leaves in several passes, each of which ends for itself.
+  bool in_passes = false;
   // False: members on devices may be summed by their library (NCCL) in any order, so that bits
   // follow the placement.
   bool exact = true;
@@ -75,7 +77,8 @@ class CanonicalAllReduce {
   // again; the padding in it is zero.
   virtual bool LeavesStay() const { return false; }
   // Where the calls of one pass over all of a slot's present leaves are recorded or repeated
-  // (Device::Record): EndPass is the last of them, and Repeated says that all were made again.
+  // (Device::Record): EndPass is the last of them, and Repeated says that all were made again. Both
+  // say nothing where there are several passes.
   virtual void EndPass(int /*slot*/, device::Stream& /*stream*/) {}
   virtual void Repeated(int /*slot*/) {}
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot

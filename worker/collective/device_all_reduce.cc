@@ -21,8 +21,9 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
         buckets_(std::move(buckets)),
         on_device_(members_ > 1 && communicator->on_device()),
         // All members do or none, since what one has enqueued waits for the others.
-        overlaps_(on_device_ && std::all_of(placement_.bounds.begin(), placement_.bounds.end(),
-                                            [](const auto& slots) { return slots.size() == 2; })),
+        overlaps_(on_device_ && !placement_.in_passes &&
+                  std::all_of(placement_.bounds.begin(), placement_.bounds.end(),
+                              [](const auto& slots) { return slots.size() == 2; })),
         slots_(slots_count_),
         left_(buckets_.size()) {}
 

@@ -527,6 +527,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     const v1::Prepare& prepare = options_.prepare;
     placement_.leaves = shards_ * accumulate_;
     if (interleaved()) placement_.interleaved = accumulate_;
+    placement_.in_passes = accumulate_ > 1;
     placement_.exact = spec_.train().exact();
     for (const v1::Member& m : prepare.members()) {
       placement_.bounds.emplace_back(m.bounds().begin(), m.bounds().end());

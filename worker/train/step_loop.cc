@@ -54,14 +54,11 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
     loop->parts_.all_reduce->DoneFolded(index, *stream, begin, end);
   }
   bool LeavesStay() const override { return loop->parts_.all_reduce->LeavesStay(); }
-  // A pass over some of the leaves completes nothing.
   void EndPass() override {
-    if (loop->options_.accumulate == 1) loop->parts_.all_reduce->EndPass(index, *stream);
+    loop->parts_.all_reduce->EndPass(index, *stream);
     if (loop->runs_ahead()) updated = loop->Update(*this);
   }
-  void Repeated() override {
-    if (loop->options_.accumulate == 1) loop->parts_.all_reduce->Repeated(index);
-  }
+  void Repeated() override { loop->parts_.all_reduce->Repeated(index); }
 
   // ---- nn::MomentExchange
   const Batch* OnDevice() const override { return loop->runs_ahead() ? &batch : nullptr; }

@@ -324,6 +324,16 @@ TEST_F(EmulatorDeathTest, PointersToOtherMemoryAreFound) {
   EXPECT_EQ(cudaHostUnregister(host.data()), cudaErrorHostMemoryNotRegistered);
 }
 
+// Of two threads that launch one kernel with several sizes.
+TEST_F(EmulatorTest, AllowingLessSharedMemoryTakesNothingAway) {
+  constexpr size_t kMore = size_t{80} << 10, kLess = size_t{60} << 10;
+  float* const x = Device<float>(8);
+  device::cuda::AllowShared(Double, kMore);
+  device::cuda::AllowShared(Double, kLess);
+  Launch(queue_, dim3(1), dim3(8), kMore, Double, 8, x);
+  EXPECT_EQ(Wait(), cudaSuccess);
+}
+
 TEST_F(EmulatorTest, LaunchesBeyondTheLimitsAreRefused) {
   float* const x = Device<float>(8);
   const auto launch = [&](dim3 grid, dim3 block, size_t shared) {

@@ -52,7 +52,9 @@ class Graph : public Recording {
   ~Graph() override {
     for (cudaGraphExec_t executable : executables_) cudaGraphExecDestroy(executable);
   }
-  cudaError_t Instantiate(cudaGraph_t graph) {
+  // `stream`: of the launches to come. Nothing is left for the first of them to allocate, which
+  // might wait for other GPUs, whose steps wait for this one's.
+  cudaError_t Instantiate(cudaGraph_t graph, cudaStream_t stream) {
     // A stream takes about 1,024 kernels that have not run; some are enqueued besides.
     constexpr size_t kMostCalls = 1000;
     size_t calls = 0;
@@ -64,7 +66,12 @@ class Graph : public Recording {
     for (int i = 0; i < most_ahead_ && error == cudaSuccess; ++i) {
       cudaGraphExec_t executable = nullptr;
       error = cudaGraphInstantiate(&executable, graph, 0);
-      if (error == cudaSuccess) executables_.push_back(executable);
+      if (error == cudaSuccess) error = cudaGraphUpload(executable, stream);
+      if (error == cudaSuccess) {
+        executables_.push_back(executable);
+      } else if (executable != nullptr) {
+        cudaGraphExecDestroy(executable);
+      }
     }
     if (executables_.empty()) return error;
     if (error != cudaSuccess) cudaGetLastError();
@@ -198,7 +205,7 @@ class CudaDevice : public Device {
     cudaGraph_t graph = nullptr;
     error = cudaStreamEndCapture(on, &graph);
     auto recording = std::make_unique<Graph>();
-    if (error == cudaSuccess && called.ok()) error = recording->Instantiate(graph);
+    if (error == cudaSuccess && called.ok()) error = recording->Instantiate(graph, on);
     if (graph != nullptr) cudaGraphDestroy(graph);
     if (!called.ok()) return called;
     if (error != cudaSuccess) {

@@ -73,8 +73,10 @@ absl::Status CudaStream::Await(const Patience& patience, absl::FunctionRef<cudaE
   // Ends of sleeps are put off by it, by 50 us where nobody says otherwise.
   constexpr unsigned long kTimerSlack = 2000;  // NOLINT: nanoseconds, in the type of prctl
   [[maybe_unused]] thread_local const int slack = prctl(PR_SET_TIMERSLACK, kTimerSlack);
-  // A launch that the runtime refused has left its error here, whose place cudaErrorNotReady takes.
-  const cudaError_t launch = cudaGetLastError();
+  // A launch that the runtime refused has left its error here, whose place cudaErrorNotReady takes:
+  // also that of a library which asked before.
+  cudaError_t launch = cudaGetLastError();
+  if (launch == cudaErrorNotReady) launch = cudaSuccess;
   const absl::Time began = absl::Now();
   cudaError_t error;
   while ((error = ask()) == cudaErrorNotReady) {

@@ -75,12 +75,16 @@ void Launch(const Queue& queue, dim3 grid, dim3 block, size_t shared_bytes,
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
-// Before a launch with more shared memory than every kernel may have.
+// Before a launch with more shared memory than every kernel may have. The limit is the GPU's, not
+// the launch's: another thread's launch of the same kernel may need more.
 template <class... Parameters>
 void AllowShared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= size_t{48} << 10) return;
-  static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(bytes)));
+  int device = 0, most = 0;
+  static_cast<void>(cudaGetDevice(&device));
+  static_cast<void>(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  static_cast<void>(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // A kernel's first statement: behind it, what is before the kernel on its stream is done, and its
