@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -13,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/gpu/kernels_fixture.h"
 #include "worker/collective/tree.h"
 #include "worker/device/cuda/kernels.h"
@@ -121,6 +123,68 @@ TEST_F(KernelLeavesTest, BatchNormLeavesHaveTheBitsThatTheyHaveAlone) {
                                 moments_of(call), kEpsilon, weight, sums + call.leaf * stride,
                                 sums_x + call.leaf * stride, stride, out[0]);
             });
+      }
+    }
+  }
+}
+
+// Of a norm's two passes: where leaves are small in one launch, which may write over what it reads.
+TEST_F(KernelLeavesTest, NormsOfLeavesHaveTheBitsOfTwoPasses) {
+  const auto check = [&]<class T>(ElementType type, const std::vector<T>& some,
+                                  const std::vector<int64_t>& rows, int64_t c, int lead) {
+    const Leaves leaves = LeavesOf(rows);
+    const int64_t stride = 2 * c + 1;
+    const auto elements = static_cast<size_t>(leaves.total() * c);
+    const auto part = [&](size_t first) {
+      return std::vector<T>(some.begin() + static_cast<ptrdiff_t>(first),
+                            some.begin() + static_cast<ptrdiff_t>(first + elements));
+    };
+    const std::vector<T> xs = part(0), others = part(7), gradients = part(11);
+    const Buffer<T> x(xs, lead), more(others, lead), dy(gradients, lead);
+    const Buffer<float> weight(RandomFloats(c, 5, 0.5, 1.5)), bias(RandomFloats(c, 6));
+    for (const bool relu : {false, true}) {
+      const BatchNormShape shape = {c, relu, type};
+      for (const bool adds : {false, true}) {
+        SCOPED_TRACE(absl::StrCat("relu ", relu, ", residual ", adds));
+        T* const residual = adds ? static_cast<T*>(more) : nullptr;
+        const size_t records = static_cast<size_t>(stride) * rows.size();
+        const Buffer<float> moments(records, -1.0f), whole_moments(records, -1.0f);
+        const Buffer<T> y(elements, T(), lead), in_place(xs, lead);
+        BatchNormMoments(q(), c, leaves, x, moments, moments + c, stride, type);
+        BatchNormForward(q(), shape, leaves, x, {moments, moments + c, stride}, kEpsilon, weight,
+                         bias, residual, y);
+        BatchNormForwardOfLeaves(q(), shape, leaves, in_place, whole_moments, whole_moments + c,
+                                 stride, kEpsilon, weight, bias, residual, in_place);
+        EXPECT_TRUE(SameBytes(whole_moments.Read(), moments.Read()));
+        EXPECT_TRUE(SameBytes(in_place.Read(), y.Read()));
+
+        const Moments own = {moments, moments + c, stride};
+        const Buffer<float> sums(records, -1.0f), whole_sums(records, -1.0f);
+        const Buffer<T> dx(elements, T(), lead), over(gradients, lead);
+        BatchNormGradient(q(), shape, leaves, x, y, dy, nullptr, own, kEpsilon, nullptr, sums,
+                          sums + c, stride);
+        BatchNormBackward(q(), shape, leaves, x, y, dy, own, kEpsilon, weight, sums, sums + c,
+                          stride, dx);
+        BatchNormBackwardOfLeaves(q(), shape, leaves, x, y, over, own, kEpsilon, weight, whole_sums,
+                                  whole_sums + c, stride, over);
+        EXPECT_TRUE(SameBytes(whole_sums.Read(), sums.Read()));
+        EXPECT_TRUE(SameBytes(over.Read(), dx.Read()));
+      }
+    }
+  };
+  for (const std::vector<int64_t>& rows :
+       {std::vector<int64_t>{16, 16, 16, 14}, {1}, {128, 2, 77}, {33, 129}, {256, 5}}) {
+    for (const int64_t c : {1, 3, 4, 16, 40, 117, 264}) {
+      for (const int lead : {0, 1}) {
+        SCOPED_TRACE(absl::StrCat(rows.front(), " rows and more, ", c, " channels, by ", lead));
+        const int64_t count = LeavesOf(rows).total() * c + 11;
+        const std::vector<float> floats = RandomFloats(count, 1, -1, 4);
+        std::vector<uint16_t> bf16;
+        for (const float value : floats) {
+          bf16.push_back(static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16));
+        }
+        check(ElementType::kFp32, floats, rows, c, lead);
+        check(ElementType::kBf16, bf16, rows, c, lead);
       }
     }
   }

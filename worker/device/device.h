@@ -317,6 +317,15 @@ class Device {
                                 const void* x, const Moments& moments, float epsilon,
                                 const float* weight, const float* bias, const void* residual,
                                 void* y) = 0;
+  // BatchNormMoments, then BatchNormForward by each leaf's own: the same bits.
+  virtual void BatchNormForwardOfLeaves(Stream& stream, const BatchNormShape& shape,
+                                        const Leaves& leaves, const void* x, float* mean, float* m2,
+                                        int64_t stride, float epsilon, const float* weight,
+                                        const float* bias, const void* residual, void* y) {
+    BatchNormMoments(stream, shape, leaves, x, mean, m2, stride);
+    BatchNormForward(stream, shape, leaves, x, {mean, m2, stride}, epsilon, weight, bias, residual,
+                     y);
+  }
   // g = dy + more (null: none), masked by y > 0 where shape.relu: what reaches the residual, and
   // the dy of BatchNormBackward with a shape without relu. g null: not wanted. In the same pass
   // sum_dy[c] = sum g, sum_dy_xhat[c] = sum g * xhat, of g as it is stored. g may alias an input.
@@ -331,6 +340,17 @@ class Device {
                                  const Moments& moments, float epsilon, const float* weight,
                                  const float* sum_dy, const float* sum_dy_xhat, int64_t stride,
                                  void* dx) = 0;
+  // The sums of BatchNormGradient, then BatchNormBackward by each leaf's own: the same bits.
+  virtual void BatchNormBackwardOfLeaves(Stream& stream, const BatchNormShape& shape,
+                                         const Leaves& leaves, const void* x, const void* y,
+                                         const void* dy, const Moments& moments, float epsilon,
+                                         const float* weight, float* sum_dy, float* sum_dy_xhat,
+                                         int64_t stride, void* dx) {
+    BatchNormGradient(stream, shape, leaves, x, y, dy, nullptr, moments, epsilon, nullptr, sum_dy,
+                      sum_dy_xhat, stride);
+    BatchNormBackward(stream, shape, leaves, x, y, dy, moments, epsilon, weight, sum_dy,
+                      sum_dy_xhat, stride, dx);
+  }
   // The leaves' records merged by the canonical tree into one, in memory of the device; leaves are
   // of n = rows * spatial elements a channel.
   virtual void MergeLeafMoments(Stream& stream, int64_t channels, const Leaves& leaves,

@@ -359,11 +359,6 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   const void* x = InputBytes(call.a, frame);
   void* out = Bytes(call.out, frame);
   const int64_t moments_stride = program_->moments_size();
-  if (call.type == CallType::kBatchNormMoments) {
-    float* mean = frame.moments + slice.offset;
-    return device_.BatchNormMoments(stream, c.norm, leaves, x, mean, mean + slice.channels,
-                                    moments_stride);
-  }
   const float* weight = context.state->parameters() + node.weight;
   const float* bias = context.state->parameters() + node.bias;
   if (call.type == CallType::kBatchNormInference || call.type == CallType::kBatchNormAddInference) {
@@ -373,9 +368,14 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
         {statistics + slice.running_mean, statistics + slice.running_var, 0, /*divisor=*/1},
         c.epsilon, weight, bias, InputBytes(call.b, frame), out);
   }
+  float* const own_mean = frame.moments + slice.offset;
+  float* const own_m2 = own_mean + slice.channels;
+  if (call.type == CallType::kBatchNormMoments) {
+    return device_.BatchNormMoments(stream, c.norm, leaves, x, own_mean, own_m2, moments_stride);
+  }
   // The moments that normalize: the shards' own, or the whole batch's.
   device::Moments moments;
-  moments.mean = (c.synchronized ? merged.moments : frame.moments) + slice.offset;
+  moments.mean = c.synchronized ? merged.moments + slice.offset : own_mean;
   moments.spread = moments.mean + slice.channels;
   if (c.synchronized) {
     moments.divisor = merged.rows[node.moments] * slice.spatial;
@@ -383,6 +383,11 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     moments.stride = moments_stride;
   }
   if (call.type == CallType::kBatchNormForward || call.type == CallType::kBatchNormAddForward) {
+    if (call.whole) {
+      return device_.BatchNormForwardOfLeaves(stream, c.norm, leaves, x, own_mean, own_m2,
+                                              moments_stride, c.epsilon, weight, bias,
+                                              InputBytes(call.b, frame), out);
+    }
     return device_.BatchNormForward(stream, c.norm, leaves, x, moments, c.epsilon, weight, bias,
                                     InputBytes(call.b, frame), out);
   }
@@ -397,9 +402,16 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   const int64_t stride = in_leaf             ? leaf_stride
                          : frames.size() > 1 ? frames[1].sums - frames[0].sums
                                              : 0;
-  if (call.type == CallType::kBatchNormBackwardSums || call.type == CallType::kBatchNormGradient) {
-    device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Bytes(call.d, frame), moments,
-                              c.epsilon, out, sum_dy, sum_dy_xhat, stride);
+  const bool sums_alone =
+      call.type == CallType::kBatchNormBackwardSums || call.type == CallType::kBatchNormGradient;
+  if (sums_alone || call.whole) {
+    if (sums_alone) {
+      device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Bytes(call.d, frame), moments,
+                                c.epsilon, out, sum_dy, sum_dy_xhat, stride);
+    } else {
+      device_.BatchNormBackwardOfLeaves(stream, masked, leaves, x, y, dy, moments, c.epsilon,
+                                        weight, sum_dy, sum_dy_xhat, stride, out);
+    }
     const size_t bytes = sizeof(float) * static_cast<size_t>(slice.channels);
     for (const Frame& f : frames) {
       if (!in_leaf) {

@@ -90,6 +90,8 @@ class Lowerer {
   }
 
   bool IsSynchronized(int node) const { return program_.layer(node).sync == spec::Sync::kBatch; }
+  // A norm whose two passes of a direction are one call: a launch where shards are small.
+  bool IsWhole(int node) const { return always_layerwise_ && !IsSynchronized(node); }
 
   void Forward(int node) {
     const Program::Node& n = program_.nodes()[node];
@@ -111,7 +113,7 @@ class Lowerer {
         y = Emit(CallType::kGlobalAveragePoolForward, node, node, x);
         break;
       case LayerType::kBatchNorm:
-        if (training_) {
+        if (training_ && !IsWhole(node)) {
           EmitWithoutValue(CallType::kBatchNormMoments, node, x);
           if (IsSynchronized(node)) EndSegment(Exchange::kMoments, n.moments);
         }
@@ -122,6 +124,7 @@ class Lowerer {
           y = Emit(training_ ? CallType::kBatchNormForward : CallType::kBatchNormInference, node,
                    node, x);
         }
+        result_.calls.back().whole = training_ && IsWhole(node);
         break;
       case LayerType::kRelu:
         y = Emit(CallType::kReluForward, node, node, x);
@@ -298,18 +301,23 @@ class Lowerer {
       case LayerType::kBatchNorm: {
         int mask = n.fused_relu >= 0 ? y : kNoValue;
         const bool residual = n.fused_add >= 0 && NeedsGradient(n.inputs[1]);
+        bool whole = false;
         if (more_[node] != kNoValue || (residual && mask != kNoValue)) {
           const int masked = Emit(CallType::kBatchNormGradient, node, node, x, mask, dy);
           result_.calls.back().d = more_[node];
           dy = masked;
           mask = kNoValue;
+        } else if (IsWhole(node) && NeedsGradient(input)) {
+          whole = true;
         } else {
           EmitWithoutValue(CallType::kBatchNormBackwardSums, node, x, mask, dy);
         }
         if (residual) Contribute(n.inputs[1], dy);
         if (NeedsGradient(input) && IsSynchronized(node)) EndSegment(Exchange::kSums, n.moments);
         if (NeedsGradient(input)) {
-          Contribute(input, Emit(CallType::kBatchNormBackward, node, input, x, mask, dy));
+          const int dx = Emit(CallType::kBatchNormBackward, node, input, x, mask, dy);
+          result_.calls.back().whole = whole;
+          Contribute(input, dx);
         }
         break;
       }

@@ -88,6 +88,8 @@ struct Call {
   int out = kNoValue, out2 = kNoValue;
   int d = kNoValue;
   int part = 0;  // of copies: the number of the input; of an lstm: the layer
+  // Of a norm, forward: it makes the moments, too; backward: the sums. They are the leaf's own.
+  bool whole = false;
 };
 
 enum class Exchange { kNone, kMoments, kSums };

@@ -430,6 +430,8 @@ const ShardResult* Plan::device_results() const {
   return static_cast<const ShardResult*>(impl_->device_results->data());
 }
 
+device::Stream* Plan::beside() const { return impl_->beside.get(); }
+
 int Plan::most_ahead() const {
   int most = 0;
   for (const auto& one : impl_->ran) {

@@ -176,6 +176,8 @@ class Plan {
   // How many training steps should be on a stream that have not run, at most: what the recordings
   // of them that there are say (device::Recording), and before there is one, its kLeastAhead.
   int most_ahead() const;
+  // The stream of what runs beside the step's, which follows it when a pass ends; null: none.
+  device::Stream* beside() const;
 
   // Repeats the forward pass of the last TrainStep's input, looking at every tensor: the name of
   // the first that has an element that is not finite ("conv1.weight", then outputs in execution

@@ -318,9 +318,17 @@ absl::Status StepLoop::Update(Slot& slot) {
   RETURN_IF_ERROR(FinishReduce(slot));
   RETURN_IF_ERROR(Gate(slot));
   Clip(slot);
+  if (!runs_ahead()) {  // Commit packs, when all slots are here
+    Optimize(slot);
+    UpdateStatistics(slot);
+    return absl::OkStatus();
+  }
+  // Neither reads what the other writes.
+  device::Stream* const beside = slot.statistics_count > 0 ? slot.plan->beside() : nullptr;
+  if (beside != nullptr) parts_.device->Follow(*beside, *slot.stream);
+  UpdateStatisticsAhead(slot, beside != nullptr ? *beside : *slot.stream);
   Optimize(slot);
-  UpdateStatistics(slot);
-  if (!runs_ahead()) return absl::OkStatus();  // Commit packs, when all slots are here
+  if (beside != nullptr) parts_.device->Follow(*slot.stream, *beside);
   parts_.operations->Pack(*slot.stream, *parts_.state, 0, 1);
   if (options_.digest_every == 1) {
     slot.digest_table->Enqueue(*parts_.device, *slot.stream, slot.gated_scalars);
@@ -514,15 +522,16 @@ void StepLoop::Optimize(Slot& slot) {
                            parts_.all_reduce->result(), *parts_.state);
 }
 
+void StepLoop::UpdateStatisticsAhead(Slot& slot, device::Stream& stream) {
+  parts_.device->UpdateStatistics(
+      stream, slot.statistics_count,
+      static_cast<const device::StatisticsSlice*>(slot.statistics_table->data()), widest_norm_,
+      slot.batch.shards, slot.plan->device_moments(), parts_.program->moments_size(),
+      slot.gated_scalars, parts_.state->statistics());
+}
+
 void StepLoop::UpdateStatistics(Slot& slot) {
   const std::vector<nn::MomentsSlice>& moments = parts_.program->moments();
-  if (runs_ahead()) {
-    return parts_.device->UpdateStatistics(
-        *slot.stream, slot.statistics_count,
-        static_cast<const device::StatisticsSlice*>(slot.statistics_table->data()), widest_norm_,
-        slot.batch.shards, slot.plan->device_moments(), parts_.program->moments_size(),
-        slot.gated_scalars, parts_.state->statistics());
-  }
   const float* merged = OnDevice(slot, reinterpret_cast<const float*>(slot.trailer + 1));
   float* statistics = parts_.state->statistics();
   for (size_t i = slot.index; i < moments.size(); i += parts_.team->slots()) {

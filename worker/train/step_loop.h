@@ -150,6 +150,7 @@ class StepLoop {
   void Clip(Slot& slot);
   void Optimize(Slot& slot);
   void UpdateStatistics(Slot& slot);
+  void UpdateStatisticsAhead(Slot& slot, device::Stream& stream);  // of the step that is enqueued
   absl::Status Commit(Slot& slot);
   absl::Status Collect(Slot& slot);
   absl::Status TakeOutcome(Slot& slot, int64_t step);

@@ -256,6 +256,21 @@ class CudaDevice : public Device {
     cuda::BatchNormForward(QueueOf(stream), shape, leaves, x, moments, epsilon, weight, bias,
                            residual, y);
   }
+  void BatchNormForwardOfLeaves(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                                const void* x, float* mean, float* m2, int64_t stride,
+                                float epsilon, const float* weight, const float* bias,
+                                const void* residual, void* y) override {
+    cuda::BatchNormForwardOfLeaves(QueueOf(stream), shape, leaves, x, mean, m2, stride, epsilon,
+                                   weight, bias, residual, y);
+  }
+  void BatchNormBackwardOfLeaves(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
+                                 const void* x, const void* y, const void* dy,
+                                 const Moments& moments, float epsilon, const float* weight,
+                                 float* sum_dy, float* sum_dy_xhat, int64_t stride,
+                                 void* dx) override {
+    cuda::BatchNormBackwardOfLeaves(QueueOf(stream), shape, leaves, x, y, dy, moments, epsilon,
+                                    weight, sum_dy, sum_dy_xhat, stride, dx);
+  }
   void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                          const void* x, const void* y, const void* dy, const void* more,
                          const Moments& moments, float epsilon, void* g, float* sum_dy,

@@ -344,21 +344,23 @@ struct WeightReduction {
   template <int kVector>
   __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
                                              Partial<kVector, 2>* sum) const {
-    for (int done = 0; done < rows.count; done += kGroup) {
+    const int64_t step = Order::kLanes * features;
+    int64_t at = rows.first * features + column;
+    const float* of_row = stats + 2 * rows.first;
+    for (int left = rows.count; left > 0; left -= kGroup) {
       Lanes<kVector> values[kGroup], gradient[kGroup];
       float mean[kGroup], inverse[kGroup];
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        if (done + k >= rows.count) continue;
-        const int64_t row = rows.first + int64_t{done + k} * Order::kLanes;
-        values[k] = LoadLanes<kVector>(x + row * features + column);
-        gradient[k] = LoadLanes<kVector>(dy + row * features + column);
-        mean[k] = stats[2 * row];
-        inverse[k] = stats[2 * row + 1];
+      for (int k = 0; k < kGroup; ++k, at += step, of_row += 2 * Order::kLanes) {
+        if (k >= left) continue;
+        values[k] = LoadLanes<kVector>(x + at);
+        gradient[k] = LoadLanes<kVector>(dy + at);
+        mean[k] = of_row[0];
+        inverse[k] = of_row[1];
       }
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
-        if (done + k >= rows.count) continue;
+        if (k >= left) continue;
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           const float g = gradient[k].at[v], xhat = (values[k].at[v] - mean[k]) * inverse[k];

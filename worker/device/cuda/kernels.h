@@ -45,6 +45,11 @@ void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                       const void* x, const Moments& moments, float epsilon, const float* weight,
                       const float* bias, const void* residual, void* y);
+// BatchNormMoments, and BatchNormForward by each leaf's own, in one launch where leaves are small.
+void BatchNormForwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                              const void* x, float* mean, float* m2, int64_t stride, float epsilon,
+                              const float* weight, const float* bias, const void* residual,
+                              void* y);
 // g = dy + more (null: none), masked by y > 0 where shape.relu. In the same pass each leaf's
 // sum_dy[c] = sum g and sum_dy_xhat[c] = sum g * xhat, of g as it is stored, leaf l's at l * stride
 // behind. `g` null: not written. g may alias an input.
@@ -58,6 +63,12 @@ void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves
                        const void* x, const void* y, const void* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
                        const float* sum_dy_xhat, int64_t sums_stride, void* dx);
+// The sums of BatchNormGradient, and BatchNormBackward by each leaf's own, in one launch where
+// leaves are small.
+void BatchNormBackwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                               const void* x, const void* y, const void* dy, const Moments& moments,
+                               float epsilon, const float* weight, float* sum_dy,
+                               float* sum_dy_xhat, int64_t stride, void* dx);
 // The leaves' records merged by the canonical tree, in memory of the device.
 void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* mean,
                       const float* m2, int64_t stride, float* merged_mean, float* merged_m2);

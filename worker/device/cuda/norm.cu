@@ -1,4 +1,7 @@
 // Batch norm over {n, channels}. A thread has neighbouring channels and walks down rows.
+#include <algorithm>
+#include <type_traits>
+
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/lanes.h"
 #include "worker/device/cuda/launch.h"
@@ -463,6 +466,85 @@ void RunMap(const Queue& q, int64_t channels, const Leaves& leaves, bool aligned
   }
 }
 
+// Leaves of one chunk: a block reduces the rows of its columns, and maps them by what they came to.
+template <class Reduction, class Map, int kVector>
+__global__ void __launch_bounds__(kThreads, 2)
+    ReduceAndMap(Reduction reduction, Map map, Leaves leaves, int64_t channels) {
+  WaitForPrevious();
+  constexpr int kLanes = Reduction::Order::kLanes;
+  const int leaf = static_cast<int>(blockIdx.z), lane = static_cast<int>(threadIdx.y);
+  const int64_t first = leaves.begin[leaf];
+  const int n = static_cast<int>(leaves.begin[leaf + 1] - first);
+  const int64_t column =
+      (int64_t{blockIdx.x} * blockDim.x + static_cast<int>(threadIdx.x)) * kVector;
+  const bool here = column < channels;
+  Partial<kVector, Reduction::kPlanes> values;
+  ReduceChunk<kVector>(reduction, leaf, first, first, n, column, here, &values);
+  MergeBlock<kVector>(reduction, leaf, first, n, Reduction::Order::kChunkRows, column, here,
+                      lane == 0 && here && n > 0, values);
+  __syncthreads();  // what lane 0 has written is read by all
+  if (!here) return;
+  Lanes<kVector> known[Map::kConstants];
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) {
+    float channel[Map::kInputs];
+    map.Read(leaf, static_cast<int>(column) + v, channel);
+    map.Know(n, channel);
+#pragma unroll
+    for (int i = 0; i < Map::kConstants; ++i) known[i].at[v] = channel[i];
+  }
+  const int64_t step = kLanes * channels;
+  int64_t at = (first + lane) * channels + column;
+  for (int left = n - lane; left > 0; left -= Map::kUnroll * kLanes, at += Map::kUnroll * step) {
+    typename Map::template Row<kVector> rows[Map::kUnroll];
+#pragma unroll
+    for (int k = 0; k < Map::kUnroll; ++k) {
+      if (k * kLanes < left) rows[k].Load(map, at + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < Map::kUnroll; ++k) {
+      if (k * kLanes < left) rows[k].Store(map, known, at + k * step);
+    }
+  }
+}
+
+// Whether ReduceAndMap takes the leaves, of rows that are stored as T.
+template <class T>
+bool AreOneChunk(const Leaves& leaves) {
+  for (int l = 0; l < leaves.count; ++l) {
+    if (leaves.begin[l + 1] - leaves.begin[l] > RowOrder<T>::kChunkRows) return false;
+  }
+  return true;
+}
+
+template <int kVector, class Reduction, class Map>
+void RunReduceAndMapBy(const Queue& q, int64_t channels, const Leaves& leaves,
+                       const Reduction& reduction, const Map& map) {
+  constexpr int kLanes = Reduction::Order::kLanes;
+  constexpr int64_t kFill = 132;  // blocks that occupy a large GPU
+  // A row of a tile has the 32 bytes of a sector, or more where there are blocks enough.
+  constexpr int64_t kSector = kVector > 1 ? 2 : 8;
+  const int64_t vectors = channels / kVector;
+  int64_t width = kThreads / kLanes;
+  while (width > kSector && CeilDiv(vectors, width) * leaves.count < kFill) width /= 2;
+  const int64_t tiles = CeilDiv(vectors, width);
+  width = CeilDiv(vectors, tiles);
+  Launch(q, dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(leaves.count)),
+         dim3(static_cast<unsigned>(width), kLanes), ReductionBytes<kVector, Reduction>(width, 1),
+         ReduceAndMap<Reduction, Map, kVector>, reduction, map, leaves, channels);
+}
+
+template <class Reduction, class Map>
+void RunReduceAndMap(const Queue& q, int64_t channels, const Leaves& leaves, bool aligned,
+                     const Reduction& reduction, const Map& map) {
+  if (channels == 0 || leaves.count == 0) return;
+  if (aligned) {
+    RunReduceAndMapBy<kWideLanes<typename Map::Element>>(q, channels, leaves, reduction, map);
+  } else {
+    RunReduceAndMapBy<1>(q, channels, leaves, reduction, map);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     UpdateAverages(int64_t channels, float divisor, const float* mean, const float* m2,
                    float momentum, float* running_mean, float* running_var) {
@@ -486,6 +568,46 @@ void RunGradient(const Queue& q, const Leaves& leaves,
   ReduceRows<kWideLanes<T>>(q, r, leaves, r.channels, aligned, kGradientChunks);
 }
 
+// Calls run(ForwardMap) with the map of these operands.
+template <class Run>
+void WithForwardMap(const BatchNormShape& shape, const void* x, const Moments& moments,
+                    float epsilon, const float* weight, const float* bias, const void* residual,
+                    void* y, const Run& run) {
+  const auto with = [&]<bool kRelu, bool kResidual, class T>() {
+    run(ForwardMap<kRelu, kResidual, T>{static_cast<const T*>(x), moments, epsilon, weight, bias,
+                                        static_cast<const T*>(residual), static_cast<T*>(y)});
+  };
+  WithElement(shape.type, [&]<class T>() {
+    if (shape.relu) {
+      residual != nullptr ? with.template operator()<true, true, T>()
+                          : with.template operator()<true, false, T>();
+    } else {
+      residual != nullptr ? with.template operator()<false, true, T>()
+                          : with.template operator()<false, false, T>();
+    }
+  });
+}
+
+// Calls run(BackwardMap) with the map of these operands.
+template <class Run>
+void WithBackwardMap(const BatchNormShape& shape, const void* x, const void* y, const void* dy,
+                     const Moments& moments, float epsilon, const float* weight,
+                     const float* sum_dy, const float* sum_dy_xhat, int64_t sums_stride, void* dx,
+                     const Run& run) {
+  const auto with = [&]<bool kRelu, class T>() {
+    const auto elements = [](const void* p) { return static_cast<const T*>(p); };
+    run(BackwardMap<kRelu, T>{elements(x), elements(y), elements(dy), moments, epsilon, weight,
+                              sum_dy, sum_dy_xhat, sums_stride, static_cast<T*>(dx)});
+  };
+  WithElement(shape.type, [&]<class T>() {
+    shape.relu ? with.template operator()<true, T>() : with.template operator()<false, T>();
+  });
+}
+template <bool kRelu, class T>
+bool IsWide(const BackwardMap<kRelu, T>& map, int64_t channels) {
+  return TakenWide(channels, map.x, map.dy, map.dx) && (!kRelu || IsAligned16(map.y));
+}
+
 }  // namespace
 
 void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, const void* x,
@@ -500,20 +622,25 @@ void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                       const void* x, const Moments& moments, float epsilon, const float* weight,
                       const float* bias, const void* residual, void* y) {
-  const auto run = [&]<bool kRelu, bool kResidual, class T>() {
-    const ForwardMap<kRelu, kResidual, T> map = {
-        static_cast<const T*>(x),        moments,           epsilon, weight, bias,
-        static_cast<const T*>(residual), static_cast<T*>(y)};
+  WithForwardMap(shape, x, moments, epsilon, weight, bias, residual, y, [&](const auto& map) {
     RunMap(q, shape.channels, leaves, TakenWide(shape.channels, map.x, map.residual, map.y), map);
-  };
-  WithElement(shape.type, [&]<class T>() {
-    if (shape.relu) {
-      residual != nullptr ? run.template operator()<true, true, T>()
-                          : run.template operator()<true, false, T>();
-    } else {
-      residual != nullptr ? run.template operator()<false, true, T>()
-                          : run.template operator()<false, false, T>();
+  });
+}
+
+void BatchNormForwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                              const void* x, float* mean, float* m2, int64_t stride, float epsilon,
+                              const float* weight, const float* bias, const void* residual,
+                              void* y) {
+  const Moments moments = {mean, m2, stride};
+  WithForwardMap(shape, x, moments, epsilon, weight, bias, residual, y, [&](const auto& map) {
+    using T = typename std::decay_t<decltype(map)>::Element;
+    const int64_t c = shape.channels;
+    if (!AreOneChunk<T>(leaves)) {
+      BatchNormMoments(q, c, leaves, x, mean, m2, stride, shape.type);
+      return RunMap(q, c, leaves, TakenWide(c, map.x, map.residual, map.y), map);
     }
+    RunReduceAndMap(q, c, leaves, TakenWide(c, map.x, map.residual, map.y),
+                    MomentsReduction<T>{map.x, c, mean, m2, stride}, map);
   });
 }
 
@@ -543,17 +670,28 @@ void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves
                        const void* x, const void* y, const void* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
                        const float* sum_dy_xhat, int64_t sums_stride, void* dx) {
-  const auto run = [&]<bool kRelu, class T>() {
-    const auto elements = [](const void* p) { return static_cast<const T*>(p); };
-    const BackwardMap<kRelu, T> map = {
-        elements(x), elements(y), elements(dy), moments,     epsilon,
-        weight,      sum_dy,      sum_dy_xhat,  sums_stride, static_cast<T*>(dx)};
-    const bool aligned = TakenWide(shape.channels, map.x, map.dy, map.dx);
-    RunMap(q, shape.channels, leaves, aligned && (!kRelu || IsAligned16(y)), map);
-  };
-  WithElement(shape.type, [&]<class T>() {
-    shape.relu ? run.template operator()<true, T>() : run.template operator()<false, T>();
-  });
+  WithBackwardMap(shape, x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, sums_stride, dx,
+                  [&](const auto& map) {
+                    RunMap(q, shape.channels, leaves, IsWide(map, shape.channels), map);
+                  });
+}
+
+void BatchNormBackwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
+                               const void* x, const void* y, const void* dy, const Moments& moments,
+                               float epsilon, const float* weight, float* sum_dy,
+                               float* sum_dy_xhat, int64_t stride, void* dx) {
+  const int64_t c = shape.channels;
+  WithBackwardMap(shape, x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, stride, dx,
+                  [&]<bool kRelu, class T>(const BackwardMap<kRelu, T>& map) {
+                    const GradientReduction<kRelu, false, T> sums = {
+                        map.x,   map.y,   map.dy, nullptr,     c,     moments,
+                        epsilon, nullptr, sum_dy, sum_dy_xhat, stride};
+                    if (!AreOneChunk<T>(leaves)) {
+                      RunGradient(q, leaves, sums);
+                      return RunMap(q, c, leaves, IsWide(map, c), map);
+                    }
+                    RunReduceAndMap(q, c, leaves, IsWide(map, c), sums, map);
+                  });
 }
 
 void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,

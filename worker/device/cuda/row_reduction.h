@@ -192,32 +192,23 @@ __device__ __forceinline__ void SumChunks(LaneSum<kVector, kLanes>& lanes,
 
 constexpr int kMergeColumns = 32;  // of a block
 
-template <class Reduction, int kVector>
-__global__ void __launch_bounds__(Reduction::kMostThreads)
-    ReduceChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
-  WaitForPrevious();
-  using Order = typename Reduction::Order;
-  constexpr int kPlanes = Reduction::kPlanes, kLanes = Order::kLanes;
-  const int local_leaf = static_cast<int>(blockIdx.z), leaf = part.first_leaf + local_leaf;
-  const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
-  const int64_t chunk_rows = Order::ChunkRows(n);
-  const int first_chunk = static_cast<int>(blockIdx.y * blockDim.z);
-  if (first_chunk > 0 && first_chunk * chunk_rows >= n) return;
-  const int x = static_cast<int>(threadIdx.x), lane = static_cast<int>(threadIdx.y),
-            z = static_cast<int>(threadIdx.z), width = static_cast<int>(blockDim.x);
-  const int column = (static_cast<int>(blockIdx.x) * width + x) * kVector;
-  const bool here = column < part.columns;
-  const int chunk = first_chunk + z;
-  const int64_t chunk_first = chunk * chunk_rows;
-  const int64_t behind = n - chunk_first;
-  const int rows = static_cast<int>(behind < 0 ? 0 : behind < chunk_rows ? behind : chunk_rows);
-
-  Partial<kVector, kPlanes> values = {};
+// What a chunk of a leaf, `rows` rows of the call from `first` on, comes to, in lane 0 of its part
+// of the block; `here`: the thread has columns, from `column` of the call on. All threads of the
+// block call it.
+template <int kVector, class Reduction>
+__device__ __forceinline__ void ReduceChunk(const Reduction& reduction, int leaf,
+                                            int64_t leaf_first, int64_t first, int rows,
+                                            int64_t column, bool here,
+                                            Partial<kVector, Reduction::kPlanes>* sum) {
+  constexpr int kPlanes = Reduction::kPlanes, kLanes = Reduction::Order::kLanes;
+  const int lane = static_cast<int>(threadIdx.y), width = static_cast<int>(blockDim.x);
+  Partial<kVector, kPlanes>& values = *sum;
+  values = {};
   const int own = (rows + kLanes - 1 - lane) / kLanes;
   if (here && own > 0) {
-    reduction.Accumulate({leaf, leaf_first, leaf_first + chunk_first + lane, own},
-                         part.first_column + column, &values);
+    reduction.Accumulate({leaf, leaf_first, first + lane, own}, column, &values);
   }
+  const int x = static_cast<int>(threadIdx.x), z = static_cast<int>(threadIdx.z);
   auto* slots = SharedMemory<Partial<kVector, kPlanes>>() + z * kLanes * width + x;
 #pragma unroll
   for (int stride = kLanes / 2; stride > 0; stride /= 2) {
@@ -232,17 +223,19 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
                          slots[(lane + stride) * width]);
     }
   }
-  const bool stores = lane == 0 && here && rows > 0;
-  if (gridDim.y > 1) {  // MergeChunks does the rest
-    if (!stores) return;
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      const int64_t at = (static_cast<int64_t>(local_leaf) * part.chunks + chunk) * kPlanes + plane;
-      StoreLanes<kVector>(partials + at * part.columns + column, values.plane[plane]);
-    }
-    return;
-  }
-  // Every chunk is in this block: the partial results go to shared memory, behind what sums need.
+}
+
+// Merges a leaf of n rows whose chunks are all in the block, one a part of it; `stores`: the thread
+// has in `values` what one came to. All threads of the block call it.
+template <int kVector, class Reduction>
+__device__ __forceinline__ void MergeBlock(const Reduction& reduction, int leaf, int64_t leaf_first,
+                                           int64_t n, int64_t chunk_rows, int64_t column, bool here,
+                                           bool stores,
+                                           const Partial<kVector, Reduction::kPlanes>& values) {
+  constexpr int kPlanes = Reduction::kPlanes, kLanes = Reduction::Order::kLanes;
+  const int x = static_cast<int>(threadIdx.x), z = static_cast<int>(threadIdx.z),
+            width = static_cast<int>(blockDim.x);
+  // The partial results go to shared memory, behind what sums need.
   __syncthreads();
   double* const sums = SharedMemory<double>();
   float* const chunks = reinterpret_cast<float*>(sums + kLanes * kVector * width);
@@ -259,7 +252,53 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
   __syncthreads();
   const Chunks all = {leaf, leaf_first, n, chunk_rows, chunks + x * kVector, tile};
   reduction.template Merge<kVector>(all, LaneSum<kVector, kLanes>(all, sums, z == 0 && here),
-                                    part.first_column + column);
+                                    column);
+}
+
+// Bytes of shared memory that both take, of a block of so many columns' threads and chunks.
+template <int kVector, class Reduction>
+size_t ReductionBytes(int64_t width, int chunks) {
+  constexpr int kLanes = Reduction::Order::kLanes;
+  constexpr size_t kPartial = sizeof(Partial<kVector, Reduction::kPlanes>);
+  const size_t partials = kPartial * static_cast<size_t>(width * chunks);
+  return std::max(kLanes * partials, LaneSum<kVector, kLanes>::bytes(width) + partials);
+}
+
+template <class Reduction, int kVector>
+__global__ void __launch_bounds__(Reduction::kMostThreads)
+    ReduceChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
+  WaitForPrevious();
+  using Order = typename Reduction::Order;
+  constexpr int kPlanes = Reduction::kPlanes;
+  const int local_leaf = static_cast<int>(blockIdx.z), leaf = part.first_leaf + local_leaf;
+  const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
+  const int64_t chunk_rows = Order::ChunkRows(n);
+  const int first_chunk = static_cast<int>(blockIdx.y * blockDim.z);
+  if (first_chunk > 0 && first_chunk * chunk_rows >= n) return;
+  const int x = static_cast<int>(threadIdx.x), lane = static_cast<int>(threadIdx.y),
+            z = static_cast<int>(threadIdx.z), width = static_cast<int>(blockDim.x);
+  const int column = (static_cast<int>(blockIdx.x) * width + x) * kVector;
+  const bool here = column < part.columns;
+  const int chunk = first_chunk + z;
+  const int64_t chunk_first = chunk * chunk_rows;
+  const int64_t behind = n - chunk_first;
+  const int rows = static_cast<int>(behind < 0 ? 0 : behind < chunk_rows ? behind : chunk_rows);
+
+  Partial<kVector, kPlanes> values;
+  ReduceChunk<kVector>(reduction, leaf, leaf_first, leaf_first + chunk_first, rows,
+                       part.first_column + column, here, &values);
+  const bool stores = lane == 0 && here && rows > 0;
+  if (gridDim.y > 1) {  // MergeChunks does the rest
+    if (!stores) return;
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const int64_t at = (static_cast<int64_t>(local_leaf) * part.chunks + chunk) * kPlanes + plane;
+      StoreLanes<kVector>(partials + at * part.columns + column, values.plane[plane]);
+    }
+    return;
+  }
+  MergeBlock<kVector>(reduction, leaf, leaf_first, n, chunk_rows, part.first_column + column, here,
+                      stores, values);
 }
 
 template <class Reduction>
@@ -308,9 +347,7 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
       fits ? chunks : std::min<int64_t>(chunks, std::max(1, kOrdinaryGroups / width)));
   const bool one_stage = depth == chunks;  // as the kernel sees it by its grid
 
-  size_t shared = sizeof(Partial<kVector, kPlanes>) * kLanes * width * depth;
-  shared = std::max(shared, LaneSum<kVector, kLanes>::bytes(width) +
-                                sizeof(Partial<kVector, kPlanes>) * width * depth);
+  const size_t shared = ReductionBytes<kVector, Reduction>(width, depth);
   const auto launch = [&](const ReductionPart& part, int part_leaves) {
     const auto part_tiles = static_cast<unsigned>(CeilDiv(part.columns, width * kVector));
     const auto grid_leaves = static_cast<unsigned>(part_leaves);
