@@ -185,6 +185,35 @@ TEST_F(BatchLoaderTest, ContentDoesNotDependOnDepthOrStart) {
   }
 }
 
+// A batch stays while the next is decoded; acquired again behind later ones, it is decoded again.
+TEST_F(BatchLoaderTest, DecodesTheNextBatchInAnotherPlace) {
+  options_.augmentation = MakeAugmentation(9, 1, true, 1);
+  options_.depth = 5;
+  const std::vector<std::string> expected = Take(*Make(), 1, 20);
+  options_.ahead = true;
+  EXPECT_EQ(Take(*Make(), 1, 20), expected);
+  const auto loader = Make();
+  const auto describe = [&](const Batch& batch) {
+    return Describe(batch, options_.dataset->features(), 0, 100);
+  };
+  const float* places[2] = {};
+  for (int64_t step = 1; step <= 12; ++step) {
+    const Batch* const batch = Acquire(*loader, step).value();
+    EXPECT_EQ(describe(*batch), expected[static_cast<size_t>(step - 1)]);
+    const float*& place = places[step % 2];
+    EXPECT_TRUE(place == nullptr || place == batch->shards[0].data);
+    place = batch->shards[0].data;
+    for (const int64_t later : {1, 2, 3}) {
+      const Batch* const next = Acquire(*loader, step + later).value();
+      EXPECT_EQ(describe(*next), expected[static_cast<size_t>(step + later - 1)]);
+    }
+    const Batch* const again = Acquire(*loader, step).value();
+    EXPECT_EQ(describe(*again), expected[static_cast<size_t>(step - 1)]);
+    loader->Release(step);
+  }
+  EXPECT_NE(places[0], places[1]);
+}
+
 TEST_F(BatchLoaderTest, ContentDoesNotDependOnTheShardsOwned) {
   options_.augmentation = MakeAugmentation(9, 1, true, 1);
   const auto whole = Make();

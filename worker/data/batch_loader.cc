@@ -95,26 +95,26 @@ absl::Status BatchLoader::Allocate() {
   absl::Status status = stream->Synchronize();
   if (!status.ok()) return status;
   // Each shard has a fixed place with room for all its rows.
-  std::vector<int64_t> first_floats;
   int64_t floats = 0, rows = 0;
   for (int shard = options_.first_shard; shard < options_.last_shard; ++shard) {
     const ShardRange range = RangeOfShard(options_.batch, options_.shards, options_.batch, shard);
-    first_floats.push_back(floats);
+    first_floats_.push_back(floats);
     first_rows_.push_back(rows);
     // On a GPU all shards share a kernel call where they adjoin.
     const int64_t own = range.count * dataset.features();
     floats += device_.host_addressable() ? RoundUp(own) : own;
     rows += range.count;
   }
-  absl::StatusOr<std::unique_ptr<device::Memory>> samples =
-      device_.Allocate(static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float));
-  if (!samples.ok()) return samples.status();
-  samples_ = *std::move(samples);
+  const size_t decoded_places = options_.ahead ? 2 : 1;
+  for (size_t place = 0; place < decoded_places; ++place) {
+    ASSIGN_OR_RETURN(samples_[place], device_.Allocate(static_cast<size_t>(
+                                          std::max<int64_t>(floats, 1) * int64_t{sizeof(float)})));
+  }
   // Labels, and offsets of samples, where the kernels of a step read them.
   const size_t label_bytes = sizeof(int32_t) * static_cast<size_t>(std::max<int64_t>(rows, 1));
   const size_t offset_bytes = sizeof(int64_t) * static_cast<size_t>(std::max<int64_t>(rows, 1));
-  if (!device_.host_addressable()) {
-    ASSIGN_OR_RETURN(device_labels_, device_.Allocate(label_bytes));
+  for (size_t place = 0; place < decoded_places && !device_.host_addressable(); ++place) {
+    ASSIGN_OR_RETURN(device_labels_[place], device_.Allocate(label_bytes));
   }
   // Last, so that what must be there is.
   ASSIGN_OR_RETURN(
@@ -125,11 +125,11 @@ absl::Status BatchLoader::Allocate() {
       ASSIGN_OR_RETURN(place,
                        device_.Allocate(static_cast<size_t>(std::max<int64_t>(staged_bytes, 1))));
     }
-    for (int slot = 0; slot < options_.slots; ++slot) {
-      auto stage = std::make_unique<Stage>();
-      ASSIGN_OR_RETURN(stage->copies, device_.MakeCopyStream());
-      stages_.push_back(std::move(stage));
-    }
+  }
+  for (int slot = 0; slot < options_.slots && (options_.ahead || data_ == nullptr); ++slot) {
+    auto stage = std::make_unique<Stage>();
+    ASSIGN_OR_RETURN(stage->beside, device_.MakeCopyStream());
+    stages_.push_back(std::move(stage));
   }
   for (int i = 0; i <= options_.depth; ++i) {
     auto buffer = std::make_unique<Buffer>();
@@ -137,12 +137,8 @@ absl::Status BatchLoader::Allocate() {
     if (status.ok()) status = host_visible(static_cast<int64_t>(offset_bytes), &buffer->offsets);
     if (status.ok() && data_ == nullptr) status = host_visible(staged_bytes, &buffer->staged);
     if (!status.ok()) return status;
-    const auto* labels = static_cast<const int32_t*>(
-        (device_labels_ != nullptr ? device_labels_ : buffer->labels)->data());
     for (size_t place = 0; place < first_rows_.size(); ++place) {
-      buffer->batch.shards.push_back({options_.first_shard + static_cast<int>(place), 0,
-                                      samples_->floats() + first_floats[place],
-                                      labels + first_rows_[place], 0});
+      buffer->batch.shards.push_back({options_.first_shard + static_cast<int>(place)});
     }
     buffers_.push_back(std::move(buffer));
   }
@@ -201,23 +197,44 @@ absl::StatusOr<BatchLoader::Buffer*> BatchLoader::WaitForStep(int64_t step) {
 absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_t step,
                                                   int first_shard, int last_shard) {
   ASSIGN_OR_RETURN(Buffer* const buffer, WaitForStep(step));
-  const Dataset& dataset = *options_.dataset;
-  const auto* offsets = static_cast<const int64_t*>(buffer->offsets->data());
-  const auto* labels = static_cast<const int32_t*>(buffer->labels->data());
-  int32_t* const labels_out =
-      device_labels_ == nullptr ? nullptr : static_cast<int32_t*>(device_labels_->data());
-  const void* data = nullptr;
-  Stage* stage = nullptr;
-  if (data_ != nullptr) {
-    data = data_->data();
-  } else {
-    stage = &StageOf(stream);
-    if (stage->steps[step % 2] != step) CopyAhead(*stage, stream, step, first_shard, last_shard);
-    device_.Follow(stream, *stage->copies);
-    data = places_[step % 2]->data();
+  if (stages_.empty()) {
+    Decode(stream, step, first_shard, last_shard);
+    return &buffer->batch;
   }
+  Stage& stage = StageOf(stream);
+  const bool copies = data_ == nullptr;
+  if (copies && stage.copied[step % 2] != step) {
+    CopyAhead(stage, stream, step, first_shard, last_shard);
+  }
+  if (options_.ahead && stage.decoded[step % 2] != step) {
+    DecodeAhead(stage, stream, step, first_shard, last_shard);
+  }
+  device_.Follow(stream, *stage.beside);
+  if (!options_.ahead) Decode(stream, step, first_shard, last_shard);
+  if (IsChosen(step + 1)) {
+    if (copies) CopyAhead(stage, stream, step + 1, first_shard, last_shard);
+    if (options_.ahead) DecodeAhead(stage, stream, step + 1, first_shard, last_shard);
+  }
+  return &buffer->batch;
+}
+
+// Beside what comes next on the slot's stream, and behind what is on it, which may read the place.
+void BatchLoader::DecodeAhead(Stage& stage, device::Stream& stream, int64_t step, int first_shard,
+                              int last_shard) {
+  device_.Follow(*stage.beside, stream);
+  Decode(*stage.beside, step, first_shard, last_shard);
+  stage.decoded[step % 2] = step;
+}
+
+void BatchLoader::Decode(device::Stream& stream, int64_t step, int first_shard, int last_shard) {
+  const Buffer& buffer = BufferOf(step);
+  const Dataset& dataset = *options_.dataset;
+  const auto* offsets = static_cast<const int64_t*>(buffer.offsets->data());
+  const auto* labels = static_cast<const int32_t*>(buffer.labels->data());
+  device::Memory* const labels_out = device_labels_[PlaceOf(step)].get();
+  const void* const data = data_ != nullptr ? data_->data() : places_[step % 2]->data();
   // Shards that adjoin in every respect are one call.
-  const std::vector<ShardBatch>& shards = buffer->batch.shards;
+  const std::vector<ShardBatch>& shards = buffer.batch.shards;
   for (size_t place = 0; place < shards.size();) {
     const ShardBatch& first = shards[place];
     const int64_t first_row = first_rows_[place++];
@@ -228,18 +245,14 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
            first_rows_[place] == first_row + rows) {
       rows += shards[place++].rows;
     }
-    device_.GatherSamples(stream, dataset.shape(), rows, dataset.type(), data, offsets + first_row,
-                          mean_->floats(), inv_std_->floats(), options_.augmentation,
-                          static_cast<uint64_t>(step), static_cast<uint64_t>(first.first_position),
-                          const_cast<float*>(first.data),  // of our own memory
-                          labels + first_row,
-                          labels_out == nullptr ? nullptr : labels_out + first_row);
+    device_.GatherSamples(
+        stream, dataset.shape(), rows, dataset.type(), data, offsets + first_row, mean_->floats(),
+        inv_std_->floats(), options_.augmentation, static_cast<uint64_t>(step),
+        static_cast<uint64_t>(first.first_position),
+        const_cast<float*>(first.data),  // of our own memory
+        labels + first_row,
+        labels_out == nullptr ? nullptr : static_cast<int32_t*>(labels_out->data()) + first_row);
   }
-  if (stage != nullptr &&
-      BufferOf(step + 1).ready_step.load(std::memory_order_acquire) == step + 1) {
-    CopyAhead(*stage, stream, step + 1, first_shard, last_shard);
-  }
-  return &buffer->batch;
 }
 
 int64_t BatchLoader::SampleBytes() const {
@@ -262,16 +275,16 @@ void BatchLoader::CopyAhead(Stage& stage, device::Stream& stream, int64_t step, 
                             int last_shard) {
   const Buffer& buffer = BufferOf(step);
   const int64_t bytes = SampleBytes();
-  device_.Follow(*stage.copies, stream);
+  device_.Follow(*stage.beside, stream);
   for (size_t place = 0; place < first_rows_.size(); ++place) {
     const ShardBatch& shard = buffer.batch.shards[place];
     if (shard.rows == 0 || shard.shard < first_shard || shard.shard >= last_shard) continue;
     const int64_t at = first_rows_[place] * bytes;
-    device_.Copy(*stage.copies, static_cast<const uint8_t*>(buffer.staged->data()) + at,
+    device_.Copy(*stage.beside, static_cast<const uint8_t*>(buffer.staged->data()) + at,
                  static_cast<uint8_t*>(places_[step % 2]->data()) + at,
                  static_cast<size_t>(shard.rows * bytes));
   }
-  stage.steps[step % 2] = step;
+  stage.copied[step % 2] = step;
 }
 
 void BatchLoader::Release(int64_t step) {
@@ -306,6 +319,11 @@ void BatchLoader::Choose(int64_t step, Buffer& buffer) {
   buffer.batch.samples = range.count;
   for (size_t place = 0; place < first_rows_.size(); ++place) {
     ShardBatch& shard = buffer.batch.shards[place];
+    shard.data = samples_[PlaceOf(step)]->floats() + first_floats_[place];
+    const auto& of_device = device_labels_[PlaceOf(step)];
+    shard.labels =
+        static_cast<const int32_t*>((of_device != nullptr ? of_device : buffer.labels)->data()) +
+        first_rows_[place];
     const ShardRange rows = RangeOfShard(options_.batch, options_.shards, range.count, shard.shard);
     shard.rows = rows.count;
     shard.first_position = rows.first;

@@ -15,7 +15,8 @@
 // the batch is held, and a batch that is may be acquired once more, which decodes it again. Of a
 // set that does not fit there, the loader's thread brings a batch's samples together in pinned
 // memory, and a stream of its own copies them to one of two places on the GPU, while the step
-// before computes.
+// before computes. Where it is told to decode ahead, that stream makes the next batch's samples,
+// too, in a second place beside those of the step that computes.
 //
 // Thread-safe. Owns its thread and buffers; the device and clock outlive it. Nothing is allocated
 // after Make. Takes no lock.
@@ -23,7 +24,8 @@
 // Invariants:
 //  1. A batch's content is a function of (data set, options, step): not of depth, slots, or
 //  first_step.
-//  2. depth + 1 buffers; the pointers of a buffer never change.
+//  2. depth + 1 buffers; where a shard's samples and labels lie never changes, or `ahead` follows
+//  from whether the step is even.
 #pragma once
 
 #include <atomic>
@@ -50,6 +52,9 @@ struct BatchLoaderOptions {
   int last_shard = 1;
   int slots = 1;  // threads that acquire every batch
   int depth = 2;  // batches chosen ahead, at least 1
+  // On a device with memory of its own: a batch that is chosen is decoded while the step before it
+  // computes.
+  bool ahead = false;
   bool shuffle = true;
   uint64_t seed = 0;       // of the job
   int64_t first_step = 1;  // anywhere: in mid-epoch too
@@ -109,11 +114,12 @@ class BatchLoader {
     std::atomic<int> holders{0};
   };
 
-  // A slot's way of samples to its device.
+  // A slot's way of samples to its device, beside its computation.
   struct Stage {
     std::atomic<const device::Stream*> of{nullptr};  // the slot's
-    std::unique_ptr<device::Stream> copies;
-    int64_t steps[2] = {0, 0};  // whose samples are at step % 2, or will be behind `copies`
+    std::unique_ptr<device::Stream> beside;
+    // Whose samples are at step % 2, or will be behind `beside`: as the set has them, and decoded.
+    int64_t copied[2] = {0, 0}, decoded[2] = {0, 0};
   };
 
   BatchLoader(device::Device& device, BatchLoaderOptions options);
@@ -129,6 +135,14 @@ class BatchLoader {
   Stage& StageOf(const device::Stream& stream);
   void CopyAhead(Stage& stage, device::Stream& stream, int64_t step, int first_shard,
                  int last_shard);
+  void DecodeAhead(Stage& stage, device::Stream& stream, int64_t step, int first_shard,
+                   int last_shard);
+  void Decode(device::Stream& stream, int64_t step, int first_shard, int last_shard);
+  bool IsChosen(int64_t step) {
+    return BufferOf(step).ready_step.load(std::memory_order_acquire) == step;
+  }
+  // Of `samples_` and `device_labels_`.
+  size_t PlaceOf(int64_t step) const { return options_.ahead ? static_cast<size_t>(step % 2) : 0; }
   Buffer& BufferOf(int64_t step) {
     return *buffers_[static_cast<size_t>(step % static_cast<int64_t>(buffers_.size()))];
   }
@@ -136,15 +150,16 @@ class BatchLoader {
   device::Device& device_;
   const BatchLoaderOptions options_;
   std::unique_ptr<device::Memory> mean_, inv_std_;
-  std::unique_ptr<device::Memory> data_;     // the data set's, for kernels; null: not resident
-  std::unique_ptr<device::Memory> samples_;  // decoded; a shard's part is its slot's
-  // A buffer's, of the batch at hand, for a device with memory of its own; else null.
-  std::unique_ptr<device::Memory> device_labels_;
-  std::vector<int64_t> first_rows_;  // where each owned shard begins in a buffer's labels, offsets
+  std::unique_ptr<device::Memory> data_;        // the data set's, for kernels; null: not resident
+  std::unique_ptr<device::Memory> samples_[2];  // decoded; a shard's part is its slot's
+  // A buffer's, of the batches that are decoded, for a device with memory of its own; else null.
+  std::unique_ptr<device::Memory> device_labels_[2];
+  // Where each owned shard begins: in a buffer's labels and offsets, and in samples_.
+  std::vector<int64_t> first_rows_, first_floats_;
   std::vector<std::unique_ptr<Buffer>> buffers_;  // step s is in buffer s % size
-  // Where the set is not resident.
-  std::unique_ptr<device::Memory> places_[2];  // on the device, like Buffer::staged
-  std::vector<std::unique_ptr<Stage>> stages_;
+  // Where the set is not resident: on the device, like Buffer::staged.
+  std::unique_ptr<device::Memory> places_[2];
+  std::vector<std::unique_ptr<Stage>> stages_;  // empty: nothing is done beside
 
   // Of the loader's thread alone.
   std::vector<int64_t> order_;  // the permutation of order_epoch_

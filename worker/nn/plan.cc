@@ -383,7 +383,8 @@ Plan::Impl::Ran* Plan::Impl::FindRan(absl::Span<const ShardInput> shards) {
       return one.get();
     }
   }
-  constexpr size_t kMost = 4;  // a full batch, a short one; accumulation has as many as passes
+  // A full batch and a short one, in one of two places; accumulation has as many as passes.
+  constexpr size_t kMost = 4;
   if (ran.size() >= kMost) return nullptr;
   auto& one = ran.emplace_back(std::make_unique<Ran>());
   one->shards.assign(shards.begin(), shards.end());

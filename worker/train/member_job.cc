@@ -769,9 +769,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.augmentation = MakeAugmentation(spec_);
     o.first_step = first_step;
     // Batches of steps that are on the device stay.
-    if (!device_->host_addressable()) o.depth += RunAhead::kMost;
+    if (!device_->host_addressable()) {
+      o.depth += RunAhead::kMost;
+      o.ahead = accumulate_ == 1 && !options_.evaluate_only;
+    }
     ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
     o.depth = spec_.data().prefetch();
+    o.ahead = false;
     o.shuffle = false;
     o.augmentation = {};
     o.first_step = 1;

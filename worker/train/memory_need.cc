@@ -148,7 +148,9 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts) {
   const int loaders = program.has_population_norm() && facts.training ? 2 : 1;
   const int64_t loaded =
       LoadedRows(cut.evaluation_batch, cut) + loaders * LoadedRows(cut.batch, cut);
-  const int64_t samples = loaded * row;
+  // Of training, the next batch's are decoded while a step computes.
+  const bool ahead = facts.training && cut.accumulate == 1;
+  const int64_t samples = (loaded + (ahead ? LoadedRows(cut.batch, cut) : 0)) * row;
   need.staging = 2 * loaded * facts.sample_bytes;
   const int64_t workspaces =
       (facts.slots + 1 + (facts.exchanges_on_gpu ? 1 : 0)) * facts.stream_bytes;
