@@ -5,7 +5,8 @@ Stages, in this order, each with a deadline of its own:
               libraries behind their wrappers
   gradients   whole models: the first gradients of all models that tests/numerics has goldens for, which the CPU's have
               been compared with, beside the CPU's; then losses, placements and resuming, all in one process
-  digests     `lockstep run`: 1 slot, 2 slots, and 2 processes over the host's memory end with the same state digest
+  digests     `lockstep run`: 1 slot, the same with kernels that begin in turn, 2 slots, and 2 processes over the host's
+              memory end with the same state digest
   nccl        2 and 3 processes that share the GPU exchange over NCCL: the same digests; and one of 3 is killed
   sanitizer   compute-sanitizer's memcheck and racecheck on some of the kernel tests
   benchmarks  tests/bench/run.sh gpu, in little
@@ -31,6 +32,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 # How `lockstep run` is told that processes exchange gradients over NCCL, also where they share a GPU.
 OVER_NCCL = {"LOCKSTEP_COLLECTIVE": "nccl"}
+# And that none of its kernels begins before the one before has ended.
+IN_TURN = {"LOCKSTEP_CUDA_EARLY_LAUNCH": "0"}
 # NCCL says in such a file that it was there.
 NCCL_LOG = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,ENV"}
 # Seconds; together within 8 minutes.
@@ -314,6 +317,7 @@ class Checks:
         def placements(name):
             self.check("digests", f"{name} 1x1", lambda: {"what": self.digest(name), "state_digest": self.digest(name)})
             if name in self.digests:
+                self.check("digests", f"{name} 1x1, kernels in turn", lambda: self.same_digest(name, 1, 1, IN_TURN))
                 for workers, slots in ((1, 2), (2, 1)):
                     self.check("digests", f"{name} {workers}x{slots}",
                                lambda: self.same_digest(name, workers, slots))
