@@ -81,6 +81,8 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 7, .width = 9, .in = 32, .out = 20, .kernel = 3, .padding = 2, .dilation = 2},
       {.height = 9, .width = 5, .in = 16, .out = 56, .kernel = 5, .padding = 2},
       {.height = 2, .width = 70, .in = 32, .out = 64, .kernel = 3, .padding = 1},
+      {.height = 6, .width = 7, .in = 64, .out = 16, .kernel = 2, .padding = 1, .dilation = 2},
+      {.height = 5, .width = 7, .in = 16, .out = 64, .kernel = 2, .padding = 1, .dilation = 2},
       {.height = 8, .width = 8, .in = 64, .out = 64, .kernel = 3, .padding = 1, .groups = 2},
       {.height = 7, .width = 7, .in = 20, .out = 160, .kernel = 3, .stride = 3, .dilation = 2},
       {.height = 12, .width = 12, .in = 48, .out = 8, .kernel = 5, .stride = 2, .padding = 2},

@@ -3,7 +3,8 @@
     for the exceptions of the list;
   - kernels whose time is that of moving bytes read 16 bytes at a time, as the PTX of the newest architecture shows;
   - every kernel waits for the one before it (griddepcontrol.wait) before it branches or touches memory but its
-    parameters, as that PTX shows: it may begin before that one has ended.
+    parameters: it may begin before that one has ended. So says the PTX, and so does the machine code of sm_90, where
+    loads that are said to be of constant memory might stand before the wait.
 What the list names and is not there any more fails.
 
     kernel_code.py LIST OBJECT...
@@ -13,8 +14,8 @@ names all NAMEs are: the kernel's, and those of types that it is a template of. 
 The formats: a fat binary is a header {u32 magic, u16 version, u16 size, u64 bytes} and entries {u16 kind, u16 version,
 u32 header bytes, u64 payload bytes, ..}, kind 1 PTX (whose text zstd may have packed) and 2 an ELF image; an ELF image's
 sections .nv.info* hold records {u8 form, u8 attribute, u16 bytes or value}, of which form 4 has that many bytes behind
-it and attributes 0x11, 0x12 and 0x23 are {u32 symbol, u32 size of its frame, or of the least or most stack}. Whatever
-is not as expected fails.
+it and attributes 0x11, 0x12 and 0x23 are {u32 symbol, u32 size of its frame, or of the least or most stack}. An
+instruction of sm_90 has 16 bytes, the low 12 bits of which are its operation. Whatever is not as expected fails.
 """
 import os
 import re
@@ -32,6 +33,9 @@ WAIT = re.compile(r"^\s*griddepcontrol\.wait\b", re.MULTILINE)
 # Of an instruction with which a kernel does or skips something.
 EFFECT = re.compile(r"^\s*(@!?%\w+\s+)?(ld(?!\.param)|st|atom|red|cp|bar|barrier|mbarrier|prefetch|bra|brx|ret|exit|"
                     r"call|trap)(\.|\s|;)", re.MULTILINE)
+# Operations of sm_90: the wait; BRA, BRX, CALL, RET, EXIT, and those that load, store, copy or add in memory.
+SASS_WAIT = 0x82E
+SASS_EFFECTS = {0x947, 0x949, 0x944, 0x950, 0x94D, 0x980, 0x981, 0x984, 0x83B, 0x985, 0x986, 0x388, 0x988, 0xFAE, 0x98E}
 
 
 class Malformed(Exception):
@@ -112,6 +116,24 @@ def frames(contents):
     return kernels, found
 
 
+def hasty(contents):
+    """Kernels of an ELF image of sm_90 that do not begin with waiting."""
+    found = []
+    for name, _, _, data in Elf(contents).sections:
+        if not name.startswith(".text."):
+            continue
+        for word, _ in struct.iter_unpack("<QQ", data):
+            operation = word & 0xFFF
+            if operation == SASS_WAIT:
+                break
+            if operation in SASS_EFFECTS:
+                found.append(name[len(".text."):])
+                break
+        else:
+            found.append(name[len(".text."):])
+    return found
+
+
 def text_of(contents):
     if contents[:4] == ZSTD_MAGIC:
         contents = subprocess.run(["zstd", "-d", "-q", "-c"], input=contents.rstrip(b"\0") + b"\0" * 8,
@@ -149,6 +171,9 @@ def check(lines, objects):
             if not kernels:
                 raise Malformed(f"{path}: no kernel for sm_{architecture}")
             count += len(kernels)
+            if architecture == 90:
+                wrong += [f"{source}, sm_90: {name} does something before it waits for the kernel before it"
+                          for name in hasty(contents)]
             for name, size in stacks.items():
                 allowed = [line for line in exceptions if line[1] == f"sm_{architecture}" and line[2] == source
                            and has(name, line[3:-1]) and size <= int(line[-1])]

@@ -46,8 +46,8 @@ optimizer: {type: momentum, learning_rate: 0.05, clip_norm: 0.5}
 TEST(RunAheadTest, TheHostSeldomWaits) {
   constexpr int64_t kFew = 30, kMany = 70;
   const emulator::Counters few = CountOf(kFew), many = CountOf(kMany);
-  // But the first of a full batch in each of two places, and the first of a short one, which are all
-  // in the second.
+  // But the first of a full batch in each of two places, and the first of a short one, which are
+  // all in the second.
   EXPECT_EQ(few.graph_launches, kFew - 3);
   EXPECT_EQ(many.graph_launches, kMany - 3);
   // Every fourth step.

@@ -239,7 +239,7 @@ class Device {
   // CanStoreBf16.
   virtual bool stores_bf16() const { return false; }
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeStream() = 0;
-  // For Copy and Zero alone; takes no memory of the device.
+  // For Copy, Zero and GatherSamples alone; takes no memory of the device.
   virtual absl::StatusOr<std::unique_ptr<Stream>> MakeCopyStream() = 0;
   // ResourceExhausted names the size.
   virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(size_t bytes) = 0;

@@ -243,3 +243,12 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   e.shared_limits[function] = static_cast<size_t>(value);
   return cudaSuccess;
 }
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  Emulator& e = E();
+  const Lock lock(e.mutex);
+  if (const cudaError_t error = Usable(e); error != cudaSuccess) return Return(error);
+  const int architecture = 10 * e.options.major + e.options.minor;
+  attributes->ptxVersion = attributes->binaryVersion = std::min(architecture, __CUDA_ARCH__ / 10);
+  return cudaSuccess;
+}

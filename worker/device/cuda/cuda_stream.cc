@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "worker/device/cuda/cuda_status.h"
+#include "worker/device/cuda/kernels.h"
 
 namespace lockstep::device::cuda {
 
@@ -29,12 +30,9 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t
   if (error == cudaSuccess) {
     error = cudaStreamCreateWithFlags(&stream->queue_.stream, cudaStreamNonBlocking);
   }
-  int major = 0;
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
-  }
   const char* const early = std::getenv("LOCKSTEP_CUDA_EARLY_LAUNCH");
-  stream->queue_.early = major >= 9 && (early == nullptr || std::string_view(early) != "0");
+  stream->queue_.early =
+      error == cudaSuccess && KernelsWait() && (early == nullptr || std::string_view(early) != "0");
   if (error == cudaSuccess && workspace_bytes > 0) {
     error = cudaMalloc(&stream->queue_.workspace, workspace_bytes);
   }

@@ -378,7 +378,8 @@ struct WeightReduction {
   }
 
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
+  __device__ __forceinline__ void Merge(const LeafOfChunks& chunks,
+                                        LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double total[2][kVector];
     SumChunks(lanes, total);

@@ -375,7 +375,8 @@ struct ColumnReduction {
     AddPartial(a, b);
   }
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
+  __device__ __forceinline__ void Merge(const LeafOfChunks& chunks,
+                                        LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double total[1][kVector];
     SumChunks(lanes, total);

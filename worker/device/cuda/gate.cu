@@ -98,4 +98,9 @@ void Gate(const Queue& q, const StepGate& gate) {
          shared ? nullptr : static_cast<double*>(q.workspace));
 }
 
+bool KernelsWait() {
+  cudaFuncAttributes attributes = {};
+  return cudaFuncGetAttributes(&attributes, Decide) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 }  // namespace lockstep::device::cuda

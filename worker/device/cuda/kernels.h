@@ -281,6 +281,8 @@ void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor
 void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests,
                   const StepScalars* scalars, int64_t ring);
 void Gate(const Queue& q, const StepGate& gate);
+// Whether the code that the thread's GPU runs is of an architecture on which WaitForPrevious waits.
+bool KernelsWait();
 
 // ---- samples.
 // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])

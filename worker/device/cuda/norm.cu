@@ -129,7 +129,8 @@ struct MomentsReduction {
 
   // The mean of the means, then deviations from it: nothing cancels here either.
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
+  __device__ __forceinline__ void Merge(const LeafOfChunks& chunks,
+                                        LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double centre[kVector] = {}, square[kVector] = {};
     lanes.template ForEachChunk<2>([&](double rows, const Partial<kVector, 2>& chunk) {
@@ -238,7 +239,8 @@ struct GradientReduction {
   }
 
   template <int kVector>
-  __device__ __forceinline__ void Merge(const Chunks& chunks, LaneSum<kVector, Order::kLanes> lanes,
+  __device__ __forceinline__ void Merge(const LeafOfChunks& chunks,
+                                        LaneSum<kVector, Order::kLanes> lanes,
                                         int64_t column) const {
     double total[2][kVector];
     SumChunks(lanes, total);

@@ -66,7 +66,7 @@ struct ReductionPart {
 };
 
 // What is merged: a leaf's chunks.
-struct Chunks {
+struct LeafOfChunks {
   int leaf = 0;
   int64_t leaf_first = 0, n = 0, chunk_rows = 0;  // rows
   const float* partials = nullptr;                // {chunks, planes, columns}, at the first column
@@ -78,7 +78,7 @@ struct Chunks {
 template <int kVector, int kLanes>
 class LaneSum {
  public:
-  __device__ LaneSum(const Chunks& chunks, double* shared, bool active)
+  __device__ LaneSum(const LeafOfChunks& chunks, double* shared, bool active)
       : chunks_(chunks), shared_(shared), active_(active) {}
 
   // Calls take(rows, Partial) for the chunks of this lane.
@@ -151,7 +151,7 @@ class LaneSum {
     for (int v = 0; v < kVector; ++v) At(lane)[v] = value[v];
   }
 
-  const Chunks chunks_;
+  const LeafOfChunks chunks_;
   double* const shared_;
   const bool active_;
 };
@@ -250,7 +250,7 @@ __device__ __forceinline__ void MergeBlock(const Reduction& reduction, int leaf,
     }
   }
   __syncthreads();
-  const Chunks all = {leaf, leaf_first, n, chunk_rows, chunks + x * kVector, tile};
+  const LeafOfChunks all = {leaf, leaf_first, n, chunk_rows, chunks + x * kVector, tile};
   reduction.template Merge<kVector>(all, LaneSum<kVector, kLanes>(all, sums, z == 0 && here),
                                     column);
 }
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kMergeColumns* Reduction::Order::kLanes)
   const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
   const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const int64_t before = static_cast<int64_t>(local_leaf) * part.chunks * Reduction::kPlanes;
-  const Chunks all = {
+  const LeafOfChunks all = {
       leaf,        leaf_first, n, Order::ChunkRows(n), partials + before * part.columns + column,
       part.columns};
   reduction.template Merge<1>(

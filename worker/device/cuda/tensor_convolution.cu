@@ -1000,7 +1000,10 @@ bool MakeRuns(const Windows& s, const Terms& terms, Runs* runs) {
   runs->buffers = blocks * runs->stages > 1 ? Tile::kBuffers : 1;
   runs->reach = static_cast<int>(reach);
   const int64_t run_bytes = pixels * kHalves * kRowBytes / 2;
-  const int weight_bytes = runs->buffers * std::min(steps, Tile::kSteps) * kFeatures * kRowBytes;
+  // Stages lie a whole stage apart.
+  const int weight_steps =
+      runs->buffers > 1 ? runs->buffers * Tile::kSteps : std::min(steps, Tile::kSteps);
+  const int weight_bytes = weight_steps * kFeatures * kRowBytes;
   const int64_t bytes = weight_bytes + (blocks > 1 ? 2 : 1) * run_bytes + kRowBytes +
                         Tile::kPlaces * static_cast<int64_t>(sizeof(int));
   if (bytes > (Tile::kStored ? kMostStoredShared : kMostShared)) return false;

@@ -516,6 +516,17 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+  int binaryVersion;
+};
+// Of the code of the newest architecture that the thread's GPU runs.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function);
+template <class... Parameters>
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes,
+                                         void (*kernel)(Parameters...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
+}
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);
 template <class... Parameters>
 inline cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute,
