@@ -136,6 +136,18 @@ TEST_F(EmulatedCluster, EveryPlacementGivesTheResultOfOneSlot) {
       one);
 }
 
+// Also where a short batch has no shards for a member: else each might wait for the other.
+TEST_F(EmulatedCluster, MembersComeToCommunicatorsInOneOrder) {
+  constexpr char kLog[] = "LOCKSTEP_EMULATED_NCCL_LOG";
+  setenv(kGpus, "2", 1);
+  setenv(kLog, Out("nccl").c_str(), 1);
+  Result(Spec("mlp", "steps: 8"), "two", {"--workers", "2"});
+  unsetenv(kLog);
+  const std::string log = Content(Out("nccl.0"));
+  EXPECT_THAT(log, AllOf(HasSubstr("0\n"), HasSubstr("1\n")));
+  EXPECT_EQ(log, Content(Out("nccl.1")));
+}
+
 // Microbatches whose gradients are there only when the last pass over them has ended.
 TEST_F(EmulatedCluster, AccumulatedMicrobatchesAreExchangedWhenAllAreThere) {
   setenv(kGpus, "3", 1);

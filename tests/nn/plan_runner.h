@@ -87,6 +87,8 @@ class PlanRunner {
     std::vector<int> bounds;  // slot i has shards [bounds[i], bounds[i+1]); empty: one slot
     uint64_t seed = 5;
     device::OptimizerCoefficients optimizer;
+    // Leaves stay where they are, and what is announced is taken away, with NaN in its place.
+    bool takes_leaves = false;
   };
   struct Outcome {
     std::vector<int64_t> rows;               // by shard, as all below
@@ -203,7 +205,12 @@ class PlanRunner {
     float* Leaf(int shard) override { return runner->outcome_.leaves[shard].data(); }
     void Done(int shard, int64_t begin, int64_t end) override {
       runner->outcome_.done[shard].push_back({begin, end});
+      if (!runner->options_.takes_leaves) return;
+      const auto leaf = runner->outcome_.leaves[shard].begin();
+      std::copy(leaf + begin, leaf + end, runner->taken_[shard].begin() + begin);
+      std::fill(leaf + begin, leaf + end, std::numeric_limits<float>::quiet_NaN());
     }
+    bool LeavesStay() const override { return runner->options_.takes_leaves; }
     absl::StatusOr<const float*> Combine(Kind kind, int64_t channels, int64_t spatial,
                                          absl::Span<const ShardInput> inputs,
                                          absl::Span<const float* const> records,
@@ -223,9 +230,10 @@ class PlanRunner {
   Outcome Run(const SampleBatch& batch, const std::function<absl::Status(Slot&)>& body) {
     outcome_ = Outcome();
     outcome_.rows = ShardRows(options_.batch, options_.shards, batch.size());
-    outcome_.leaves.assign(
-        options_.shards,
-        std::vector<float>(program_->parameters().size, std::numeric_limits<float>::quiet_NaN()));
+    const float unwritten = options_.takes_leaves ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    outcome_.leaves.assign(options_.shards,
+                           std::vector<float>(program_->parameters().size, unwritten));
+    taken_ = outcome_.leaves;
     outcome_.done.resize(options_.shards);
     outcome_.results.resize(options_.shards);
     outcome_.moments.resize(options_.shards);
@@ -258,6 +266,7 @@ class PlanRunner {
         outcome_.moments[s].assign(moments, moments + program_->moments_size());
       }
     }
+    if (options_.takes_leaves) outcome_.leaves = taken_;
     return std::move(outcome_);
   }
 
@@ -307,6 +316,7 @@ class PlanRunner {
   std::unique_ptr<Operations> operations_;
   std::vector<std::unique_ptr<Slot>> slots_;
   device::StepScalars scalars_;
+  std::vector<std::vector<float>> taken_;  // by shard, where leaves are taken
   Outcome outcome_;
 
   absl::Mutex mutex_;

@@ -47,6 +47,25 @@ class PlanTest : public testing::TestWithParam<GraphCase> {};
 INSTANTIATE_TEST_SUITE_P(Graphs, PlanTest, testing::ValuesIn(GraphCases()),
                          [](const auto& info) { return info.param.name; });
 
+// What is announced may be exchanged, and added to, at once.
+TEST_P(PlanTest, ReadsNoGradientThatIsAnnounced) {
+  const spec::Graph& graph = GetParam().graph;
+  const SampleBatch batch = RandomBatch(graph, 13, 3);
+  PlanRunner::Options options = OptionsOf(5, 13);
+  const PlanRunner::Outcome expected = PlanRunner(graph, options).TrainStep(batch, 2);
+  options.takes_leaves = true;
+  const PlanRunner::Outcome taken = PlanRunner(graph, options).TrainStep(batch, 2);
+  for (size_t s = 0; s < expected.leaves.size(); ++s) {
+    SCOPED_TRACE(testing::Message() << "shard " << s);
+    for (const auto& [begin, end] : expected.done[s]) {
+      const auto part = [&, from = begin, to = end](const std::vector<float>& leaf) {
+        return std::vector<float>(leaf.begin() + from, leaf.begin() + to);
+      };
+      ExpectSameBits(part(taken.leaves[s]), part(expected.leaves[s]));
+    }
+  }
+}
+
 // 13 samples in 5 shards (3, 3, 3, 2, 2), and 7 (3, 3, 1, 0, 0): also slots without a sample.
 TEST_P(PlanTest, ShardsHaveTheSameBitsOnAnySplitOverPlans) {
   const spec::Graph& graph = GetParam().graph;

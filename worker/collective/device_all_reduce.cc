@@ -103,8 +103,7 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
   bool LeavesStay() const override { return true; }
   void EndPass(int slot, device::Stream& stream) override {
     if (!overlaps_) return;
-    // Of a member without leaves: others' streams wait for it from now on.
-    ExchangeComplete(slots_[slot], stream);
+    ExchangeComplete(slots_[slot], stream);  // where that has waited for the end
     if (beside_) device_.Follow(stream, *side_);
     beside_ = false;
   }
@@ -225,6 +224,14 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     root_is_plain_ = count <= device::Device::kMostParts &&
                      std::equal(root_.combines.begin(), root_.combines.end(),
                                 plain.combines.begin(), plain.combines.end(), equal);
+    // Who has no leaves comes to no bucket on the way: then nobody exchanges any before the pass
+    // has ended, so that all come to both of the communicator's lanes in one order.
+    waits_ =
+        std::any_of(placement_.bounds.begin(), placement_.bounds.end(), [&](const auto& slots) {
+          const auto begin = s.present.begin();
+          return std::none_of(begin + slots.front(), begin + slots.back(),
+                              [](uint8_t p) { return p != 0; });
+        });
     next_ = static_cast<int>(buckets_.size()) - 1;
     for (size_t b = 0; b < buckets_.size(); ++b) {
       left_[b] = (buckets_[b].end - buckets_[b].begin) * static_cast<int64_t>(s.leaves.size());
@@ -241,7 +248,7 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     for (; b < buckets_.size() && buckets_[b].begin < end; ++b) {
       left_[b] -= leaves * (std::min(end, buckets_[b].end) - std::max(begin, buckets_[b].begin));
     }
-    ExchangeComplete(s, stream);
+    if (!waits_) ExchangeComplete(s, stream);
   }
   void ExchangeComplete(Slot& s, device::Stream& stream) {
     for (; next_ >= 0 && left_[next_] == 0; --next_) {
@@ -369,6 +376,7 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
   std::vector<int64_t> left_;  // by bucket: elements of leaves to come
   int next_ = -1;              // bucket to exchange; those above it are on their way
   bool beside_ = false;        // something is on `side_` that the slot's stream does not follow
+  bool waits_ = false;         // buckets are exchanged at the end of the pass
 };
 
 }  // namespace

@@ -412,6 +412,8 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
       device_.BatchNormBackwardOfLeaves(stream, masked, leaves, x, y, dy, moments, c.epsilon,
                                         weight, sum_dy, sum_dy_xhat, stride, out);
     }
+    // What is announced may be exchanged at once, and added to.
+    if (in_leaf && call.goes_on) return;
     const size_t bytes = sizeof(float) * static_cast<size_t>(slice.channels);
     for (const Frame& f : frames) {
       if (!in_leaf) {
@@ -429,6 +431,7 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   } else {
     device_.BatchNormBackward(stream, masked, leaves, x, y, dy, moments, c.epsilon, weight, sum_dy,
                               sum_dy_xhat, stride, out);
+    if (in_leaf) FinishLeaves(call.node, context, frames);
   }
 }
 

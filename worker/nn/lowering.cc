@@ -312,6 +312,7 @@ class Lowerer {
         } else {
           EmitWithoutValue(CallType::kBatchNormBackwardSums, node, x, mask, dy);
         }
+        if (!whole) result_.calls.back().goes_on = NeedsGradient(input);
         if (residual) Contribute(n.inputs[1], dy);
         if (NeedsGradient(input) && IsSynchronized(node)) EndSegment(Exchange::kSums, n.moments);
         if (NeedsGradient(input)) {

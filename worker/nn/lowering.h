@@ -90,6 +90,8 @@ struct Call {
   int part = 0;  // of copies: the number of the input; of an lstm: the layer
   // Of a norm, forward: it makes the moments, too; backward: the sums. They are the leaf's own.
   bool whole = false;
+  // Of a norm's sums: the call behind reads them.
+  bool goes_on = false;
 };
 
 enum class Exchange { kNone, kMoments, kSums };

@@ -186,6 +186,17 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   v1::Ended Run(const v1::Start& start) {
     v1::Ended ended;
     absl::Status status = Train(start);
+    bool stopped = false;
+    if (loop_ != nullptr) {
+      stopped = loop_->stopped();
+      *ended.mutable_result() = loop_->result();
+      ended.set_state_digest(loop_->result().state_digest());
+      for (int64_t n : loop_->shard_steps()) ended.add_shard_steps(n);
+    }
+    // Before what may take long: where a process has several members, NCCL aborts its communicators
+    // together, when no recording of any of them is left.
+    loop_.reset();
+    plans_.clear();
     if (writer_ != nullptr) {
       const absl::Status written = writer_->Finish();
       if (status.ok()) status = written;
@@ -195,14 +206,8 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     if (!status.ok()) {
       Log(IsEcho(status) ? "WARNING" : "ERROR", std::string(status.message()));
     } else {
-      Log("INFO",
-          absl::StrCat(loop_->stopped() ? "stopped at" : "completed", " step ",
-                       loop_->result().steps(), ", state digest ", loop_->result().state_digest()));
-    }
-    if (loop_ != nullptr) {
-      *ended.mutable_result() = loop_->result();
-      ended.set_state_digest(loop_->result().state_digest());
-      for (int64_t n : loop_->shard_steps()) ended.add_shard_steps(n);
+      Log("INFO", absl::StrCat(stopped ? "stopped at" : "completed", " step ",
+                               ended.result().steps(), ", state digest ", ended.state_digest()));
     }
     if (communicator_ != nullptr) {
       const collective::Traffic traffic = communicator_->traffic();
@@ -214,7 +219,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       ended.set_error(std::string(status.message()));
       ended.set_secondary(IsEcho(status));
     } else {
-      ended.set_outcome(loop_->stopped() ? v1::Ended::STOPPED : v1::Ended::COMPLETED);
+      ended.set_outcome(stopped ? v1::Ended::STOPPED : v1::Ended::COMPLETED);
     }
     return ended;
   }

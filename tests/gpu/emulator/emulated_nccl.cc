@@ -4,7 +4,9 @@
 // is aborted, and a member that is gone becomes an asynchronous error. Calls that NCCL would
 // misunderstand silently (sizes that differ between members) end the process with a report.
 //
-// $LOCKSTEP_EMULATED_NCCL_VERSION ("2.28.9") is the version that it says it is.
+// $LOCKSTEP_EMULATED_NCCL_VERSION ("2.28.9") is the version that it says it is. To the file that
+// $LOCKSTEP_EMULATED_NCCL_LOG names, with ".RANK" behind it, it appends a line for each group of
+// operations that is enqueued: the number of its communicator.
 #include <nccl.h>
 #include <poll.h>
 #include <sys/random.h>
@@ -36,8 +38,8 @@
 
 // What an operation needs stays while streams and graphs hold it.
 struct Link {
-  int rank = 0, ranks = 0;
-  std::vector<int> peers;  // sockets by rank; ours is -1
+  int rank = 0, ranks = 0, number = 0;  // of the process's communicators, from 0
+  std::vector<int> peers;               // sockets by rank; ours is -1
   std::atomic<ncclResult_t> state{ncclInProgress};
   std::atomic<bool> aborted{false};
 
@@ -77,6 +79,16 @@ struct Group {
 Group& ThreadGroup() {
   thread_local Group group;
   return group;
+}
+
+void Log(const Link& link) {
+  const char* const path = std::getenv("LOCKSTEP_EMULATED_NCCL_LOG");
+  if (path == nullptr) return;
+  std::FILE* const file =
+      std::fopen((std::string(path) + "." + std::to_string(link.rank)).c_str(), "a");
+  if (file == nullptr) Fatal("NCCL: its log cannot be written");
+  std::fprintf(file, "%d\n", link.number);
+  std::fclose(file);
 }
 
 size_t SizeOf(ncclDataType_t type) { return type == ncclFloat ? sizeof(float) : 1; }
@@ -272,6 +284,8 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id
   made->link = std::make_shared<Link>();
   made->link->rank = rank;
   made->link->ranks = ranks;
+  static std::atomic<int> made_before{0};
+  made->link->number = made_before++;
   made->link->peers.assign(ranks, -1);
   made->connecting = std::thread([link = made->link, name = std::string(id.internal)] {
     link->state = lockstep::emulator::Join(*link, name) ? ncclSuccess : ncclRemoteError;
@@ -338,6 +352,7 @@ ncclResult_t ncclGroupEnd() {
   if (--group.depth > 0) return ncclSuccess;
   cudaError_t error = cudaSuccess;
   for (auto& [comm, operation] : group.operations) {
+    lockstep::emulator::Log(*comm->link);
     const cudaError_t one = lockstep::emulator::Enqueue(
         operation.stream, [link = comm->link, all = std::move(operation)] {
           lockstep::emulator::Run(*link, all.transfers);

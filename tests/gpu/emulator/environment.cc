@@ -21,6 +21,7 @@ constexpr char kFaults[] = "LOCKSTEP_EMULATOR_FAULTS";
 constexpr char kOrder[] = "LOCKSTEP_EMULATOR_ORDER";
 constexpr char kProtect[] = "LOCKSTEP_EMULATOR_PROTECT";
 constexpr char kNcclVersion[] = "LOCKSTEP_EMULATED_NCCL_VERSION";  // emulated_nccl.cc
+constexpr char kNcclLog[] = "LOCKSTEP_EMULATED_NCCL_LOG";          // as well
 constexpr char kKnown[] =
     "driver=13000, memory=BYTES, architecture=9.0, allocation=NTH (from 1, that fails), "
     "lost-at=LAUNCH (from 0), gpu=ORDINAL (that is "
@@ -108,7 +109,7 @@ void CheckNames() {
     const std::string name(variable.substr(0, variable.find('=')));
     std::string accepted;
     bool known = false;
-    for (const char* one : {kGpus, kFaults, kOrder, kProtect, kNcclVersion}) {
+    for (const char* one : {kGpus, kFaults, kOrder, kProtect, kNcclVersion, kNcclLog}) {
       known |= name == one;
       accepted += (accepted.empty() ? "" : ", ") + std::string(one);
     }
