@@ -164,6 +164,19 @@ TEST_F(StreamTest, KernelsOfARecordingBeginEarlyWhereTheGpuCan) {
     EXPECT_TRUE(recording.ok()) << recording.status();
     launch();  // outside of it none does
     EXPECT_TRUE(stream->Synchronize().ok());
+    // Nor does one that waits for another stream's.
+    const auto other = device->MakeStream().value();
+    const int64_t before_fork = emulator::Count().early_launches;
+    const auto forked = device->Record(*stream, [&] {
+      launch();
+      device->Follow(*other, *stream);
+      device->OneHot(*other, 1, 1, static_cast<const int32_t*>(labels->data()),
+                     static_cast<float*>(one_hot->data()));
+      device->Follow(*stream, *other);
+      return absl::OkStatus();
+    });
+    EXPECT_TRUE(forked.ok()) << forked.status();
+    EXPECT_EQ(emulator::Count().early_launches, before_fork);
     return emulator::Count().early_launches - before;
   };
   EXPECT_EQ(early_launches(), 2);

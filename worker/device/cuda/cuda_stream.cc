@@ -108,6 +108,7 @@ absl::Status CudaStream::WaitFor(int64_t mark) {
 
 cudaError_t CudaStream::Follow(CudaStream& ahead) {
   if (failure_.empty()) failure_ = ahead.failure_;
+  queue_.joined = true;
   const cudaError_t error = cudaEventRecord(ahead.place_, ahead.queue().stream);
   return error == cudaSuccess ? cudaStreamWaitEvent(queue().stream, ahead.place_, 0) : error;
 }

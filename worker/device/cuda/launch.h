@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 namespace lockstep::device::cuda {
 
@@ -29,8 +30,10 @@ struct Queue {
   // Takes the text of a library call's first failure, which Stream::Synchronize returns; null:
   // lost.
   std::string* failure = nullptr;
-  // In a graph, a kernel may be put on the multiprocessors while the one before it still runs.
+  // In a graph, a kernel may be put on the multiprocessors while the one before it still runs: on
+  // the same stream, without another stream to wait for since that.
   bool early = false;
+  mutable bool joined = false;  // it waits for another since its last kernel
 };
 
 inline void Fail(const Queue& queue, const std::string& text) {
@@ -68,7 +71,7 @@ void Launch(const Queue& queue, dim3 grid, dim3 block, size_t shared_bytes,
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  if (queue.early && FollowsKernel(queue.stream)) {
+  if (queue.early && !std::exchange(queue.joined, false) && FollowsKernel(queue.stream)) {
     config.attrs = &early;
     config.numAttrs = 1;
   }
