@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <fstream>
+#include <initializer_list>
+#include <random>
 #include <regex>
 #include <string>
 #include <utility>
@@ -162,6 +164,80 @@ TEST_F(EmulatedCluster, AccumulatedMicrobatchesAreExchangedWhenAllAreThere) {
       arguments.insert(arguments.end(), {"--workers", workers});
       ExpectSameResult(Result(spec, name + "-several", arguments), one);
     }
+  }
+}
+
+// A job of layers and options that fit together in some way, by the seed alone.
+std::string RandomJob(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  const auto pick = [&](std::initializer_list<const char*> from) {
+    return *(from.begin() + random() % from.size());
+  };
+  std::string layers;
+  const auto add = [&](absl::string_view layer) {
+    absl::StrAppend(&layers, "    - {type: ", layer, "}\n");
+  };
+  const auto norm = [&] {
+    add(absl::StrCat("batch_norm, sync: ", pick({"batch", "shard"}),
+                     pick({"", "", ", statistics: population"})));
+  };
+  if (random() % 2 == 0) {
+    add("flatten");
+    if (random() % 3 == 0) norm();
+    for (uint64_t left = random() % 3 + 1; left > 0; --left) {
+      add(absl::StrCat("dense, units: ", pick({"5", "16", "24"})));
+      if (random() % 3 > 0) norm();
+      add(pick({"relu", "tanh", "dropout, rate: 0.3", "layer_norm"}));
+    }
+  } else {
+    add(absl::StrCat("conv2d, filters: 4, kernel: 3, stride: 2, padding: 1, bias: ",
+                     pick({"true", "false"})));
+    if (random() % 4 > 0) norm();
+    add("relu");
+    add("max_pool, kernel: 2, stride: 2");
+    add("conv2d, filters: 6, kernel: 3, padding: 1");
+    norm();
+    add(pick({"relu", "tanh"}));
+    add(pick({"global_average_pool", "flatten"}));
+  }
+  add("dense, units: 10");
+  return absl::StrCat(R"(
+data: {path: /usr/share/datasets/fashion-mnist, validation_samples: 103, train_samples: )",
+                      pick({"330", "300", "250"}), R"(}
+checkpoint: {)",
+                      pick({"every_steps: 3", "every_epochs: 0", "every_steps: 5, keep: 2"}), R"(}
+resources: {device: cuda}
+optimizer: {type: )",
+                      pick({"momentum, learning_rate: 0.02", "adam, learning_rate: 0.001",
+                            "sgd, learning_rate: 0.02, clip_norm: 0.5"}),
+                      R"(}
+train: {batch: )",
+                      pick({"60", "72"}), ", shards: ", pick({"2", "3", "6", "8"}),
+                      ", accumulate: ", pick({"1", "1", "1", "2", "3"}),
+                      ", steps: ", pick({"3", "7", "9"}), ", seed: ", seed,
+                      ", precision: ", pick({"fp32", "bf16", "tf32"}),
+                      ", digest_every: ", pick({"0", "1", "3"}), ", evaluate: {batch: 50",
+                      pick({"", ", every_steps: 4", ", every_epochs: 0"}), R"(}}
+model:
+  layers:
+)",
+                      layers);
+}
+
+TEST_F(EmulatedCluster, RandomJobsHaveOneResult) {
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    const std::string name = absl::StrCat("random-", seed), job = RandomJob(seed);
+    SCOPED_TRACE(job);
+    const std::string spec = programs_.JoinedPath(name + ".yaml");
+    std::ofstream(spec) << "name: " << name << job;
+    setenv(kGpus, "1", 1);
+    const nlohmann::json one = Result(spec, name + "-one");
+    if (seed % 2 == 0) ExpectSameResult(Result(spec, name + "-streams", {"--slots", "2"}), one);
+    setenv(kGpus, "2", 1);
+    if (seed % 2 != 0) {
+      ExpectSameResult(Result(spec, name + "-gpus", {"--set", "resources.slots=2"}), one);
+    }
+    ExpectSameResult(Result(spec, name + "-members", {"--workers", "2"}), one);
   }
 }
 
