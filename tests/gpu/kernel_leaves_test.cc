@@ -174,8 +174,9 @@ TEST_F(KernelLeavesTest, NormsOfLeavesHaveTheBitsOfTwoPasses) {
   };
   for (const std::vector<int64_t>& rows :
        {std::vector<int64_t>{16, 16, 16, 14}, {1}, {128, 2, 77}, {33, 129}, {256, 5}}) {
-    for (const int64_t c : {1, 3, 4, 16, 40, 117, 264}) {
+    for (const int64_t c : {1, 3, 4, 40, 117}) {
       for (const int lead : {0, 1}) {
+        if (lead > 0 && c % 4 != 0) continue;  // they are taken one by one anyhow
         SCOPED_TRACE(absl::StrCat(rows.front(), " rows and more, ", c, " channels, by ", lead));
         const int64_t count = LeavesOf(rows).total() * c + 11;
         const std::vector<float> floats = RandomFloats(count, 1, -1, 4);
