@@ -210,7 +210,10 @@ class CudaDevice : public Device {
     if (!called.ok()) return called;
     if (error != cudaSuccess) {
       cudaGetLastError();
-      return ToStatus(error, "recording a graph");
+      const bool early = QueueOf(stream).early && error != cudaErrorMemoryAllocation;
+      return ToStatus(error, early ? "recording a graph, with kernels that begin early "
+                                     "(LOCKSTEP_CUDA_EARLY_LAUNCH=0 records none)"
+                                   : "recording a graph");
     }
     return recording;
   }
