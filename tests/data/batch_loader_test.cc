@@ -214,6 +214,23 @@ TEST_F(BatchLoaderTest, DecodesTheNextBatchInAnotherPlace) {
   EXPECT_NE(places[0], places[1]);
 }
 
+TEST_F(BatchLoaderTest, DecodesNothingBehindTheLastStep) {
+  options_.depth = 5;
+  options_.ahead = true;
+  for (const int64_t last : {2, 3}) {
+    options_.last_step = last;
+    const auto loader = Make();
+    ASSERT_EQ(Acquire(*loader, 4).status(), absl::OkStatus());  // all before it are chosen
+    const ShardBatch shard = Acquire(*loader, 1).value()->shards[0];
+    const auto samples = [&] {
+      return std::vector<float>(shard.data, shard.data + shard.rows * options_.dataset->features());
+    };
+    const std::vector<float> first = samples();
+    ASSERT_EQ(Acquire(*loader, 2).status(), absl::OkStatus());
+    EXPECT_EQ(samples() == first, last == 2) << "where the third batch goes";
+  }
+}
+
 TEST_F(BatchLoaderTest, ContentDoesNotDependOnTheShardsOwned) {
   options_.augmentation = MakeAugmentation(9, 1, true, 1);
   const auto whole = Make();

@@ -213,7 +213,9 @@ absl::StatusOr<const Batch*> BatchLoader::Acquire(device::Stream& stream, int64_
   if (!options_.ahead) Decode(stream, step, first_shard, last_shard);
   if (IsChosen(step + 1)) {
     if (copies) CopyAhead(stage, stream, step + 1, first_shard, last_shard);
-    if (options_.ahead) DecodeAhead(stage, stream, step + 1, first_shard, last_shard);
+    if (options_.ahead && step < options_.last_step) {
+      DecodeAhead(stage, stream, step + 1, first_shard, last_shard);
+    }
   }
   return &buffer->batch;
 }

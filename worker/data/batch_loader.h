@@ -30,6 +30,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -53,8 +54,9 @@ struct BatchLoaderOptions {
   int slots = 1;  // threads that acquire every batch
   int depth = 2;  // batches chosen ahead, at least 1
   // On a device with memory of its own: a batch that is chosen is decoded while the step before it
-  // computes.
+  // computes, up to that of `last_step`.
   bool ahead = false;
+  int64_t last_step = std::numeric_limits<int64_t>::max();
   bool shuffle = true;
   uint64_t seed = 0;       // of the job
   int64_t first_step = 1;  // anywhere: in mid-epoch too

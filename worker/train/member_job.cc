@@ -777,6 +777,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     if (!device_->host_addressable()) {
       o.depth += RunAhead::kMost;
       o.ahead = accumulate_ == 1 && !options_.evaluate_only;
+      o.last_step = length_.total_steps;
     }
     ASSIGN_OR_RETURN(train_loader_, data::BatchLoader::Make(*device_, o));
     o.depth = spec_.data().prefetch();

@@ -570,6 +570,18 @@ void RunGradient(const Queue& q, const Leaves& leaves,
   ReduceRows<kWideLanes<T>>(q, r, leaves, r.channels, aligned, kGradientChunks);
 }
 
+// Calls run<whether there is a relu, whether another tensor is added, type of the elements>().
+template <class Run>
+void WithKind(const BatchNormShape& shape, bool adds, const Run& run) {
+  WithElement(shape.type, [&]<class T>() {
+    if (shape.relu) {
+      adds ? run.template operator()<true, true, T>() : run.template operator()<true, false, T>();
+    } else {
+      adds ? run.template operator()<false, true, T>() : run.template operator()<false, false, T>();
+    }
+  });
+}
+
 // Calls run(ForwardMap) with the map of these operands.
 template <class Run>
 void WithForwardMap(const BatchNormShape& shape, const void* x, const Moments& moments,
@@ -579,15 +591,7 @@ void WithForwardMap(const BatchNormShape& shape, const void* x, const Moments& m
     run(ForwardMap<kRelu, kResidual, T>{static_cast<const T*>(x), moments, epsilon, weight, bias,
                                         static_cast<const T*>(residual), static_cast<T*>(y)});
   };
-  WithElement(shape.type, [&]<class T>() {
-    if (shape.relu) {
-      residual != nullptr ? with.template operator()<true, true, T>()
-                          : with.template operator()<true, false, T>();
-    } else {
-      residual != nullptr ? with.template operator()<false, true, T>()
-                          : with.template operator()<false, false, T>();
-    }
-  });
+  WithKind(shape, residual != nullptr, with);
 }
 
 // Calls run(BackwardMap) with the map of these operands.
@@ -657,15 +661,7 @@ void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves
                     elements(x), elements(y), elements(dy), elements(more), shape.channels, moments,
                     epsilon, static_cast<T*>(g), sum_dy, sum_dy_xhat, stride});
   };
-  WithElement(shape.type, [&]<class T>() {
-    if (shape.relu) {
-      more != nullptr ? run.template operator()<true, true, T>()
-                      : run.template operator()<true, false, T>();
-    } else {
-      more != nullptr ? run.template operator()<false, true, T>()
-                      : run.template operator()<false, false, T>();
-    }
-  });
+  WithKind(shape, more != nullptr, run);
 }
 
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
