@@ -1,0 +1,82 @@
+// What the kernels of bf16 convolutions for y and dx have in common: the order of terms, where a
+// tile's pieces stand, and how its sums are written. tensor_convolution.cu says the order.
+#pragma once
+
+#include <cstdint>
+
+#include "worker/device/cuda/divisor.h"
+#include "worker/device/cuda/lanes.h"
+#include "worker/device/cuda/launch.h"
+#include "worker/device/cuda/tensor_core.h"
+#include "worker/device/cuda/tensor_tiles.h"
+#include "worker/device/cuda/windows.h"
+#include "worker/device/kernel_math.h"
+
+namespace lockstep::device::cuda {
+
+// Terms come in quads of channels: those of the taps of a block of at most kDepth channels, then of
+// the next block, so that a block's pixels are read again while they are near. Channels that are
+// not by fours come one by one.
+struct Terms {
+  int groups, channels, features;  // of a group
+  int quads;                       // of a block, 1 << shift; 0: one by one
+  int shift;
+  int slots, slot_taps;  // sets of taps that phases meet, and their size, along each dimension
+  int steps;             // rows of terms in a slot
+  int padded;            // features of a group, to whole tiles
+  Divisor by_channels;
+  int64_t slot_bytes() const { return int64_t{steps} * padded * kRowBytes; }
+};
+
+// In a tile's row of kRowBytes, where its 16-byte pieces stand: eight rows of one piece, which an
+// instruction loads, are in different banks.
+__device__ __forceinline__ int PieceAt(int row, int piece) { return piece ^ (row >> 1 & 3); }
+
+// Writes a warp's sums with bias and relu. first_feature is of the group; element(row) is where a
+// row of the warp's begins in the result, below 0 where it is none.
+template <int kTilesDown, int kTilesAcross, class Element>
+__device__ __forceinline__ void Finish(const Windows& s, const Terms& terms, int group,
+                                       int first_feature, const float* __restrict__ bias, bool relu,
+                                       void* __restrict__ result,
+                                       const float (&sums)[kTilesDown][2 * kTilesAcross][4],
+                                       Element element) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  // A lane has four neighbours of two rows in each pair of products.
+#pragma unroll
+  for (int i = 0; i < kTilesDown; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = element(i * 16 + half * 8 + lane / 4);
+      if (at < 0) continue;
+#pragma unroll
+      for (int j = 0; j < kTilesAcross; ++j) {
+        const int feature = first_feature + j * 16 + lane % 4 * 4;
+        const int left = terms.features - feature;
+        const int column = group * terms.features + feature;
+        float v[4] = {sums[i][2 * j][2 * half], sums[i][2 * j][2 * half + 1],
+                      sums[i][2 * j + 1][2 * half], sums[i][2 * j + 1][2 * half + 1]};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (bias != nullptr && n < left) v[n] = v[n] + __ldg(bias + column + n);
+          if (relu) v[n] = Relu(v[n]);
+        }
+        const float4 four = make_float4(v[0], v[1], v[2], v[3]);
+        if (s.result_type == ElementType::kBf16) {
+          StoreFour(static_cast<StoredBf16*>(result) + (at + column), s.wide_result, left, four);
+        } else {
+          StoreFour(static_cast<float*>(result) + (at + column), s.wide_result, left, four);
+        }
+      }
+    }
+  }
+}
+
+// Convolutions that keep the size, by runs of pixels (tensor_runs.cu), in tiles of 16, 32, 64 or
+// 128 features; of a source of T, float or StoredBf16, a block of whose channels fills kHalves
+// halves of a row of terms. False, and nothing was launched: the shape does not go so.
+template <class T, int kHalves>
+bool LaunchRunsOf(int tile, const Queue& q, const Windows& s, const Terms& terms, bool backward,
+                  const T* source, const uint4* weights, const float* bias, bool relu,
+                  void* result);
+
+}  // namespace lockstep::device::cuda
