@@ -140,9 +140,10 @@ class Own(Programs):
         return json.loads(output_of([self._path("lockstep"), "doctor", "-o", "json"], START_SECONDS))["cuda"]
 
     def run_steps(self, spec, overrides, steps):
-        """Steady samples/s by the clock from the end of the warm-up to that of the last step; waiting for data and
-        reports are within it, the evaluation and the checkpoint at the end are not."""
-        warmup = max(5, min(100, steps // 4))
+        """Steady samples/s by the clock from the end of the warm-up, within which steps are recorded and the host gets
+        ahead of them, to that of the last step; waiting for data and reports are within it, the evaluation and the
+        checkpoint at the end are not."""
+        warmup = max(20, min(100, steps // 4))
         out, base, start, busy = self._folder(), self.memory.now(), time.time(), []
 
         def look(pid):
@@ -159,7 +160,11 @@ class Own(Programs):
             rows = [row for row in csv.DictReader(file) if row["samples"]]
         if len(rows) != steps + warmup:
             raise Failed(f"metrics.csv has {len(rows)} steps of {steps + warmup}")
-        seconds = float(rows[-1]["seconds"]) - float(rows[warmup - 1]["seconds"])
+        times = [float(row["seconds"]) for row in rows]
+        # The host hears of some steps at once; that is when the last of them ended.
+        while warmup < len(rows) - 1 and times[warmup] - times[warmup - 1] < (times[-1] - times[warmup]) / steps / 4:
+            warmup += 1
+        seconds = times[-1] - times[warmup - 1]
         samples = sum(int(row["samples"]) for row in rows[warmup:])
         peak = max(0, self.memory.peak_since(start) - base) if base or self.memory.samples else 0
         return {"samples_per_second": samples / seconds, "peak_bytes": peak}

@@ -192,8 +192,8 @@ class Bench {
     };
 
     s.precision = Precision::kBf16;
-    PackTensorWeights(queue_, s, w_.bf16, packed_);
     const auto measure = [&](const std::string& way, const void* x, const void* y) {
+      PackTensorWeights(queue_, s, w_.bf16, packed_);  // as the types of its tensors want them
       print(way, Time([&] {
               if (pass == "forward") {
                 TensorConvolutionForward(queue_, s, rows, x, packed_, nullptr, false, result_);
@@ -210,10 +210,10 @@ class Bench {
     if (!image) s.x_type = ElementType::kBf16;
     s.y_type = ElementType::kBf16;
     measure("bf16 stored", image ? static_cast<const void*>(x_.floats) : x_.bf16, y_.bf16);
-    s.x_type = s.y_type = ElementType::kFp32;
     if (pass == "forward") {
       print("bf16 pack", Time([&] { PackTensorWeights(queue_, s, w_.bf16, packed_); }));
     }
+    s.x_type = s.y_type = ElementType::kFp32;
     s.precision = Precision::kFp32;
     print("fp32", Time([&] {
             if (pass == "forward") {

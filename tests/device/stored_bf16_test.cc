@@ -58,6 +58,8 @@ class StoredBf16Test : public DeviceTest {
     if (!device().stores_bf16()) GTEST_SKIP() << "this device stores fp32";
   }
   Buffer<uint16_t> OutStored(size_t size) { return OutOf<uint16_t>(size); }
+  // y of two samples against a reference; of a convolution that has a stride, dx, in phases.
+  void CheckOneWay(Conv2dShape s);
 };
 
 // ---- convolutions.
@@ -74,6 +76,9 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 6, .width = 6, .in = 96, .out = 128, .kernel = 3, .padding = 1},
       {.height = 5, .width = 5, .in = 64, .out = 192, .kernel = 3, .padding = 1},
       {.height = 5, .width = 4, .in = 520, .out = 256, .kernel = 1},
+      {.height = 6, .width = 5, .in = 256, .out = 128, .kernel = 1},
+      {.height = 6, .width = 5, .in = 128, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
+      {.height = 4, .width = 5, .in = 256, .out = 256, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 16, .kernel = 3, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 32, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 7, .width = 7, .in = 64, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
@@ -116,6 +121,37 @@ void ForEachProduct(const Conv2dShape& s, int64_t rows, Visit visit) {
       }
     }
   }
+}
+
+void StoredBf16Test::CheckOneWay(Conv2dShape s) {
+  constexpr int64_t kRows = 2;
+  SCOPED_TRACE(std::to_string(s.in) + " to " + std::to_string(s.out) + ", kernel " +
+               std::to_string(s.kernel));
+  s.precision = Precision::kBf16;
+  s.x_type = s.y_type = ElementType::kBf16;
+  const int64_t inputs = kRows * s.height * s.width * s.in,
+                outputs = kRows * s.out_height() * s.out_width() * s.out;
+  const bool backward = s.stride > 1;  // dx of it, in phases
+  const Values of_source(RandomFloats(backward ? outputs : inputs, 48)),
+      of_w(RandomFloats(s.out * s.kernel * s.kernel * s.in, 49));
+  auto conv = device().MakeConv2d(s, {kRows});
+  ASSERT_TRUE(conv.ok()) << conv.status();
+  const auto source = In(of_source.stored), result = OutStored(backward ? inputs : outputs);
+  const auto w = In(of_w.floats);
+  const auto scratch = Scratch((*conv)->scratch_bytes());
+  const auto rounded = InBf16(w);
+  (*conv)->Pack(stream(), w, rounded);
+  if (backward) {
+    (*conv)->BackwardInput(stream(), kRows, source, result, scratch);
+  } else {
+    (*conv)->Forward(stream(), kRows, source, nullptr, result, scratch);
+  }
+  std::vector<double> expected(result.size(), 0.0);
+  ForEachProduct(s, kRows, [&](int64_t at_y, int64_t at_x, int64_t at_w) {
+    expected[backward ? at_x : at_y] +=
+        static_cast<double>(of_source.floats[backward ? at_y : at_x]) * of_w.floats[at_w];
+  });
+  EXPECT_TRUE(NearestOf(FloatsOf(result.Read()), expected, 2e-5));
 }
 
 TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
@@ -187,42 +223,25 @@ TEST_P(StoredBf16Test, ConvolutionsMatchTheReference) {
 // Kernels are others where there are so many tiles that they occupy a GPU: larger tiles, or blocks
 // that make several.
 TEST_P(StoredBf16Test, ConvolutionsOfManyTilesMatchTheReference) {
-  constexpr int64_t kOut = 132 * 128, kRows = 2;
-  const Conv2dShape shapes[] = {
-      {.height = 1, .width = 2, .in = 160, .out = kOut, .kernel = 1},
-      {.height = 1, .width = 2, .in = 520, .out = kOut, .kernel = 1},
-      {.height = 1, .width = 2, .in = 32, .out = kOut, .kernel = 3, .padding = 1},
-      {.height = 185, .width = 184, .in = 40, .out = 136, .kernel = 1},
-      {.height = 190, .width = 190, .in = 8, .out = 128, .kernel = 3, .dilation = 2},
-      {.height = 259, .width = 261, .in = 136, .out = 16, .kernel = 1, .stride = 2}};
-  for (Conv2dShape s : shapes) {
-    SCOPED_TRACE(std::to_string(s.in) + " to " + std::to_string(s.out) + ", kernel " +
-                 std::to_string(s.kernel));
-    s.precision = Precision::kBf16;
-    s.x_type = s.y_type = ElementType::kBf16;
-    const int64_t inputs = kRows * s.height * s.width * s.in,
-                  outputs = kRows * s.out_height() * s.out_width() * s.out;
-    const bool backward = s.stride > 1;  // dx of it, in phases
-    const Values of_source(RandomFloats(backward ? outputs : inputs, 48)),
-        of_w(RandomFloats(s.out * s.kernel * s.kernel * s.in, 49));
-    auto conv = device().MakeConv2d(s, {kRows});
-    ASSERT_TRUE(conv.ok()) << conv.status();
-    const auto source = In(of_source.stored), result = OutStored(backward ? inputs : outputs);
-    const auto w = In(of_w.floats);
-    const auto scratch = Scratch((*conv)->scratch_bytes());
-    const auto rounded = InBf16(w);
-    (*conv)->Pack(stream(), w, rounded);
-    if (backward) {
-      (*conv)->BackwardInput(stream(), kRows, source, result, scratch);
-    } else {
-      (*conv)->Forward(stream(), kRows, source, nullptr, result, scratch);
-    }
-    std::vector<double> expected(result.size(), 0.0);
-    ForEachProduct(s, kRows, [&](int64_t at_y, int64_t at_x, int64_t at_w) {
-      expected[backward ? at_x : at_y] +=
-          static_cast<double>(of_source.floats[backward ? at_y : at_x]) * of_w.floats[at_w];
-    });
-    EXPECT_TRUE(NearestOf(FloatsOf(result.Read()), expected, 2e-5));
+  constexpr int64_t kOut = 132 * 128;
+  for (const Conv2dShape& s : std::initializer_list<Conv2dShape>{
+           {.height = 1, .width = 2, .in = 160, .out = kOut, .kernel = 1},
+           {.height = 1, .width = 2, .in = 520, .out = kOut, .kernel = 1},
+           {.height = 1, .width = 2, .in = 32, .out = kOut, .kernel = 3, .padding = 1},
+           {.height = 185, .width = 184, .in = 40, .out = 136, .kernel = 1},
+           {.height = 190, .width = 190, .in = 8, .out = 128, .kernel = 3, .dilation = 2},
+           {.height = 259, .width = 261, .in = 136, .out = 16, .kernel = 1, .stride = 2}}) {
+    CheckOneWay(s);
+  }
+}
+
+// Larger tiles too, of a GPU with few multiprocessors.
+TEST_P(StoredBf16Test, ConvolutionsOfManyTermsMatchTheReference) {
+  for (const Conv2dShape& s : std::initializer_list<Conv2dShape>{
+           {.height = 12, .width = 12, .in = 1024, .out = 256, .kernel = 1},
+           {.height = 10, .width = 10, .in = 128, .out = 256, .kernel = 3, .padding = 1},
+           {.height = 24, .width = 24, .in = 256, .out = 1024, .kernel = 1, .stride = 2}}) {
+    CheckOneWay(s);
   }
 }
 

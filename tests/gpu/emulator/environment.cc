@@ -23,7 +23,8 @@ constexpr char kProtect[] = "LOCKSTEP_EMULATOR_PROTECT";
 constexpr char kNcclVersion[] = "LOCKSTEP_EMULATED_NCCL_VERSION";  // emulated_nccl.cc
 constexpr char kNcclLog[] = "LOCKSTEP_EMULATED_NCCL_LOG";          // as well
 constexpr char kKnown[] =
-    "driver=13000, memory=BYTES, architecture=9.0, allocation=NTH (from 1, that fails), "
+    "driver=13000, memory=BYTES, architecture=9.0, multiprocessors=132, allocation=NTH (from 1, "
+    "that fails), "
     "lost-at=LAUNCH (from 0), gpu=ORDINAL (that is "
     "lost), error=cudaErrorIllegalAddress (that it is lost with), sums=in-order, reversed or "
     "only-in-order";
@@ -67,6 +68,8 @@ void TakeFault(const std::string& key, const std::string& value, Options* option
         static_cast<size_t>(length) != value.size()) {
       Refuse(name, value, "a compute capability such as 9.0");
     }
+  } else if (key == "multiprocessors") {
+    options->multiprocessors = static_cast<int>(Number(name, value, 1));
   } else if (key == "allocation") {
     options->fail_allocation = static_cast<int>(Number(name, value, 1));
   } else if (key == "lost-at") {

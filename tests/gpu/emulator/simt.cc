@@ -44,6 +44,7 @@ struct Thread {
   uint64_t value = 0;  // that it brings to an exchange, then what it gets
   int source = 0, width = 0;
   bool waited = false;                      // for the kernel before
+  bool shows = true;                        // to products what it has copied
   void (*perform)(void* const*) = nullptr;  // together with its warp
 };
 
@@ -52,6 +53,14 @@ struct Copy {
   void* to;          // null: the end of a group
   const void* from;  // null: zeros
   size_t bytes;
+};
+
+// A product of the running thread's; without sums: the end of a group.
+struct Product {
+  float* sums;
+  int columns;
+  bool transposed;
+  uint64_t a, b;
 };
 
 // Lanes that wait in the same exchange.
@@ -136,6 +145,9 @@ class Engine {
   void CopyLater(const Copy& copy) { copies_[current_].push_back(copy); }
   void FinishCopies() { FinishCopies(copies_[current_].size()); }
   void FinishGroups(int but);
+  void ShowToProducts() { threads_[current_].shows = true; }
+  void MultiplyLater(const Product& product);
+  void FinishProducts(int but, void (*perform)(float*, int, bool, uint64_t, uint64_t));
 
  private:
   static void FiberMain();
@@ -178,6 +190,7 @@ class Engine {
   Thread threads_[kMostThreads];
   Warp warps_[kMostWarps];
   std::vector<Copy> copies_[kMostThreads];
+  std::vector<Product> products_[kMostThreads];
   unsigned warp_order_[kMostWarps], lane_order_[kWarp], position_of_lane_[kWarp];
   unsigned warp_at_ = 0;  // in the order of warps
   unsigned at_barrier_ = 0, exited_ = 0;
@@ -395,6 +408,10 @@ void Engine::Exit(int thread) {
     if (copy.to != nullptr) Report("returned without waiting for its copies", false);
   }
   copies_[thread].clear();
+  for (const Product& product : products_[thread]) {
+    if (product.sums != nullptr) Report("returned without waiting for its products", false);
+  }
+  products_[thread].clear();
   if (launch_->early && !threads_[thread].waited) {
     Report("returned without waiting for the kernel before", false);
   }
@@ -510,6 +527,7 @@ void Engine::FinishCopies(size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const Copy& copy = copies[i];
     if (copy.to == nullptr) continue;
+    threads_[current_].shows = false;
     if (copy.from == nullptr) {
       std::memset(copy.to, 0, copy.bytes);
     } else {
@@ -526,6 +544,26 @@ void Engine::FinishGroups(int but) {
     if (copies[count - 1].to == nullptr && ends++ == but) break;
   }
   FinishCopies(count);
+}
+
+void Engine::MultiplyLater(const Product& product) {
+  if (product.sums != nullptr && !threads_[current_].shows) {
+    Report("multiplies without having shown its copies to products", false);
+  }
+  products_[current_].push_back(product);
+}
+
+void Engine::FinishProducts(int but, void (*perform)(float*, int, bool, uint64_t, uint64_t)) {
+  std::vector<Product>& products = products_[current_];
+  size_t count = products.size();
+  for (int ends = 0; count > 0; --count) {
+    if (products[count - 1].sums == nullptr && ends++ == but) break;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const Product& p = products[i];
+    if (p.sums != nullptr) perform(p.sums, p.columns, p.transposed, p.a, p.b);
+  }
+  products.erase(products.begin(), products.begin() + static_cast<std::ptrdiff_t>(count));
 }
 
 void Engine::Complete(int first, const Group& group) {
@@ -643,6 +681,15 @@ void CopyLater(void* to, const void* from, size_t bytes) {
 void CommitCopies() { TheEngine().CopyLater({nullptr, nullptr, 0}); }
 void FinishCopies() { TheEngine().FinishCopies(); }
 void FinishGroups(int but) { TheEngine().FinishGroups(but); }
+
+void ShowToProducts() { TheEngine().ShowToProducts(); }
+void MultiplyLater(float* sums, int columns, bool transposed, uint64_t a, uint64_t b) {
+  TheEngine().MultiplyLater({sums, columns, transposed, a, b});
+}
+void CommitProducts() { TheEngine().MultiplyLater({nullptr, 0, false, 0, 0}); }
+void FinishProducts(int but, void (*perform)(float*, int, bool, uint64_t, uint64_t)) {
+  TheEngine().FinishProducts(but, perform);
+}
 
 void GridDependency(Site site) { TheEngine().GridDependency(site); }
 

@@ -1,5 +1,7 @@
 #include <emulated_tensor_core.h>
 
+#include "worker/device/cuda/warpgroup.h"
+
 #include <cstring>
 #include <string>
 
@@ -88,6 +90,32 @@ uint4 LoadTogether(const void* row, emulator::Site site) {
   return {load.values[0], load.values[1], load.values[2], load.values[3]};
 }
 
+// Of a swizzled matrix, what stands so far behind its begin.
+float TermAt(SharedMatrix matrix, int bytes) {
+  const uint64_t at = (matrix & ~uint64_t{31}) + static_cast<uint64_t>(bytes);
+  uint16_t bits;
+  std::memcpy(&bits, reinterpret_cast<const void*>(at ^ (at / kSwizzledRow % 8 * 16)), 2);
+  return FloatOf(uint32_t{bits} << 16);
+}
+// A thread's part of a warpgroup's product.
+void MultiplyOwn(float* sums, int columns, bool transposed, SharedMatrix a, SharedMatrix b) {
+  const int row =
+      static_cast<int>(threadIdx.x) / kLanes % 4 * 16 + static_cast<int>(threadIdx.x) % kLanes / 4;
+  const auto term = [&](SharedMatrix matrix, int i, int k) {
+    if (!transposed) return TermAt(matrix, i * kSwizzledRow + 2 * k);
+    const int next_columns = static_cast<int>(matrix & 31) * 1024;
+    return TermAt(matrix, i / 64 * next_columns + k * kSwizzledRow + i % 64 * 2);
+  };
+  for (int k = 0; k < 16; ++k) {
+    const float down[2] = {term(a, row, k), term(a, row + 8, k)};
+    for (int column = static_cast<int>(threadIdx.x) % 4 * 2; column < columns; column += 8) {
+      for (int i = 0; i < 4; ++i) {
+        sums[column / 8 * 4 + i] += down[i / 2] * term(b, column + i % 2, k);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 uint32_t TwoBf16(float low, float high) { return Bf16Of(low) | Bf16Of(high) << 16; }
@@ -118,5 +146,12 @@ void CopyOrZeroInBackground(void* shared, const void* global, bool copies) {
 void WaitForCopies() { emulator::FinishCopies(); }
 void CommitCopies() { emulator::CommitCopies(); }
 void WaitForGroups(int but) { emulator::FinishGroups(but); }
+
+void ShowToProducts() { emulator::ShowToProducts(); }
+void CommitProducts() { emulator::CommitProducts(); }
+void WaitForProducts(int but) { emulator::FinishProducts(but, &MultiplyOwn); }
+void MultiplyLater(float* sums, int columns, bool transposed, SharedMatrix a, SharedMatrix b) {
+  emulator::MultiplyLater(sums, columns, transposed, a, b);
+}
 
 }  // namespace lockstep::device::cuda

@@ -7,6 +7,7 @@
 // the instruction's products. Tiles do not matter, nor how many rows there are.
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "worker/device/cuda/divisor.h"
 #include "worker/device/cuda/kernels.h"
@@ -49,7 +50,7 @@ __device__ __forceinline__ int FeatureOfRow(int row) {
   return row / 16 * 16 + column / 2 * 4 + column % 2 + row / 8 % 2 * 2;
 }
 
-// One of the two that PackWeights writes: {group, slot, step, row of a feature, term}.
+// What PackWeights writes one or two of: {group, slot, step, row of a feature, term}.
 struct Packed {
   Terms terms;
   bool backward;
@@ -102,46 +103,17 @@ __device__ __forceinline__ void PackQuad(const Packed& p, int kernel,
 
 template <class Factor>
 __global__ void __launch_bounds__(256)
-    PackWeights(Packed forward, Packed backward, int kernel, const StoredBf16* __restrict__ w) {
+    PackWeights(Packed first, Packed second, int kernel, const StoredBf16* __restrict__ w) {
   WaitForPrevious();
   const uint32_t index = blockIdx.x * 256 + threadIdx.x;
   if (blockIdx.z == 0) {
-    PackQuad<Factor>(forward, kernel, w, static_cast<int>(blockIdx.y), index);
+    PackQuad<Factor>(first, kernel, w, static_cast<int>(blockIdx.y), index);
   } else {
-    PackQuad<Factor>(backward, kernel, w, static_cast<int>(blockIdx.y), index);
+    PackQuad<Factor>(second, kernel, w, static_cast<int>(blockIdx.y), index);
   }
 }
 
 // ---- y and dx.
-
-// Of place `index` of a phase that has `all`: its window's begin in the source, the taps that are
-// inside, its begin in the result (below 0: it is none).
-__device__ __forceinline__ int4 LookUp(const Windows& s, const Axis& axis_y, const Axis& axis_x,
-                                       int phase_y, int phase_x, int all, int index) {
-  int4 place = make_int4(0, 0, -1, 0);
-  uint32_t at = static_cast<uint32_t>(index);
-  if (index < all) {
-    const int x = static_cast<int>(at % static_cast<uint32_t>(axis_x.count));
-    at /= static_cast<uint32_t>(axis_x.count);
-    const int y = static_cast<int>(at % static_cast<uint32_t>(axis_y.count));
-    const int row = static_cast<int>(at / static_cast<uint32_t>(axis_y.count));
-    const int from_y = y * axis_y.scale + axis_y.begin, from_x = x * axis_x.scale + axis_x.begin;
-    place.x = ((row * s.source_height + from_y) * s.source_width + from_x) * s.channels;
-    for (int tap = 0; tap < axis_y.taps; ++tap) {
-      const bool inside =
-          static_cast<unsigned>(from_y + tap * s.tap_move) < static_cast<unsigned>(s.source_height);
-      place.y |= inside ? 1 << tap : 0;
-    }
-    for (int tap = 0; tap < axis_x.taps; ++tap) {
-      const bool inside =
-          static_cast<unsigned>(from_x + tap * s.tap_move) < static_cast<unsigned>(s.source_width);
-      place.y |= inside ? 1 << (tap + 16) : 0;
-    }
-    place.z =
-        ((row * s.height + y * s.phases + phase_y) * s.width + x * s.phases + phase_x) * s.features;
-  }
-  return place;
-}
 
 template <int kPlaces, int kFeatures, int kDown, int kAcross>
 struct WindowTile {
@@ -730,72 +702,89 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
   }
 }
 
+// Of one direction: its weights as they are packed.
 struct Packing {
-  Terms forward, backward;
+  Windows windows;
+  Terms terms;
+  bool by_warpgroups;
+  int64_t bytes() const {
+    if (by_warpgroups) return WarpgroupWeightBytes(windows);
+    return terms.groups * terms.slots * terms.slots * terms.slot_bytes();
+  }
 };
-Packing PackingOf(const Conv2dShape& s) {
-  return {TermsOf<Bf16>(WindowsOf(s), s.groups), TermsOf<Bf16>(BackwardWindowsOf(s), s.groups)};
+Packing PackingOf(const Conv2dShape& s, bool backward) {
+  Windows windows = backward ? BackwardWindowsOf(s) : WindowsOf(s);
+  windows.result_type = backward ? s.x_type : s.y_type;
+  return {windows, TermsOf<Bf16>(windows, s.groups),
+          GoesByWarpgroups(windows, s.groups, backward ? s.y_type : s.x_type)};
 }
-int64_t BytesOf(const Terms& terms) {
-  return terms.groups * terms.slots * terms.slots * terms.slot_bytes();
+int64_t BackwardAt(const Conv2dShape& s) { return RoundUp(PackingOf(s, false).bytes(), 256); }
+
+void MultiplyAll(const Queue& q, const Conv2dShape& s, bool backward, int64_t rows,
+                 const void* source, const void* packed, const float* bias, bool relu,
+                 void* result) {
+  const Packing packing = PackingOf(s, backward);
+  if (packing.by_warpgroups) {
+    return MultiplyAllByWarpgroups(q, packing.windows, backward, rows,
+                                   static_cast<const StoredBf16*>(source),
+                                   static_cast<const uint4*>(packed), bias, relu, result);
+  }
+  WithElement(backward ? s.y_type : s.x_type, [&]<class T>() {
+    MultiplyAllWindows(q, packing.windows, s.groups, backward, rows, static_cast<const T*>(source),
+                       packed, bias, relu, result);
+  });
 }
-int64_t BackwardAt(const Packing& packing) { return RoundUp(BytesOf(packing.forward), 256); }
 
 }  // namespace
 
 bool FitsTensorCores(const Conv2dShape& s) {
   if (s.kernel > kMostKernel || s.stride > 64) return false;
   if (s.groups > 1 && std::min(s.in, s.out) / s.groups < 8) return false;  // mostly padding
-  const Packing packing = PackingOf(s);
-  for (const Terms* terms : {&packing.forward, &packing.backward}) {
+  for (const bool backward : {false, true}) {
     constexpr int64_t kMostBytes = int64_t{1} << 33;
-    if (int64_t{terms->groups} * terms->slots * terms->slots > 65535) return false;
-    if (BytesOf(*terms) > kMostBytes) return false;
+    const Packing packing = PackingOf(s, backward);
+    const Terms& terms = packing.terms;
+    if (int64_t{terms.groups} * terms.slots * terms.slots > 65535) return false;
+    if (packing.bytes() > kMostBytes) return false;
   }
   return true;
 }
 
 size_t PackedWeightBytes(const Conv2dShape& s) {
-  const Packing packing = PackingOf(s);
-  return static_cast<size_t>(BackwardAt(packing) + BytesOf(packing.backward));
+  return static_cast<size_t>(BackwardAt(s) + PackingOf(s, true).bytes());
 }
 
 void PackTensorWeights(const Queue& q, const Conv2dShape& s, const uint16_t* w, void* packed) {
-  const Packing packing = PackingOf(s);
-  const Packed forward = {packing.forward, false, 1, packed};
-  const Packed backward = {packing.backward, true, BackwardWindowsOf(s).tap_step,
-                           static_cast<char*>(packed) + BackwardAt(packing)};
-  const auto blocks_of = [](const Terms& terms) {
-    return static_cast<uint32_t>(CeilDiv(terms.slot_bytes(), 256 * sizeof(Bf16::Quad)));
-  };
-  const auto slots_of = [](const Terms& terms) {
-    return static_cast<uint32_t>(terms.groups * terms.slots * terms.slots);
-  };
-  const dim3 grid(std::max(blocks_of(packing.forward), blocks_of(packing.backward)),
-                  std::max(slots_of(packing.forward), slots_of(packing.backward)), 2);
-  Launch(q, grid, dim3(256), 0, PackWeights<Bf16>, forward, backward, static_cast<int>(s.kernel),
-         reinterpret_cast<const StoredBf16*>(w));
+  std::vector<Packed> ways;  // of PackWeights, which takes one or both
+  int64_t blocks = 0, slots = 0;
+  for (const bool backward : {false, true}) {
+    const Packing packing = PackingOf(s, backward);
+    void* const to = static_cast<char*>(packed) + (backward ? BackwardAt(s) : 0);
+    if (packing.by_warpgroups) {
+      PackForWarpgroups(q, packing.windows, backward, w, to);
+      continue;
+    }
+    const Terms& terms = packing.terms;
+    ways.push_back({terms, backward, packing.windows.tap_step, to});
+    blocks = std::max<int64_t>(blocks, CeilDiv(terms.slot_bytes(), 256 * sizeof(Bf16::Quad)));
+    slots = std::max(slots, int64_t{terms.groups} * terms.slots * terms.slots);
+  }
+  if (ways.empty()) return;
+  const dim3 grid(static_cast<uint32_t>(blocks), static_cast<uint32_t>(slots),
+                  static_cast<uint32_t>(ways.size()));
+  Launch(q, grid, dim3(256), 0, PackWeights<Bf16>, ways.front(), ways.back(),
+         static_cast<int>(s.kernel), reinterpret_cast<const StoredBf16*>(w));
 }
 
 void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows, const void* x,
                               const void* packed, const float* bias, bool relu, void* y) {
-  Windows windows = WindowsOf(s);
-  windows.result_type = s.y_type;
-  WithElement(s.x_type, [&]<class T>() {
-    MultiplyAllWindows(q, windows, s.groups, false, rows, static_cast<const T*>(x), packed, bias,
-                       relu, y);
-  });
+  MultiplyAll(q, s, false, rows, x, packed, bias, relu, y);
 }
 
 void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
                                     const void* dy, const void* packed, void* dx) {
-  const void* const weights = static_cast<const char*>(packed) + BackwardAt(PackingOf(s));
-  Windows windows = BackwardWindowsOf(s);
-  windows.result_type = s.x_type;
-  WithElement(s.y_type, [&]<class T>() {
-    MultiplyAllWindows(q, windows, s.groups, true, rows, static_cast<const T*>(dy), weights,
-                       nullptr, false, dx);
-  });
+  MultiplyAll(q, s, true, rows, dy, static_cast<const char*>(packed) + BackwardAt(s), nullptr,
+              false, dx);
 }
 
 }  // namespace lockstep::device::cuda

@@ -32,6 +32,35 @@ struct Terms {
 // instruction loads, are in different banks.
 __device__ __forceinline__ int PieceAt(int row, int piece) { return piece ^ (row >> 1 & 3); }
 
+// Of place `index` of a phase that has `all`: its window's begin in the source, the taps that are
+// inside, its begin in the result (below 0: it is none).
+__device__ __forceinline__ int4 LookUp(const Windows& s, const Axis& axis_y, const Axis& axis_x,
+                                       int phase_y, int phase_x, int all, int index) {
+  int4 place = make_int4(0, 0, -1, 0);
+  uint32_t at = static_cast<uint32_t>(index);
+  if (index < all) {
+    const int x = static_cast<int>(at % static_cast<uint32_t>(axis_x.count));
+    at /= static_cast<uint32_t>(axis_x.count);
+    const int y = static_cast<int>(at % static_cast<uint32_t>(axis_y.count));
+    const int row = static_cast<int>(at / static_cast<uint32_t>(axis_y.count));
+    const int from_y = y * axis_y.scale + axis_y.begin, from_x = x * axis_x.scale + axis_x.begin;
+    place.x = ((row * s.source_height + from_y) * s.source_width + from_x) * s.channels;
+    for (int tap = 0; tap < axis_y.taps; ++tap) {
+      const bool inside =
+          static_cast<unsigned>(from_y + tap * s.tap_move) < static_cast<unsigned>(s.source_height);
+      place.y |= inside ? 1 << tap : 0;
+    }
+    for (int tap = 0; tap < axis_x.taps; ++tap) {
+      const bool inside =
+          static_cast<unsigned>(from_x + tap * s.tap_move) < static_cast<unsigned>(s.source_width);
+      place.y |= inside ? 1 << (tap + 16) : 0;
+    }
+    place.z =
+        ((row * s.height + y * s.phases + phase_y) * s.width + x * s.phases + phase_x) * s.features;
+  }
+  return place;
+}
+
 // Writes a warp's sums with bias and relu. first_feature is of the group; element(row) is where a
 // row of the warp's begins in the result, below 0 where it is none.
 template <int kTilesDown, int kTilesAcross, class Element>
@@ -78,5 +107,15 @@ template <class T, int kHalves>
 bool LaunchRunsOf(int tile, const Queue& q, const Windows& s, const Terms& terms, bool backward,
                   const T* source, const uint4* weights, const float* bias, bool relu,
                   void* result);
+
+// Convolutions by warpgroups (warpgroup_convolution.cu), whose bits are others: whether they take a
+// shape depends on it and on this thread's GPU alone.
+bool GoesByWarpgroups(const Windows& s, int64_t groups, ElementType source_type);
+int64_t WarpgroupWeightBytes(const Windows& s);
+void PackForWarpgroups(const Queue& q, const Windows& s, bool backward, const uint16_t* w,
+                       void* packed);
+void MultiplyAllByWarpgroups(const Queue& q, Windows s, bool backward, int64_t rows,
+                             const StoredBf16* source, const uint4* weights, const float* bias,
+                             bool relu, void* result);
 
 }  // namespace lockstep::device::cuda

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "worker/device/cuda/warpgroup.h"
 #include "worker/device/cuda/weight_gradient.h"
 #include "worker/device/cuda/windows.h"
 
@@ -484,11 +485,23 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
     plan.out_tile = run_out_tile;
     column_tiles = own_in / (16 * halves) * CeilDiv(s.kernel * s.kernel, kTapsOfTile);
   }
+  const bool stored = sizeof(X) == 2 && sizeof(Y) == 2;
+  const bool by_warpgroups = stored && !by_runs && own_in % 64 == 0 && own_out % 64 == 0 &&
+                             (own_out % 128 == 0 || columns % 128 == 0) && s.groups == 1 &&
+                             WarpgroupProcessors() > 0;
+  const GradientTiles warpgroup_tiles = WarpgroupGradientTiles(own_out, columns);
+  if (by_warpgroups) {
+    plan.out_tile = warpgroup_tiles.outs;
+    column_tiles = columns / warpgroup_tiles.columns;
+  }
   const int64_t out_tiles = CeilDiv(own_out, plan.out_tile);
   // So that 16 rows make some 64 blocks, of not too few places; 32 of large ones.
   const int64_t tiles = s.groups * out_tiles * column_tiles;
   const bool large = elements >= tiles * 8192;
-  const int64_t wanted = std::max<int64_t>(128, out_places * tiles / (large ? 2 : 4));
+  const int64_t wanted = std::max<int64_t>(128, out_places * tiles /
+                                                    (by_warpgroups ? 1
+                                                     : large       ? 2
+                                                                   : 4));
   WeightGradient g = {static_cast<int>(s.height),
                       static_cast<int>(s.width),
                       static_cast<int>(s.in),
@@ -517,6 +530,10 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
     g.wide_result = !flat && leaf_stride % 2 == 0 && reinterpret_cast<uintptr_t>(results) % 8 == 0;
     // Which kernel it is changes no bit; chunks follow from the shape alone.
     if constexpr (sizeof(X) == 2 && sizeof(Y) == 2) {
+      if (by_warpgroups) {
+        g.wide = IsAligned16(x) && IsAligned16(dy);
+        return LaunchWarpgroupWeightGradient(q, g, warpgroup_tiles, part, chunks, x, dy, results);
+      }
       const bool by_pieces =
           own_in % 8 == 0 && own_out % 8 == 0 && IsAligned16(x) && IsAligned16(dy);
       const GradientTiles cut = {plan.out_tile, plan.column_tile, by_runs, halves};

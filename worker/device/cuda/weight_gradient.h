@@ -241,4 +241,13 @@ bool LaunchStoredWeightGradient(const Queue& q, const Conv2dShape& shape, const 
                                 const GradientTiles& tiles, const Chunks& leaves, uint32_t chunks,
                                 const StoredBf16* x, const StoredBf16* dy, float* results);
 
+// The same on GPUs with warpgroup products (warpgroup_weight_gradient.cu), whose bits are others:
+// outs and columns by 64, no groups; at any address, but that s.wide says whether x and dy are
+// aligned to 16 bytes.
+GradientTiles WarpgroupGradientTiles(int64_t outs, int64_t columns);
+void LaunchWarpgroupWeightGradient(const Queue& q, const WeightGradient& s,
+                                   const GradientTiles& tiles, const Chunks& leaves,
+                                   uint32_t chunks, const StoredBf16* x, const StoredBf16* dy,
+                                   float* results);
+
 }  // namespace lockstep::device::cuda

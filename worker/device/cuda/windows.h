@@ -65,6 +65,7 @@ struct Axis {
 template <bool kBackward>
 __device__ __forceinline__ Axis AxisOf(const Windows& s, int size, int phase) {
   if constexpr (!kBackward) return {size, s.stride, -s.padding, 0, s.kernel};
+  if (s.stride == 1) return {size, 1, s.padding, 0, s.kernel};  // spares divisions
   Axis axis = {(size - phase + s.phases - 1) / s.phases, 1, 0, 0, 0};
   const int at = phase + s.padding;
   while (axis.first < s.kernel && (at - axis.first * s.dilation) % s.stride != 0) ++axis.first;
