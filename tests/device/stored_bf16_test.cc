@@ -68,6 +68,9 @@ std::vector<Conv2dShape> ConvShapes() {
   std::vector<Conv2dShape> shapes = {
       {.height = 9, .width = 8, .in = 3, .out = 17, .kernel = 7, .stride = 2, .padding = 3},
       {.height = 6, .width = 5, .in = 17, .out = 3, .kernel = 3, .stride = 2, .padding = 1},
+      {.height = 18, .width = 19, .in = 3, .out = 64, .kernel = 7, .stride = 2, .padding = 3},
+      {.height = 9, .width = 150, .in = 4, .out = 128, .kernel = 3, .stride = 2},
+      {.height = 12, .width = 10, .in = 1, .out = 64, .kernel = 8, .stride = 2, .padding = 1},
       {.height = 5, .width = 7, .in = 40, .out = 100, .kernel = 3, .padding = 1},
       {.height = 4, .width = 4, .in = 136, .out = 130, .kernel = 1},
       {.height = 6, .width = 6, .in = 128, .out = 256, .kernel = 1},

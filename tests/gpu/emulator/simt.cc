@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/gpu/emulator/fiber.h"
@@ -53,14 +55,6 @@ struct Copy {
   void* to;          // null: the end of a group
   const void* from;  // null: zeros
   size_t bytes;
-};
-
-// A product of the running thread's; without sums: the end of a group.
-struct Product {
-  float* sums;
-  int columns;
-  bool transposed;
-  uint64_t a, b;
 };
 
 // Lanes that wait in the same exchange.
@@ -146,8 +140,8 @@ class Engine {
   void FinishCopies() { FinishCopies(copies_[current_].size()); }
   void FinishGroups(int but);
   void ShowToProducts() { threads_[current_].shows = true; }
-  void MultiplyLater(const Product& product);
-  void FinishProducts(int but, void (*perform)(float*, int, bool, uint64_t, uint64_t));
+  void MultiplyLater(std::function<void()> product);
+  void FinishProducts(int but);
 
  private:
   static void FiberMain();
@@ -190,7 +184,7 @@ class Engine {
   Thread threads_[kMostThreads];
   Warp warps_[kMostWarps];
   std::vector<Copy> copies_[kMostThreads];
-  std::vector<Product> products_[kMostThreads];
+  std::vector<std::function<void()>> products_[kMostThreads];  // none: the end of a group
   unsigned warp_order_[kMostWarps], lane_order_[kWarp], position_of_lane_[kWarp];
   unsigned warp_at_ = 0;  // in the order of warps
   unsigned at_barrier_ = 0, exited_ = 0;
@@ -408,8 +402,8 @@ void Engine::Exit(int thread) {
     if (copy.to != nullptr) Report("returned without waiting for its copies", false);
   }
   copies_[thread].clear();
-  for (const Product& product : products_[thread]) {
-    if (product.sums != nullptr) Report("returned without waiting for its products", false);
+  for (const auto& product : products_[thread]) {
+    if (product) Report("returned without waiting for its products", false);
   }
   products_[thread].clear();
   if (launch_->early && !threads_[thread].waited) {
@@ -546,22 +540,21 @@ void Engine::FinishGroups(int but) {
   FinishCopies(count);
 }
 
-void Engine::MultiplyLater(const Product& product) {
-  if (product.sums != nullptr && !threads_[current_].shows) {
+void Engine::MultiplyLater(std::function<void()> product) {
+  if (product && !threads_[current_].shows) {
     Report("multiplies without having shown its copies to products", false);
   }
-  products_[current_].push_back(product);
+  products_[current_].push_back(std::move(product));
 }
 
-void Engine::FinishProducts(int but, void (*perform)(float*, int, bool, uint64_t, uint64_t)) {
-  std::vector<Product>& products = products_[current_];
+void Engine::FinishProducts(int but) {
+  auto& products = products_[current_];
   size_t count = products.size();
   for (int ends = 0; count > 0; --count) {
-    if (products[count - 1].sums == nullptr && ends++ == but) break;
+    if (!products[count - 1] && ends++ == but) break;
   }
   for (size_t i = 0; i < count; ++i) {
-    const Product& p = products[i];
-    if (p.sums != nullptr) perform(p.sums, p.columns, p.transposed, p.a, p.b);
+    if (products[i]) products[i]();
   }
   products.erase(products.begin(), products.begin() + static_cast<std::ptrdiff_t>(count));
 }
@@ -683,13 +676,9 @@ void FinishCopies() { TheEngine().FinishCopies(); }
 void FinishGroups(int but) { TheEngine().FinishGroups(but); }
 
 void ShowToProducts() { TheEngine().ShowToProducts(); }
-void MultiplyLater(float* sums, int columns, bool transposed, uint64_t a, uint64_t b) {
-  TheEngine().MultiplyLater({sums, columns, transposed, a, b});
-}
-void CommitProducts() { TheEngine().MultiplyLater({nullptr, 0, false, 0, 0}); }
-void FinishProducts(int but, void (*perform)(float*, int, bool, uint64_t, uint64_t)) {
-  TheEngine().FinishProducts(but, perform);
-}
+void MultiplyLater(std::function<void()> product) { TheEngine().MultiplyLater(std::move(product)); }
+void CommitProducts() { TheEngine().MultiplyLater(nullptr); }
+void FinishProducts(int but) { TheEngine().FinishProducts(but); }
 
 void GridDependency(Site site) { TheEngine().GridDependency(site); }
 

@@ -36,13 +36,12 @@ void CopyLater(void* to, const void* from, size_t bytes);
 void CommitCopies();
 void FinishCopies();
 void FinishGroups(int but);
-// For those of emulated_warpgroup.h: the same of products, of which `perform` makes the running
-// thread's part when it waits for them. What it has copied must have been shown to them before.
+// For those of emulated_warpgroup.h: the same of products, each the running thread's part. What it
+// has copied must have been shown to them before.
 void ShowToProducts();
-void MultiplyLater(float* sums, int columns, bool transposed, uint64_t a, uint64_t b);
+void MultiplyLater(std::function<void()> product);
 void CommitProducts();
-void FinishProducts(int but, void (*perform)(float* sums, int columns, bool transposed, uint64_t a,
-                                             uint64_t b));
+void FinishProducts(int but);
 
 // "name<<<(1, 1, 1), (32, 1, 1), 0>>>".
 std::string Describe(const KernelLaunch& launch);

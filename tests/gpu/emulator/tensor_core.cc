@@ -90,30 +90,22 @@ uint4 LoadTogether(const void* row, emulator::Site site) {
   return {load.values[0], load.values[1], load.values[2], load.values[3]};
 }
 
-// Of a swizzled matrix, what stands so far behind its begin.
-float TermAt(SharedMatrix matrix, int bytes) {
-  const uint64_t at = (matrix & ~uint64_t{31}) + static_cast<uint64_t>(bytes);
-  uint16_t bits;
-  std::memcpy(&bits, reinterpret_cast<const void*>(at ^ (at / kSwizzledRow % 8 * 16)), 2);
-  return FloatOf(uint32_t{bits} << 16);
-}
-// A thread's part of a warpgroup's product.
-void MultiplyOwn(float* sums, int columns, bool transposed, SharedMatrix a, SharedMatrix b) {
-  const int row =
-      static_cast<int>(threadIdx.x) / kLanes % 4 * 16 + static_cast<int>(threadIdx.x) % kLanes / 4;
-  const auto term = [&](SharedMatrix matrix, int i, int k) {
-    if (!transposed) return TermAt(matrix, i * kSwizzledRow + 2 * k);
-    const int next_columns = static_cast<int>(matrix & 31) * 1024;
-    return TermAt(matrix, i / 64 * next_columns + k * kSwizzledRow + i % 64 * 2);
-  };
-  for (int k = 0; k < 16; ++k) {
-    const float down[2] = {term(a, row, k), term(a, row + 8, k)};
-    for (int column = static_cast<int>(threadIdx.x) % 4 * 2; column < columns; column += 8) {
-      for (int i = 0; i < 4; ++i) {
-        sums[column / 8 * 4 + i] += down[i / 2] * term(b, column + i % 2, k);
-      }
-    }
+// Term k of row i.
+float TermOf(const SharedMatrix& matrix, bool transposed, int i, int k) {
+  int bytes = 0;
+  if (!matrix.swizzled) {
+    bytes = i / 8 * matrix.next_rows + k / 8 * matrix.next_terms +
+            (transposed ? i % 8 * 2 + k % 8 * 16 : i % 8 * 16 + k % 8 * 2);
+  } else if (transposed) {
+    bytes = i / 64 * matrix.next_rows + k * kSwizzledRow + i % 64 * 2;
+  } else {
+    bytes = i * kSwizzledRow + k * 2;
   }
+  auto at = reinterpret_cast<uintptr_t>(matrix.at + bytes);
+  if (matrix.swizzled) at ^= at / kSwizzledRow % 8 * 16;
+  uint16_t bits;
+  std::memcpy(&bits, reinterpret_cast<const void*>(at), 2);
+  return FloatOf(uint32_t{bits} << 16);
 }
 
 }  // namespace
@@ -149,9 +141,22 @@ void WaitForGroups(int but) { emulator::FinishGroups(but); }
 
 void ShowToProducts() { emulator::ShowToProducts(); }
 void CommitProducts() { emulator::CommitProducts(); }
-void WaitForProducts(int but) { emulator::FinishProducts(but, &MultiplyOwn); }
-void MultiplyLater(float* sums, int columns, bool transposed, SharedMatrix a, SharedMatrix b) {
-  emulator::MultiplyLater(sums, columns, transposed, a, b);
+void WaitForProducts(int but) { emulator::FinishProducts(but); }
+void MultiplyLater(float* sums, int columns, bool transposed, const SharedMatrix& a,
+                   const SharedMatrix& b) {
+  const int row =
+      static_cast<int>(threadIdx.x) / kLanes % 4 * 16 + static_cast<int>(threadIdx.x) % kLanes / 4;
+  const int first_column = static_cast<int>(threadIdx.x) % 4 * 2;
+  emulator::MultiplyLater([=] {
+    for (int k = 0; k < 16; ++k) {
+      const float down[2] = {TermOf(a, transposed, row, k), TermOf(a, transposed, row + 8, k)};
+      for (int column = first_column; column < columns; column += 8) {
+        for (int i = 0; i < 4; ++i) {
+          sums[column / 8 * 4 + i] += down[i / 2] * TermOf(b, transposed, column + i % 2, k);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace lockstep::device::cuda

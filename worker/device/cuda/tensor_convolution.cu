@@ -702,32 +702,40 @@ void MultiplyAllWindows(const Queue& q, Windows s, int64_t groups, bool backward
   }
 }
 
-// Of one direction: its weights as they are packed.
+// Of one direction: which kernels make it, and its weights as they take them.
+enum class Way { kGeneral, kWarpgroups, kStem };
 struct Packing {
   Windows windows;
   Terms terms;
-  bool by_warpgroups;
-  int64_t bytes() const {
-    if (by_warpgroups) return WarpgroupWeightBytes(windows);
-    return terms.groups * terms.slots * terms.slots * terms.slot_bytes();
-  }
+  Way way;
+  int64_t bytes;
 };
 Packing PackingOf(const Conv2dShape& s, bool backward) {
   Windows windows = backward ? BackwardWindowsOf(s) : WindowsOf(s);
   windows.result_type = backward ? s.x_type : s.y_type;
-  return {windows, TermsOf<Bf16>(windows, s.groups),
-          GoesByWarpgroups(windows, s.groups, backward ? s.y_type : s.x_type)};
+  const Terms terms = TermsOf<Bf16>(windows, s.groups);
+  if (GoesByWarpgroups(windows, s.groups, backward ? s.y_type : s.x_type)) {
+    return {windows, terms, Way::kWarpgroups, WarpgroupWeightBytes(windows)};
+  }
+  if (!backward && GoesAsStem(s)) return {windows, terms, Way::kStem, StemWeightBytes(s)};
+  return {windows, terms, Way::kGeneral,
+          terms.groups * terms.slots * terms.slots * terms.slot_bytes()};
 }
-int64_t BackwardAt(const Conv2dShape& s) { return RoundUp(PackingOf(s, false).bytes(), 256); }
+int64_t BackwardAt(const Conv2dShape& s) { return RoundUp(PackingOf(s, false).bytes, 256); }
 
 void MultiplyAll(const Queue& q, const Conv2dShape& s, bool backward, int64_t rows,
                  const void* source, const void* packed, const float* bias, bool relu,
                  void* result) {
   const Packing packing = PackingOf(s, backward);
-  if (packing.by_warpgroups) {
+  const auto* const weights = static_cast<const uint4*>(packed);
+  if (packing.way == Way::kWarpgroups) {
     return MultiplyAllByWarpgroups(q, packing.windows, backward, rows,
-                                   static_cast<const StoredBf16*>(source),
-                                   static_cast<const uint4*>(packed), bias, relu, result);
+                                   static_cast<const StoredBf16*>(source), weights, bias, relu,
+                                   result);
+  }
+  if (packing.way == Way::kStem) {
+    return MultiplyAllOfStem(q, packing.windows, rows, static_cast<const float*>(source), weights,
+                             bias, relu, result);
   }
   WithElement(backward ? s.y_type : s.x_type, [&]<class T>() {
     MultiplyAllWindows(q, packing.windows, s.groups, backward, rows, static_cast<const T*>(source),
@@ -745,13 +753,13 @@ bool FitsTensorCores(const Conv2dShape& s) {
     const Packing packing = PackingOf(s, backward);
     const Terms& terms = packing.terms;
     if (int64_t{terms.groups} * terms.slots * terms.slots > 65535) return false;
-    if (packing.bytes() > kMostBytes) return false;
+    if (packing.bytes > kMostBytes) return false;
   }
   return true;
 }
 
 size_t PackedWeightBytes(const Conv2dShape& s) {
-  return static_cast<size_t>(BackwardAt(s) + PackingOf(s, true).bytes());
+  return static_cast<size_t>(BackwardAt(s) + PackingOf(s, true).bytes);
 }
 
 void PackTensorWeights(const Queue& q, const Conv2dShape& s, const uint16_t* w, void* packed) {
@@ -760,10 +768,9 @@ void PackTensorWeights(const Queue& q, const Conv2dShape& s, const uint16_t* w, 
   for (const bool backward : {false, true}) {
     const Packing packing = PackingOf(s, backward);
     void* const to = static_cast<char*>(packed) + (backward ? BackwardAt(s) : 0);
-    if (packing.by_warpgroups) {
-      PackForWarpgroups(q, packing.windows, backward, w, to);
-      continue;
-    }
+    if (packing.way == Way::kWarpgroups) PackForWarpgroups(q, packing.windows, backward, w, to);
+    if (packing.way == Way::kStem) PackForStem(q, s, w, to);
+    if (packing.way != Way::kGeneral) continue;
     const Terms& terms = packing.terms;
     ways.push_back({terms, backward, packing.windows.tap_step, to});
     blocks = std::max<int64_t>(blocks, CeilDiv(terms.slot_bytes(), 256 * sizeof(Bf16::Quad)));

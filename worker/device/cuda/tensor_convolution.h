@@ -100,6 +100,51 @@ __device__ __forceinline__ void Finish(const Windows& s, const Terms& terms, int
   }
 }
 
+// ---- the same by warpgroups (warpgroup.h).
+
+// Features stand in the weights' rows so that a lane has eight neighbours of its sums, 16 bytes.
+__device__ __forceinline__ int RowOfFeature(int feature) {
+  const int own = feature % 32;
+  return feature - own + own % 8 / 2 * 8 + own / 8 * 2 + own % 2;
+}
+
+// Writes a lane's sums of a place, which begins at `at` in the result: those of one half.
+template <int kTiles>
+__device__ __forceinline__ void FinishPlace(const Windows& s, int first_feature,
+                                            const float* __restrict__ bias, bool relu,
+                                            void* __restrict__ result,
+                                            const float (&sums)[kTiles][4], int half, int at) {
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 4) {
+    const int feature = first_feature + j * 8 + static_cast<int>(threadIdx.x) % 4 * 8;
+    float v[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      v[n] = sums[j + n / 2][2 * half + n % 2];
+      if (bias != nullptr) v[n] = v[n] + __ldg(bias + feature + n);
+      if (relu) v[n] = Relu(v[n]);
+    }
+    const float4 low = make_float4(v[0], v[1], v[2], v[3]);
+    const float4 high = make_float4(v[4], v[5], v[6], v[7]);
+    if (s.result_type == ElementType::kFp32) {
+      float* const to = static_cast<float*>(result) + (at + feature);
+      StoreFour(to, s.wide_result, 4, low);
+      StoreFour(to + 4, s.wide_result, 4, high);
+      continue;
+    }
+    StoredBf16* const to = static_cast<StoredBf16*>(result) + (at + feature);
+    if (s.wide_result) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(TwoBf16(v[0], v[1]), TwoBf16(v[2], v[3]),
+                                                 TwoBf16(v[4], v[5]), TwoBf16(v[6], v[7]));
+    } else {
+      StoreFour(to, false, 4, low);
+      StoreFour(to + 4, false, 4, high);
+    }
+  }
+}
+
+// ---- other ways.
+
 // Convolutions that keep the size, by runs of pixels (tensor_runs.cu), in tiles of 16, 32, 64 or
 // 128 features; of a source of T, float or StoredBf16, a block of whose channels fills kHalves
 // halves of a row of terms. False, and nothing was launched: the shape does not go so.
@@ -117,5 +162,11 @@ void PackForWarpgroups(const Queue& q, const Windows& s, bool backward, const ui
 void MultiplyAllByWarpgroups(const Queue& q, Windows s, bool backward, int64_t rows,
                              const StoredBf16* source, const uint4* weights, const float* bias,
                              bool relu, void* result);
+// The same of y of images, with a stride of 2 (warpgroup_stem.cu).
+bool GoesAsStem(const Conv2dShape& s);
+int64_t StemWeightBytes(const Conv2dShape& s);
+void PackForStem(const Queue& q, const Conv2dShape& s, const uint16_t* w, void* packed);
+void MultiplyAllOfStem(const Queue& q, Windows s, int64_t rows, const float* x,
+                       const uint4* weights, const float* bias, bool relu, void* y);
 
 }  // namespace lockstep::device::cuda

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "worker/device/cuda/tensor_convolution.h"
 #include "worker/device/cuda/warpgroup.h"
 #include "worker/device/cuda/weight_gradient.h"
 #include "worker/device/cuda/windows.h"
@@ -495,13 +496,14 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
     column_tiles = columns / warpgroup_tiles.columns;
   }
   const int64_t out_tiles = CeilDiv(own_out, plan.out_tile);
-  // So that 16 rows make some 64 blocks, of not too few places; 32 of large ones.
+  // So that 16 rows make so many blocks, of not too few places.
   const int64_t tiles = s.groups * out_tiles * column_tiles;
   const bool large = elements >= tiles * 8192;
-  const int64_t wanted = std::max<int64_t>(128, out_places * tiles /
-                                                    (by_warpgroups ? 1
-                                                     : large       ? 2
-                                                                   : 4));
+  const bool as_stem = sizeof(X) == 4 && sizeof(Y) == 2 && GoesAsStem(s);
+  const int64_t blocks_of_16_rows = by_warpgroups ? 16 : large ? 32 : 64;
+  const int64_t wanted = as_stem
+                             ? out_places / 4
+                             : std::max<int64_t>(128, out_places * tiles * 16 / blocks_of_16_rows);
   WeightGradient g = {static_cast<int>(s.height),
                       static_cast<int>(s.width),
                       static_cast<int>(s.in),
@@ -528,6 +530,12 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
                             int64_t leaf_stride) {
     g.leaf_stride = leaf_stride;
     g.wide_result = !flat && leaf_stride % 2 == 0 && reinterpret_cast<uintptr_t>(results) % 8 == 0;
+    if constexpr (sizeof(X) == 4 && sizeof(Y) == 2) {
+      if (as_stem) {
+        g.wide = IsAligned16(dy);
+        return LaunchStemWeightGradient(q, g, s.out_width(), part, chunks, x, dy, results);
+      }
+    }
     // Which kernel it is changes no bit; chunks follow from the shape alone.
     if constexpr (sizeof(X) == 2 && sizeof(Y) == 2) {
       if (by_warpgroups) {
@@ -553,7 +561,8 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
   };
   const int64_t floats = static_cast<int64_t>(TensorScratchBytes(s) / sizeof(float));
   const PartialSums partial = {static_cast<float*>(scratch), floats, floats / 4};
-  SumOverPlaces(q, leaves, out_places, wanted, 64, elements, partial, dw, stride, multiply);
+  SumOverPlaces(q, leaves, out_places, wanted, as_stem ? s.out_width() : 64, elements, partial, dw,
+                stride, multiply);
 }
 
 }  // namespace

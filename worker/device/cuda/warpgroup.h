@@ -4,7 +4,8 @@
 //
 // A matrix in shared memory is of rows of 64 terms of bf16, 128 bytes, of which the 16-byte pieces
 // are turned: piece p of row r stands where piece p ^ r % 8 would (the 128-byte swizzle of PTX ISA,
-// "Asynchronous Warpgroup Level Matrix Instructions"). It begins at a multiple of 1024 bytes.
+// "Asynchronous Warpgroup Level Matrix Instructions"). It begins at a multiple of 1024 bytes. Or it
+// is of pieces of 16 bytes, which may be parts of several rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +13,6 @@
 #include <cstdint>
 
 namespace lockstep::device::cuda {
-using SharedMatrix = uint64_t;                                // as the instruction is told it
 constexpr int kSwizzledRow = 128, kSwizzledAlignment = 1024;  // bytes
 // Whether these instructions are there: elsewhere a kernel has no body, and nobody launches it.
 #if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -40,11 +40,22 @@ inline int WarpgroupProcessors() {
 
 namespace lockstep::device::cuda {
 
+using SharedMatrix = uint64_t;  // as the instruction is told it
+
 // A matrix for products; of one that is read transposed, the bytes from 64 columns to the next 64.
 __device__ __forceinline__ SharedMatrix MatrixIn(const void* shared, int next_columns = 16) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(next_columns / 16) << 16 |
          uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;  // eight rows, the swizzle's kind
+}
+// One of pieces of eight terms of a row (of eight columns of a term, where it is read transposed).
+// Those of the next row (term) are 16 bytes behind; it says how far the next eight rows (columns),
+// and the next eight terms are.
+__device__ __forceinline__ SharedMatrix MatrixOfPieces(const void* shared, int next_rows,
+                                                       int next_terms) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(next_terms / 16) << 16 |
+         static_cast<uint64_t>(next_rows / 16) << 32;
 }
 // What begins that many bytes behind: 16 terms of a row are 32, eight rows 1024.
 __device__ __forceinline__ SharedMatrix Behind(SharedMatrix matrix, int bytes) {
@@ -92,10 +103,16 @@ __device__ __forceinline__ void KeepSums(float (&sums)[kCount][4]) {
 template <int kColumns, bool kTransposed = false>
 __device__ __forceinline__ void MultiplyWarpgroup(float (&sums)[kColumns / 8][4], SharedMatrix a,
                                                   SharedMatrix b) {
-  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
+  static_assert(kColumns == 32 || kColumns == 64 || kColumns == 128 || kColumns == 256);
 #define LOCKSTEP_FOUR(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
   // clang-format off
-  if constexpr (kColumns == 64) {
+  if constexpr (kColumns == 32) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, 1, 1, 1, %18, %18;"
+        : LOCKSTEP_FOUR(0), LOCKSTEP_FOUR(1), LOCKSTEP_FOUR(2), LOCKSTEP_FOUR(3)
+        : "l"(a), "l"(b), "n"(kTransposed ? 1 : 0));
+  } else if constexpr (kColumns == 64) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "

@@ -15,12 +15,6 @@ namespace {
 constexpr int kTerms = kSwizzledRow / 2;  // of a step
 constexpr int kThreads = 256;             // two warpgroups
 
-// Features stand in the weights' rows so that a lane has eight neighbours of its sums, 16 bytes.
-__device__ __forceinline__ int RowOfFeature(int feature) {
-  const int own = feature % 32;
-  return feature - own + own % 8 / 2 * 8 + own / 8 * 2 + own % 2;
-}
-
 // ---- weights, packed as steps take them: {slot of a phase's taps, step, row of a feature, piece}.
 
 struct Slots {
@@ -201,34 +195,7 @@ __device__ __forceinline__ void MultiplyTile(const Windows& s, bool backward, co
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = places[warp * 16 + half * 8 + lane / 4].z;
-    if (at < 0) continue;
-#pragma unroll
-    for (int j = 0; j < kFeatures / 8; j += 4) {
-      const int feature = first_feature + j * 8 + lane % 4 * 8;
-      float v[8];
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        v[n] = sums[j + n / 2][2 * half + n % 2];
-        if (bias != nullptr) v[n] = v[n] + __ldg(bias + feature + n);
-        if (relu) v[n] = Relu(v[n]);
-      }
-      const float4 low = make_float4(v[0], v[1], v[2], v[3]);
-      const float4 high = make_float4(v[4], v[5], v[6], v[7]);
-      if (s.result_type == ElementType::kFp32) {
-        float* const to = static_cast<float*>(result) + (at + feature);
-        StoreFour(to, s.wide_result, 4, low);
-        StoreFour(to + 4, s.wide_result, 4, high);
-        continue;
-      }
-      StoredBf16* const to = static_cast<StoredBf16*>(result) + (at + feature);
-      if (s.wide_result) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(TwoBf16(v[0], v[1]), TwoBf16(v[2], v[3]),
-                                                   TwoBf16(v[4], v[5]), TwoBf16(v[6], v[7]));
-      } else {
-        StoreFour(to, false, 4, low);
-        StoreFour(to + 4, false, 4, high);
-      }
-    }
+    if (at >= 0) FinishPlace(s, first_feature, bias, relu, result, sums, half, at);
   }
 }
 

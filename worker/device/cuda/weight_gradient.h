@@ -249,5 +249,9 @@ void LaunchWarpgroupWeightGradient(const Queue& q, const WeightGradient& s,
                                    const GradientTiles& tiles, const Chunks& leaves,
                                    uint32_t chunks, const StoredBf16* x, const StoredBf16* dy,
                                    float* results);
+// And of images that GoesAsStem; chunks are of whole rows of the output.
+void LaunchStemWeightGradient(const Queue& q, const WeightGradient& s, int64_t out_width,
+                              const Chunks& leaves, uint32_t chunks, const float* x,
+                              const StoredBf16* dy, float* results);
 
 }  // namespace lockstep::device::cuda

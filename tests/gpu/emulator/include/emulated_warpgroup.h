@@ -8,13 +8,20 @@
 
 namespace lockstep::device::cuda {
 
-// A matrix that is read transposed says how far 64 columns are from the next: in its low bits,
-// which are 0 in an address that is aligned.
+struct SharedMatrix {
+  const char* at;
+  bool swizzled;
+  int next_rows, next_terms;  // bytes
+};
 inline SharedMatrix MatrixIn(const void* shared, int next_columns = 0) {
-  return reinterpret_cast<uintptr_t>(shared) | static_cast<SharedMatrix>(next_columns / 1024);
+  return {static_cast<const char*>(shared), true, next_columns, 0};
+}
+inline SharedMatrix MatrixOfPieces(const void* shared, int next_rows, int next_terms) {
+  return {static_cast<const char*>(shared), false, next_rows, next_terms};
 }
 inline SharedMatrix Behind(SharedMatrix matrix, int bytes) {
-  return matrix + static_cast<SharedMatrix>(bytes);
+  matrix.at += bytes;
+  return matrix;
 }
 inline char* AlignMatrix(char* p) {
   return p + (-reinterpret_cast<uintptr_t>(p) & (kSwizzledAlignment - 1));
@@ -30,7 +37,8 @@ void WaitForProducts() {
 template <int kCount>
 void KeepSums(float (&)[kCount][4]) {}
 // The running thread's part.
-void MultiplyLater(float* sums, int columns, bool transposed, SharedMatrix a, SharedMatrix b);
+void MultiplyLater(float* sums, int columns, bool transposed, const SharedMatrix& a,
+                   const SharedMatrix& b);
 template <int kColumns, bool kTransposed = false>
 void MultiplyWarpgroup(float (&sums)[kColumns / 8][4], SharedMatrix a, SharedMatrix b) {
   MultiplyLater(sums[0], kColumns, kTransposed, a, b);
