@@ -17,18 +17,24 @@ double TreeSum(const double* values, size_t n) {
   return left + TreeSum(values + half, n - half);
 }
 
-std::vector<double> RandomSquares(size_t n, uint32_t seed) {
-  std::vector<double> values;
-  for (const float x : RandomFloats(n, seed)) values.push_back(static_cast<double>(x) * x / 3.0);
-  return values;
+std::vector<LeafResult> Results(size_t leaves) {
+  std::vector<LeafResult> results;
+  for (const float loss : RandomFloats(leaves, 4)) {
+    results.push_back({static_cast<double>(loss) / 3.0, static_cast<int64_t>(results.size())});
+  }
+  return results;
 }
 
 class GateTest : public DeviceTest {
  protected:
-  // Of one tensor of so many blocks.
-  void MakeLevels(size_t blocks) {
+  // Of one tensor's blocks; or of as many tensors, beside which another's blocks need a level.
+  void MakeLevels(size_t blocks, bool alone) {
     groups_.clear();
     gate_.levels = 0;
+    if (alone) {
+      for (size_t i = 0; i < blocks; ++i) groups_.push_back({static_cast<int32_t>(i), 1});
+      gate_.level_groups[gate_.levels++] = static_cast<int32_t>(blocks);
+    }
     for (auto left = static_cast<int32_t>(blocks); left > 1;) {
       const size_t before = groups_.size();
       for (int32_t at = 0; at < left; at += kSumGroup) {
@@ -38,82 +44,156 @@ class GateTest : public DeviceTest {
     }
   }
 
-  // From step 5 on, with an open gate.
-  std::vector<StepOutcome> Run(const std::vector<std::vector<double>>& squares,
+  // From step 5 on, with an open gate: one with each of the gradients, in these blocks.
+  std::vector<StepOutcome> Run(const std::vector<std::vector<float>>& gradients,
+                               const std::vector<NormBlock>& blocks,
                                const std::vector<std::vector<LeafResult>>& results,
-                               double clip_norm) {
+                               double clip_norm, bool alone = false) {
     std::vector<StepScalars> prepared(kRing);
     const auto current = In(std::vector<StepScalars>{{.step = 5}});
     const auto update = In(std::vector<StepScalars>{{}});
     const auto outcomes = In(std::vector<StepOutcome>(kRing));
+    const auto notes = In(std::vector<GateNotes>(1));
+    MakeLevels(blocks.size(), alone);
+    const auto groups = In(groups_);
+    const auto blocks_here = In(blocks);
+    const auto squares = OutOf<double>(blocks.size());
+    gate_.block_count = std::ssize(blocks);
+    gate_.blocks = blocks_here;
+    gate_.squares = squares;
+    gate_.groups = groups;
+    gate_.clip_norm = clip_norm;
+    gate_.ring = kRing;
+    gate_.current = current;
+    gate_.update = update;
+    gate_.outcomes = outcomes;
+    gate_.notes = notes;
     std::vector<StepOutcome> all;
     updates_.clear();
-    for (size_t i = 0; i < squares.size(); ++i) {
+    for (size_t i = 0; i < gradients.size(); ++i) {
       const uint64_t step = 5 + i;
       prepared[step % kRing] = {.step = step, .learning_rate = 0.5f + static_cast<float>(i)};
       const auto prepared_here = In(prepared);
-      MakeLevels(squares[i].size());
-      const auto groups = In(groups_);
-      const auto squares_here = In(squares[i]);
       const auto results_here = In(results[i]);
-      gate_.squares = squares[i].empty() ? nullptr : squares_here.data();
-      gate_.groups = groups;
+      const auto gradient = In(gradients[i]);
       gate_.results = results_here;
       gate_.leaves = static_cast<int>(results[i].size());
-      gate_.clip_norm = clip_norm;
-      gate_.ring = kRing;
       gate_.prepared = prepared_here;
-      gate_.current = current;
-      gate_.update = update;
-      gate_.outcomes = outcomes;
-      device().Gate(stream(), gate_);
+      device().Gate(stream(), gate_, {}, gradient);
       all.push_back(outcomes.Read()[step % kRing]);
       updates_.push_back(update.Read()[0]);
       EXPECT_EQ(current.Read()[0].step, step + 1);
+      EXPECT_TRUE(SameBits(gradient.Read(), gradients[i]));
     }
+    squares_ = squares.Read();
     return all;
   }
 
   StepGate gate_;
   std::vector<SumGroup> groups_;
   std::vector<StepScalars> updates_;
+  std::vector<double> squares_;  // of the last
 };
 
+std::vector<NormBlock> BlocksOfOne(size_t count) {
+  std::vector<NormBlock> blocks;
+  for (size_t i = 0; i < count; ++i) blocks.push_back({static_cast<int64_t>(i), 1});
+  return blocks;
+}
+
 TEST_P(GateTest, SumsByTheCanonicalTree) {
-  for (const size_t blocks : {0, 1, 2, 3, 31, 32, 33, 100, 1024, 1025, 2100}) {
-    for (const size_t leaves : {1, 2, 3, 7, 8, 31, 32}) {
-      const std::vector<double> squares = RandomSquares(blocks, 3);
-      const std::vector<double> losses = RandomSquares(leaves, 4);
-      std::vector<LeafResult> results;
-      for (const double loss : losses) {
-        results.push_back({loss, static_cast<int64_t>(results.size())});
+  const auto expect = [&](size_t blocks, size_t leaves, bool alone = false) {
+    const std::vector<float> gradient = RandomFloats(blocks, 3);
+    const std::vector<LeafResult> results = Results(leaves);
+    std::vector<double> squares, losses;
+    for (const float x : gradient) squares.push_back(static_cast<double>(x) * x);
+    for (const LeafResult& result : results) losses.push_back(result.loss_sum);
+    const StepOutcome outcome = Run({gradient}, BlocksOfOne(blocks), {results}, 0, alone)[0];
+    const double norm = blocks == 0 ? 0 : std::sqrt(TreeSum(squares.data(), blocks));
+    EXPECT_EQ(outcome.gradient_norm, norm) << blocks;
+    EXPECT_EQ(outcome.loss_sum, TreeSum(losses.data(), leaves)) << leaves;
+    EXPECT_EQ(outcome.correct, static_cast<int64_t>(leaves * (leaves - 1) / 2));
+    EXPECT_EQ(outcome.step, 5u);
+    EXPECT_EQ(outcome.applied, 1u);
+  };
+  for (const size_t blocks : {0, 1, 2, 3, 31, 32, 33, 100, 1024, 1025}) expect(blocks, 8);
+  for (const size_t leaves : {1, 2, 3, 7, 31, 32}) expect(5, leaves);
+  for (const size_t blocks : {512, 513}) expect(blocks, 8, true);
+}
+
+// The same bits as the passes one by one; what is in no block stays.
+TEST_P(GateTest, SumsPartsOnTheWay) {
+  constexpr int64_t kSize = 2 * kNormBlock + 1100;
+  const std::vector<NormBlock> blocks = {{0, kNormBlock},
+                                         {kNormBlock, 1001},
+                                         {kNormBlock + 1008, 7},
+                                         {kNormBlock + 1017, kNormBlock - 1},
+                                         {kSize - 60, 60}};
+  const std::vector<double> none(blocks.size());
+  for (const size_t count : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 24, 29, 64}) {
+    for (const size_t lead : {0, 1}) {  // elements behind an aligned address
+      if (lead != 0 && count > 8) continue;
+      SCOPED_TRACE(std::to_string(count) + " parts, lead " + std::to_string(lead));
+      std::vector<Buffer<float>> parts;
+      std::vector<const float*> pointers;
+      for (size_t p = 0; p < count; ++p) {
+        parts.push_back(In(RandomFloats(lead + kSize, static_cast<uint32_t>(100 + p))));
+        pointers.push_back(parts.back() + lead);
       }
-      const StepOutcome outcome = Run({squares}, {results}, 0)[0];
-      const double norm = blocks == 0 ? 0 : std::sqrt(TreeSum(squares.data(), blocks));
-      EXPECT_EQ(outcome.gradient_norm, norm) << blocks;
-      EXPECT_EQ(outcome.loss_sum, TreeSum(losses.data(), leaves)) << leaves;
-      EXPECT_EQ(outcome.correct, static_cast<int64_t>(leaves * (leaves - 1) / 2));
-      EXPECT_EQ(outcome.step, 5u);
-      EXPECT_EQ(outcome.applied, 1u);
+      const auto expected = Out(lead + kSize), gradient = Out(lead + kSize);
+      for (const NormBlock& block : blocks) {
+        std::vector<const float*> of_block;
+        for (const float* part : pointers) of_block.push_back(part + block.begin);
+        device().TreeSum(stream(), block.length, of_block, expected + lead + block.begin);
+      }
+      const auto blocks_here = In(blocks);
+      const auto squares = In(none);
+      device().SquaredNormsOf(stream(), std::ssize(blocks), blocks_here, expected + lead, squares);
+      const std::vector<float> sums = expected.Read();
+      const StepOutcome separate = Run({{sums.begin() + static_cast<int64_t>(lead), sums.end()}},
+                                       blocks, {Results(3)}, 0)[0];
+
+      const auto scalars = In(std::vector<StepScalars>(3));
+      const auto outcome = In(std::vector<StepOutcome>(1));
+      const auto notes = In(std::vector<GateNotes>(1));
+      const auto fused_squares = In(none);
+      const auto groups = In(groups_);
+      const auto of_leaves = In(Results(3));
+      gate_.blocks = blocks_here;
+      gate_.squares = fused_squares;
+      gate_.groups = groups;
+      gate_.results = of_leaves;
+      gate_.ring = 1;
+      gate_.prepared = scalars;
+      gate_.current = scalars + 1;
+      gate_.update = scalars + 2;
+      gate_.outcomes = outcome;
+      gate_.notes = notes;
+      device().Gate(stream(), gate_, pointers, gradient + lead);
+      EXPECT_TRUE(SameBits(gradient.Read(), sums));
+      EXPECT_EQ(fused_squares.Read(), squares.Read());
+      EXPECT_EQ(squares_, squares.Read());
+      EXPECT_EQ(outcome.Read()[0].gradient_norm, separate.gradient_norm);
+      EXPECT_EQ(outcome.Read()[0].loss_sum, separate.loss_sum);
     }
   }
 }
 
 TEST_P(GateTest, ScalesByTheNormAndStaysClosed) {
-  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const std::vector<LeafResult> good = {{1.5, 2}, {2.5, 3}};
-  const std::vector<double> squares = {9, 16};
+  const std::vector<float> gradient = {3, 4};
   const struct {
-    std::vector<double> squares;
+    std::vector<float> gradient;
     std::vector<LeafResult> results;
-  } bad[] = {{{9, kInfinity}, good},
-             {{kNan, 16}, good},
-             {squares, {{1.5, 2}, {kNan, 3}}},
-             {squares, {{kInfinity, 2}, {2.5, 3}}}};
+  } bad[] = {{{3, kInfinity}, good},
+             {{kNan, 4}, good},
+             {gradient, {{1.5, 2}, {kNan, 3}}},
+             {gradient, {{kInfinity, 2}, {2.5, 3}}}};
   for (const auto& one : bad) {
     const std::vector<StepOutcome> outcomes =
-        Run({squares, one.squares, squares}, {good, one.results, good}, 2);
+        Run({gradient, one.gradient, gradient}, BlocksOfOne(2), {good, one.results, good}, 2);
     EXPECT_EQ(outcomes[0].applied, 1u);
     EXPECT_EQ(outcomes[1].applied, 0u);
     EXPECT_EQ(outcomes[2].applied, 0u);

@@ -45,11 +45,11 @@ TEST(GateNormTest, HasTheBitsOfTheHosts) {
 
     const auto norm = GradientNorm::Make(*device, layout).value();
     norm->Sum(*device, *stream, 0, 1, memory->floats());
-    norm->SumForGate(*device, *stream, memory->floats());
     struct Shared {
       device::StepScalars prepared, current, update;
       device::StepOutcome outcome;
       device::LeafResult result;
+      device::GateNotes notes;
     };
     const auto shared_memory = device->AllocateHostVisible(sizeof(Shared)).value();
     auto* shared = new (shared_memory->data()) Shared();
@@ -61,7 +61,8 @@ TEST(GateNormTest, HasTheBitsOfTheHosts) {
     gate.current = &shared->current;
     gate.update = &shared->update;
     gate.outcomes = &shared->outcome;
-    device->Gate(*stream, gate);
+    gate.notes = &shared->notes;
+    device->Gate(*stream, gate, {}, memory->floats());
     ASSERT_TRUE(stream->Synchronize().ok());
     EXPECT_GT(norm->Value(), 1);
     EXPECT_EQ(shared->outcome.gradient_norm, norm->Value()) << tensors << " tensors";

@@ -74,8 +74,9 @@ class CanonicalOnCommunicator : public CanonicalAllReduce, private SmallExchange
   const device::LeafFold* LeafFold(int slot) override;
   float* Part(int slot, int part) override;
   void DoneFolded(int slot, device::Stream& stream, int64_t begin, int64_t end) override;
-  absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) override;
-  const float* result() const override { return result_.load(std::memory_order_relaxed); }
+  absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline,
+                      std::vector<const float*>* left) override;
+  float* result() const override { return result_.load(std::memory_order_relaxed); }
   absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
                                          size_t bytes, const Fold& fold,
                                          absl::Time deadline) override {
@@ -150,7 +151,7 @@ class CanonicalOnCommunicator : public CanonicalAllReduce, private SmallExchange
   std::vector<const float*> offered_;
   std::vector<Ticket> tickets_;
   std::vector<std::vector<std::vector<const float*>>> views_;
-  std::atomic<const float*> result_{nullptr};
+  std::atomic<float*> result_{nullptr};
 
   absl::Mutex mutex_;
   std::vector<std::unique_ptr<Pattern>> patterns_ ABSL_GUARDED_BY(mutex_);
@@ -402,8 +403,9 @@ void CanonicalOnCommunicator::PostReady(uint64_t step, const Pattern& pattern) {
   }
 }
 
-absl::Status CanonicalOnCommunicator::Finish(int slot, device::Stream& stream,
-                                             absl::Time deadline) {
+absl::Status CanonicalOnCommunicator::Finish(int slot, device::Stream& stream, absl::Time deadline,
+                                             std::vector<const float*>* left) {
+  if (left != nullptr) left->clear();
   Slot& s = slots_[slot];
   if (slot == 0 && members_ == 1) {
     result_.store(Buffer(s.pattern->member_outputs[0]), std::memory_order_relaxed);

@@ -83,9 +83,13 @@ class CanonicalAllReduce {
   virtual void Repeated(int /*slot*/) {}
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot
   // may read all of it. On a device it does so in the order of the stream, and where the
-  // Communicator is on_device too, if that then settles.
-  virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) = 0;
-  virtual const float* result() const = 0;
+  // Communicator is on_device too, if that then settles. Where the caller takes `left`, the last
+  // sum may be left to a pass of its own over the gradient, behind this on the stream: result() is
+  // then to become the tree (Device::TreeSum) over those vectors, which are valid until the next
+  // Begin; if they are none, it is complete.
+  virtual absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline,
+                              std::vector<const float*>* left = nullptr) = 0;
+  virtual float* result() const = 0;
 
   // Folds small records: `fold(left, right)` combines into left in place. `records[leaf -
   // bounds[slot]]` (null where absent) of `bytes` each, on any of this slot's leaves; returns the

@@ -111,8 +111,10 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     if (overlaps_) next_ = -1;
   }
 
-  absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline) override {
+  absl::Status Finish(int slot, device::Stream& stream, absl::Time deadline,
+                      std::vector<const float*>* left) override {
     Slot& s = slots_[slot];
+    if (left != nullptr) left->clear();
     if (overlaps_) {
       for (; next_ >= 0; --next_) ExchangeBucket(s, stream, buckets_[next_]);
       return failure();
@@ -121,6 +123,10 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     // Other streams' leaves are there only when those have run.
     if (!alone) RETURN_IF_ERROR(stream.Synchronize());
     RETURN_IF_ERROR(Barrier(slot, deadline));
+    if (alone && left != nullptr && TakeParts(s, {0, placement_.leaves}, 0)) {
+      *left = s.parts;
+      return absl::OkStatus();
+    }
     if (members_ == 1) {
       Sum(s, stream, {0, placement_.leaves}, ChunkBegin(size_, slots_count_, slot),
           ChunkBegin(size_, slots_count_, slot + 1), result_->floats());
@@ -135,7 +141,7 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     }
     return BarrierAfterMembers(slot, deadline);
   }
-  const float* result() const override { return on_device_ ? gathered_ : result_->floats(); }
+  float* result() const override { return on_device_ ? gathered_ : result_->floats(); }
 
   absl::StatusOr<const void*> MergeSmall(int slot, absl::Span<const void* const> records,
                                          size_t bytes, const Fold& fold,
@@ -161,8 +167,9 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
     return leaves_->floats() + (leaf - bounds_.front()) * (VectorBytes() / sizeof(float));
   }
 
-  // out[begin, end) = the tree over `node`, whose leaves are ours. False: none is present.
-  bool Sum(Slot& s, device::Stream& stream, Node node, int64_t begin, int64_t end, float* out) {
+  // Takes from `begin` on what is present of `node`, whose leaves are ours; whether a pass over
+  // these sums the tree.
+  bool TakeParts(Slot& s, Node node, int64_t begin) {
     s.parts.clear();
     bool gap = false, gaps = false;
     for (int leaf = node.begin; leaf < node.end; ++leaf) {
@@ -173,10 +180,16 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
         gap = true;
       }
     }
+    // Leaves that are absent at the end leave the tree over the others as it is.
+    return !gaps && s.parts.size() <= device::Device::kMostParts;
+  }
+
+  // out[begin, end) = the tree over `node`, whose leaves are ours. False: none is present.
+  bool Sum(Slot& s, device::Stream& stream, Node node, int64_t begin, int64_t end, float* out) {
+    const bool one_pass = TakeParts(s, node, begin);
     if (s.parts.empty()) return false;
     if (begin == end) return true;
-    // Leaves that are absent at the end leave the tree over the others as it is.
-    if (!gaps && s.parts.size() <= device::Device::kMostParts) {
+    if (one_pass) {
       device_.TreeSum(stream, end - begin, s.parts, out + begin);
       return true;
     }

@@ -494,11 +494,14 @@ class Device {
   // times `count` digests.
   virtual void DigestPieces(Stream& stream, int64_t count, const DigestPiece* pieces,
                             Digest* digests, const StepScalars* scalars, int64_t ring) = 0;
-  // Decides whether a step is applied: where its loss and its gradient's norm are finite, it is not
-  // poisoned, and every step before it was. From *current's step on: update = prepared[step], with
-  // the scale that clips the gradient (ClipScale) and the latch `apply`, which stays 0 once it is;
-  // outcomes[step]; and ++current->step. `update->apply` is 1 before the first.
-  virtual void Gate(Stream& stream, const StepGate& gate) = 0;
+  // One pass over a step's gradient, in the gate's blocks: gradient = TreeSum of `parts` (empty: it
+  // is there), of which SquaredNormsOf. Then decides whether the step is applied: where its loss
+  // and its gradient's norm are finite, it is not poisoned, and every step before it was. From
+  // *current's step on: update = prepared[step], with the scale that clips the gradient (ClipScale)
+  // and the latch `apply`, which stays 0 once it is; outcomes[step]; and ++current->step.
+  // `update->apply` is 1 before the first.
+  virtual void Gate(Stream& stream, const StepGate& gate, absl::Span<const float* const> parts,
+                    float* gradient) = 0;
 
   // ---- samples.
   // Gather, normalize and augment in one pass: out {count, height, width, channels} = (x - mean[c])

@@ -67,7 +67,17 @@ struct Moments {
 inline constexpr int kFirstBuffer = 0, kNoCombines = 0;
 inline constexpr LeafFold kOneLeaf = {1, &kFirstBuffer, &kNoCombines, nullptr, 1, &kFirstBuffer};
 
+// Elements of a block of SquaredNorms: 16 KiB, so that small tensors are one block and a slot's
+// share of a large one is even.
+constexpr int64_t kNormBlock = 4096;
+
 // ---- the gate of a step, on a device that works on its own.
+
+// A block of a flat vector, in a table that kernels read.
+struct NormBlock {
+  int64_t begin = 0;
+  int64_t length = 0;  // at most kNormBlock
+};
 
 // Of a level of values, those [begin, begin + count) that are summed into one of the next by the
 // canonical tree.
@@ -86,14 +96,28 @@ struct StepOutcome {
 };
 static_assert(sizeof(StepOutcome) == 40, "no padding, whose bits nobody sets");
 
+// What the blocks of threads of a gate leave for the one of them that decides.
+struct GateNotes {
+  StepScalars scalars;  // of the step
+  uint64_t step = 0, latch = 0;
+  double loss = 0;
+  int64_t correct = 0;
+  uint32_t poison = 0;
+  uint32_t arrived = 0;  // blocks; 0 between two gates
+};
+static_assert(sizeof(GateNotes) == 72, "no padding, whose bits nobody sets");
+
 // What Device::Gate works on; all memory is the kernels'. What is by step is at step % ring.
 struct StepGate {
   static constexpr int kMostLevels = 12;
-  // The gradient's sums of squares, and the tree over them: level by level the groups that lie one
-  // behind the other in `groups`, each one value of the next level; the last has one.
-  const double* squares = nullptr;
+  // The gradient's blocks, memory for their sums of squares, and the tree over those: level by
+  // level the groups that lie one behind the other in `groups`, each one value of the next level;
+  // the last has one.
+  int64_t block_count = 0;
+  const NormBlock* blocks = nullptr;
+  double* squares = nullptr;
   const SumGroup* groups = nullptr;
-  int levels = 0;  // 0: there is one value or, `squares` null, none
+  int levels = 0;  // 0: there is one block or none
   int32_t level_groups[kMostLevels] = {0};
   const LeafResult* results = nullptr;  // of all leaves, in order
   const uint32_t* poison = nullptr;     // null, or a word of the host's: not 0 closes the gate
@@ -104,18 +128,11 @@ struct StepGate {
   StepScalars* current = nullptr;         // of the step at hand; becomes that of the next
   StepScalars* update = nullptr;          // for what changes the state; holds the latch
   StepOutcome* outcomes = nullptr;        // by step
+  GateNotes* notes = nullptr;             // zero before the first
 };
-
-// Elements of a block of SquaredNorms: 16 KiB, so that small tensors are one block and a slot's
-// share of a large one is even.
-constexpr int64_t kNormBlock = 4096;
 
 // ---- tables of pieces of flat vectors, which kernels read: one call for all tensors of a model.
 
-struct NormBlock {
-  int64_t begin = 0;
-  int64_t length = 0;  // at most kNormBlock
-};
 // What is its own of a range of an optimizer's coefficients (OptimizerCoefficients).
 struct UpdatePiece {
   int64_t begin = 0, end = 0;

@@ -88,16 +88,11 @@ absl::StatusOr<std::unique_ptr<GradientNorm>> GradientNorm::Make(device::Device&
   return norm;
 }
 
-void GradientNorm::SumForGate(device::Device& device, device::Stream& stream,
-                              const float* gradient) {
-  if (blocks_ == 0) return;
-  device.SquaredNormsOf(stream, blocks_, static_cast<const device::NormBlock*>(table_->data()),
-                        gradient, static_cast<double*>(device_sums_->data()));
-}
-
 void GradientNorm::Describe(device::StepGate* gate) const {
   if (blocks_ == 0) return;
-  gate->squares = static_cast<const double*>(device_sums_->data());
+  gate->block_count = blocks_;
+  gate->blocks = static_cast<const device::NormBlock*>(table_->data());
+  gate->squares = static_cast<double*>(device_sums_->data());
   gate->groups = static_cast<const device::SumGroup*>(groups_->data());
   gate->levels = static_cast<int>(level_groups_.size());
   std::copy(level_groups_.begin(), level_groups_.end(), gate->level_groups);

@@ -33,9 +33,8 @@ class GradientNorm {
   // Of all parts, once their streams are synchronized.
   double Value() const;
 
-  // On a device whose memory the host does not address, for its gate: all blocks, whose sums stay
-  // there; and tells the gate of them.
-  void SumForGate(device::Device& device, device::Stream& stream, const float* gradient);
+  // On a device whose memory the host does not address, tells its gate of all blocks, whose sums
+  // stay there.
   void Describe(device::StepGate* gate) const;
 
  private:

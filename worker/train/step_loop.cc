@@ -124,7 +124,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   device::StepScalars* ScalarsOf(int64_t of) const { return &shared->scalars[of % ring]; }
   // What kernels read, of host memory or where they cannot read that itself, of the device: in
   // forward and backward, and in what changes the state.
-  std::unique_ptr<device::Memory> device_scalars_memory, gated_scalars_memory, device_record;
+  std::unique_ptr<device::Memory> device_scalars_memory, gated_memory, device_record;
   device::StepScalars* device_scalars = nullptr;
   device::StepScalars* gated_scalars = nullptr;
   // One call each, of a device that works on its own; else null.
@@ -160,9 +160,10 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   RunAhead ahead;
   int64_t device_step = 0;  // that device_scalars are of when what is enqueued has run
   device::StepGate gate;
-  Batch batch;           // at hand
-  absl::Status updated;  // what Update returned within a pass
-  Trailer collected;     // of the step whose outcome was taken last
+  std::vector<const float*> left;  // whose sum the gate makes the gradient
+  Batch batch;                     // at hand
+  absl::Status updated;            // what Update returned within a pass
+  Trailer collected;               // of the step whose outcome was taken last
 };
 
 StepLoop::StepLoop(Options options, Parts parts, CheckpointSink* checkpoints)
@@ -249,10 +250,16 @@ absl::StatusOr<std::unique_ptr<StepLoop>> StepLoop::Make(Options options, Parts 
 
 // The gate's latch begins open.
 absl::Status StepLoop::MakeGate(Slot& slot) {
-  const device::StepScalars open;
-  ASSIGN_OR_RETURN(slot.gated_scalars_memory, parts_.device->Allocate(sizeof(open)));
-  slot.gated_scalars = static_cast<device::StepScalars*>(slot.gated_scalars_memory->data());
-  parts_.device->Copy(*slot.stream, &open, slot.gated_scalars, sizeof(open));
+  struct Gated {
+    device::StepScalars scalars;
+    device::GateNotes notes;
+  };
+  const Gated open;
+  ASSIGN_OR_RETURN(slot.gated_memory, parts_.device->Allocate(sizeof(open)));
+  auto* const gated = static_cast<Gated*>(slot.gated_memory->data());
+  slot.gated_scalars = &gated->scalars;
+  slot.gate.notes = &gated->notes;
+  parts_.device->Copy(*slot.stream, &open, gated, sizeof(open));
   parts_.norm->Describe(&slot.gate);
   slot.gate.results = slot.plan->device_results();
   if (parts_.communicator != nullptr) {
@@ -455,7 +462,9 @@ void StepLoop::KeepRecords(Slot& slot, absl::Span<const nn::ShardInput> leaves) 
 
 absl::Status StepLoop::FinishReduce(Slot& slot) {
   // Trailers and moments stay on the device.
-  if (runs_ahead()) return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline());
+  if (runs_ahead()) {
+    return parts_.all_reduce->Finish(slot.index, *slot.stream, Deadline(), &slot.left);
+  }
   std::fill(slot.record_pointers.begin(), slot.record_pointers.end(), nullptr);
   for (const nn::ShardInput& leaf : slot.leaves) {
     const int local = leaf.shard - slot.first_leaf;
@@ -487,9 +496,8 @@ void StepLoop::MergeRecords(const Slot& slot, void* left, const void* right) con
 
 absl::Status StepLoop::Gate(Slot& slot) {
   if (runs_ahead()) {
-    parts_.norm->SumForGate(*parts_.device, *slot.stream, parts_.all_reduce->result());
     slot.gate.leaves = slot.batch.shards.count;
-    parts_.device->Gate(*slot.stream, slot.gate);
+    parts_.device->Gate(*slot.stream, slot.gate, slot.left, parts_.all_reduce->result());
     return absl::OkStatus();
   }
   const int k = parts_.team->slots();

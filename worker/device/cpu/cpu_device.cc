@@ -444,17 +444,19 @@ class CpuDevice : public Device {
                            &digests[i].lo, &digests[i].hi);
     }
   }
-  void Gate(Stream&, const StepGate& gate) override {
+  void Gate(Stream& stream, const StepGate& gate, absl::Span<const float* const> parts,
+            float* gradient) override {
+    std::vector<const float*> of_block;
+    for (int64_t b = 0; b < gate.block_count && !parts.empty(); ++b) {
+      const NormBlock& block = gate.blocks[b];
+      of_block.clear();
+      for (const float* part : parts) of_block.push_back(part + block.begin);
+      TreeSum(stream, block.length, of_block, gradient + block.begin);
+    }
+    SquaredNormsOf(stream, gate.block_count, gate.blocks, gradient, gate.squares);
     StepOutcome outcome{.step = gate.current->step};
     // In place, level by level: what a group is summed to lies before what is still to be read.
-    std::vector<double> values;
-    if (gate.squares != nullptr) {
-      int64_t count = 1;
-      for (int32_t g = 0; gate.levels > 0 && g < gate.level_groups[0]; ++g) {
-        count = gate.groups[g].begin + gate.groups[g].count;
-      }
-      values.assign(gate.squares, gate.squares + count);
-    }
+    std::vector<double> values(gate.squares, gate.squares + gate.block_count);
     const SumGroup* group = gate.groups;
     for (int level = 0; level < gate.levels; ++level) {
       for (int32_t g = 0; g < gate.level_groups[level]; ++g, ++group) {

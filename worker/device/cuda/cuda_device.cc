@@ -344,7 +344,10 @@ class CudaDevice : public Device {
                     const StepScalars* scalars, int64_t ring) override {
     cuda::DigestPieces(QueueOf(stream), count, pieces, digests, scalars, ring);
   }
-  void Gate(Stream& stream, const StepGate& gate) override { cuda::Gate(QueueOf(stream), gate); }
+  void Gate(Stream& stream, const StepGate& gate, absl::Span<const float* const> parts,
+            float* gradient) override {
+    cuda::Gate(QueueOf(stream), gate, parts.data(), static_cast<int>(parts.size()), gradient);
+  }
   void GatherSamples(Stream& stream, const SampleShape& shape, int64_t count, SampleType type,
                      const void* data, const int64_t* offsets, const float* mean,
                      const float* inv_std, const Augmentation& augmentation, uint64_t step,

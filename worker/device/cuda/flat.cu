@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/digest.h"
+#include "worker/device/cuda/flat_sums.h"
 #include "worker/device/cuda/kernels.h"
 #include "worker/device/cuda/lanes.h"
 #include "worker/device/cuda/launch.h"
@@ -147,37 +148,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- norms.
 
-// Sums over a block's kThreads threads by a tree; valid in thread 0. `shared` has an element each.
-template <class T>
-__device__ __forceinline__ T SumOfBlock(T value, T* shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int stride = kThreads / 2; stride > 0; stride /= 2) {
-    if (thread >= stride && thread < 2 * stride) shared[thread] = value;
-    __syncthreads();
-    if (thread < stride) value += shared[thread + stride];
-  }
-  return value;
-}
-
-// The sum of squares of at most kNormBlock elements; valid in thread 0. Thread t takes elements t,
-// t + kThreads, ..., whose loads need no alignment.
 __device__ __forceinline__ double BlockSquares(int64_t n, const float* x) {
-  constexpr int kEach = kNormBlock / kThreads;
-  float value[kEach];
-#pragma unroll
-  for (int k = 0; k < kEach; ++k) {
-    const int64_t i = threadIdx.x + k * kThreads;
-    value[k] = i < n ? x[i] : 0.0f;
-  }
-  double sum = 0;
-#pragma unroll
-  for (int k = 0; k < kEach; ++k) {
-    const double wide = static_cast<double>(value[k]);
-    sum = __builtin_fma(wide, wide, sum);
-  }
-  return SumOfBlock(sum, SharedMemory<double>());
+  return SumOfSquares([n, x](int i) { return i < n ? x[i] : 0.0f; }, SharedMemory<double>());
 }
+static_assert(kThreads >= kSquaresThreads);
 
 __global__ void __launch_bounds__(kThreads) SumSquares(int64_t n, const float* x, double* sums) {
   WaitForPrevious();
@@ -252,6 +226,18 @@ struct MixedSum {
     return sum;
   }
 };
+
+// Sums over a block's kThreads threads by a tree; valid in thread 0. `shared` has an element each.
+__device__ __forceinline__ Digest SumOfBlock(Digest value, Digest* shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int stride = kThreads / 2; stride > 0; stride /= 2) {
+    if (thread >= stride && thread < 2 * stride) shared[thread] = value;
+    __syncthreads();
+    if (thread < stride) value += shared[thread + stride];
+  }
+  return value;
+}
 
 constexpr int kMixed = 4;                        // vectors of a thread whose loads are in flight
 constexpr int64_t kMostDigestBlocks = 132 * 16;  // whose sums one block adds up
@@ -390,81 +376,9 @@ struct ColumnReduction {
 
 // ---- the canonical tree.
 
-struct Parts {
-  const float* at[kMostParts];
-};
-
-template <int kLanes>
-__device__ __forceinline__ Lanes<kLanes> operator+(const Lanes<kLanes>& a, const Lanes<kLanes>& b) {
-  Lanes<kLanes> sum;
-#pragma unroll
-  for (int v = 0; v < kLanes; ++v) sum.at[v] = a.at[v] + b.at[v];
-  return sum;
-}
-
-// Of kParts parts, a power of two, from the first on.
-template <int kLanes, int kParts>
-__device__ __forceinline__ Lanes<kLanes> FullTree(const float* const* parts, int64_t i) {
-  if constexpr (kParts == 1) {
-    return LoadLanes<kLanes>(parts[0] + i);
-  } else {
-    const Lanes<kLanes> left = FullTree<kLanes, kParts / 2>(parts, i);
-    return left + FullTree<kLanes, kParts / 2>(parts + kParts / 2, i);
-  }
-}
-
-// kTail = parts % 8. A tree of n leaves is the full tree of the largest power of two in n, plus the
-// tree of the rest; full trees of eight are counted up in binary.
-template <int kLanes, int kTail>
-__device__ __forceinline__ Lanes<kLanes> Tree(const Parts& parts, int eights, int64_t i) {
-  Lanes<kLanes> one = {}, two = {}, four = {};  // so many eights
-  Lanes<kLanes> sum = {};
-  for (int e = 0; e < eights; ++e) {
-    sum = FullTree<kLanes, 8>(parts.at + 8 * e, i);
-    if (e % 2 == 0) {
-      one = sum;
-      continue;
-    }
-    sum = one + sum;
-    if (e / 2 % 2 == 0) {
-      two = sum;
-      continue;
-    }
-    sum = two + sum;
-    if (e / 4 % 2 == 0) {
-      four = sum;
-      continue;
-    }
-    sum = four + sum;  // all kMostParts
-  }
-  if (kTail == 0 && (eights & (eights - 1)) == 0) return sum;
-  const float* const* rest = parts.at + 8 * eights;
-  bool any = kTail > 0;
-  if constexpr (kTail == 1) sum = FullTree<kLanes, 1>(rest, i);
-  if constexpr (kTail == 2) sum = FullTree<kLanes, 2>(rest, i);
-  if constexpr (kTail == 3) {
-    sum = FullTree<kLanes, 2>(rest, i) + FullTree<kLanes, 1>(rest + 2, i);
-  }
-  if constexpr (kTail == 4) sum = FullTree<kLanes, 4>(rest, i);
-  if constexpr (kTail == 5) {
-    sum = FullTree<kLanes, 4>(rest, i) + FullTree<kLanes, 1>(rest + 4, i);
-  }
-  if constexpr (kTail == 6) {
-    sum = FullTree<kLanes, 4>(rest, i) + FullTree<kLanes, 2>(rest + 4, i);
-  }
-  if constexpr (kTail == 7) {
-    sum = FullTree<kLanes, 4>(rest, i) +
-          (FullTree<kLanes, 2>(rest + 4, i) + FullTree<kLanes, 1>(rest + 6, i));
-  }
-  if (eights & 1) sum = any ? one + sum : one, any = true;
-  if (eights & 2) sum = any ? two + sum : two, any = true;
-  if (eights & 4) sum = any ? four + sum : four;
-  return sum;
-}
-
 template <int kTail, bool kByFour>
 __global__ void __launch_bounds__(kThreads)
-    SumParts(int64_t n, int lead, Parts parts, int eights, float* out) {
+    SumParts(int64_t n, int lead, TreeParts parts, int eights, float* out) {
   WaitForPrevious();
   Walk<kByFour>(
       n, lead, [&](int64_t i) { StoreLanes<4>(out + i, Tree<4, kTail>(parts, eights, i)); },
@@ -472,7 +386,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kTail>
-void RunTreeSum(const Queue& q, int64_t n, const Parts& parts, int count, float* out) {
+void RunTreeSum(const Queue& q, int64_t n, const TreeParts& parts, int count, float* out) {
   bool by_four = true;
   for (int p = 0; p < count; ++p) by_four = by_four && SameLead(out, parts.at[p]);
   const int lead = LeadOf(out);
@@ -543,13 +457,13 @@ void OptimizerUpdatePieces(const Queue& q, const OptimizerCoefficients& coeffici
 void SquaredNorms(const Queue& q, int64_t n, const float* x, double* sums) {
   if (n == 0) return;
   Launch(q, dim3(static_cast<unsigned>(CeilDiv(n, kNormBlock))), dim3(kThreads),
-         sizeof(double) * kThreads, SumSquares, n, x, sums);
+         sizeof(double) * kSquaresThreads, SumSquares, n, x, sums);
 }
 
 void SquaredNormsOf(const Queue& q, int64_t count, const NormBlock* blocks, const float* x,
                     double* sums) {
   if (count == 0) return;
-  Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), sizeof(double) * kThreads,
+  Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), sizeof(double) * kSquaresThreads,
          SumSquaresOf, blocks, x, sums);
 }
 
@@ -597,26 +511,8 @@ void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const voi
 
 void TreeSum(const Queue& q, int64_t n, const float* const* parts, int count, float* out) {
   if (n == 0) return;
-  Parts all = {};
-  std::copy(parts, parts + count, all.at);
-  switch (count % 8) {
-    case 0:
-      return RunTreeSum<0>(q, n, all, count, out);
-    case 1:
-      return RunTreeSum<1>(q, n, all, count, out);
-    case 2:
-      return RunTreeSum<2>(q, n, all, count, out);
-    case 3:
-      return RunTreeSum<3>(q, n, all, count, out);
-    case 4:
-      return RunTreeSum<4>(q, n, all, count, out);
-    case 5:
-      return RunTreeSum<5>(q, n, all, count, out);
-    case 6:
-      return RunTreeSum<6>(q, n, all, count, out);
-    case 7:
-      return RunTreeSum<7>(q, n, all, count, out);
-  }
+  WithTree(parts, count,
+           [&]<int kTail>(const TreeParts& all) { RunTreeSum<kTail>(q, n, all, count, out); });
 }
 
 }  // namespace lockstep::device::cuda

@@ -1,15 +1,29 @@
-// The gate of a step: one block of threads adds up what the step came to and decides.
+// The end of a step before its update: one pass sums the gradient's parts, and their squares on the
+// way; the last block of threads that is done with its own adds up what the step came to and
+// decides.
+#include "worker/device/cuda/flat_sums.h"
 #include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/lanes.h"
 #include "worker/device/cuda/launch.h"
 #include "worker/device/kernel_math.h"
 
 namespace lockstep::device::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+// Four elements of a block each: of a small gradient all loads are in flight at once.
+constexpr int kThreads = kNormBlock / 4;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kSumGroup == kWarp && kMostLeaves <= kWarp);
+
+// A block's elements, and places of SumOfSquares; then, of the block that decides, the tree's
+// groups and two levels of it.
+constexpr size_t kElementBytes = sizeof(float) * kNormBlock;
+constexpr size_t kSharedBytes = kElementBytes + sizeof(double) * kSquaresThreads;
+constexpr int kSharedGroups = kThreads;
+constexpr int kSharedValues = 512;  // of a level
+static_assert(sizeof(SumGroup) * kSharedGroups + 2 * sizeof(double) * kSharedValues <=
+              kElementBytes);
 
 // The canonical tree over the values of the first `count` lanes; valid in the first. Neighbours are
 // added, then neighbouring pairs, and so on; what has no neighbour passes unchanged: the tree that
@@ -25,45 +39,68 @@ __device__ __forceinline__ T TreeOfWarp(T value, int count) {
   return value;
 }
 
-// `values` has room for two levels behind the first.
-__global__ void __launch_bounds__(kThreads) Decide(StepGate gate, double* values) {
-  WaitForPrevious();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  // What the first thread needs in the end, part of it from memory of the host, is asked for first.
+// What the decision needs besides the norm, part of it from memory of the host: noted by one warp
+// while the others sum.
+__device__ __forceinline__ void TakeNotes(const StepGate& gate) {
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane >= kWarp) return;
   double loss = 0;
   long long correct = 0;
-  StepScalars scalars;
-  uint64_t step = 0, place = 0;
-  uint64_t latch = 0;
-  uint32_t poison = 0;
-  if (warp == 0) {
-    if (lane == 0) {
-      step = gate.current->step;
-      place = step % static_cast<uint64_t>(gate.ring);
-      scalars = gate.prepared[place];
-      latch = gate.update->apply;
-      // The host may be setting it.
-      if (gate.poison != nullptr) poison = *static_cast<const volatile uint32_t*>(gate.poison);
-    }
-    if (lane < gate.leaves) {
-      loss = gate.results[lane].loss_sum;
-      correct = gate.results[lane].correct;
-    }
-    loss = TreeOfWarp(loss, gate.leaves);
-    correct = TreeOfWarp(correct, gate.leaves);
+  if (lane < gate.leaves) {
+    loss = gate.results[lane].loss_sum;
+    correct = gate.results[lane].correct;
   }
-  if (values == nullptr) values = SharedMemory<double>();
-  const double* from = gate.squares;
+  loss = TreeOfWarp(loss, gate.leaves);
+  correct = TreeOfWarp(correct, gate.leaves);
+  if (lane != 0) return;
+  GateNotes& notes = *gate.notes;
+  const uint64_t step = gate.current->step;
+  notes.scalars = gate.prepared[step % static_cast<uint64_t>(gate.ring)];
+  notes.step = step;
+  notes.latch = gate.update->apply;
+  notes.loss = loss;
+  notes.correct = correct;
+  // The host may be setting it.
+  notes.poison = gate.poison == nullptr ? 0 : *static_cast<const volatile uint32_t*>(gate.poison);
+}
+
+// Whether the block is the last of the grid to come here, and so sees what all have written before.
+// `shared` is a place that no thread reads any more.
+__device__ __forceinline__ bool IsLastToArrive(uint32_t* arrived, uint32_t* shared) {
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const bool last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+    if (last) *arrived = 0;  // for the next launch
+    __threadfence();
+    *shared = last ? 1 : 0;
+  }
+  __syncthreads();
+  return *shared != 0;
+}
+
+// The tree over the squares, whose groups and values are in shared memory, or in these places of
+// global memory where they are too many; `group` is the thread's own.
+__device__ __forceinline__ double SumOfLevels(const StepGate& gate, SumGroup group,
+                                              double* values) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const SumGroup* groups = gate.groups;
+  if (values == nullptr) {
+    auto* const shared = SharedMemory<SumGroup>();
+    shared[threadIdx.x] = group;
+    groups = shared;
+    values = reinterpret_cast<double*>(shared + kSharedGroups);
+    __syncthreads();
+  }
+  const double* from = gate.squares;
   double* to = values;
   double* other = values + gate.level_groups[0];
   for (int level = 0; level < gate.levels; ++level) {
     const int count = gate.level_groups[level];
     for (int g = warp; g < count; g += kWarps) {
-      const SumGroup group = groups[g];
-      const double value = lane < group.count ? from[group.begin + lane] : 0.0;
-      const double sum = TreeOfWarp(value, group.count);
+      const SumGroup of = groups[g];
+      const double value = lane < of.count ? from[of.begin + lane] : 0.0;
+      const double sum = TreeOfWarp(value, of.count);
       if (lane == 0) to[g] = sum;
     }
     __syncthreads();
@@ -72,35 +109,95 @@ __global__ void __launch_bounds__(kThreads) Decide(StepGate gate, double* values
     to = other;
     other = const_cast<double*>(from);  // our own
   }
-  if (threadIdx.x != 0) return;
-  const double norm = from == nullptr ? 0.0 : __builtin_sqrt(*from);
-  const bool finite = IsFinite(loss) && IsFinite(norm);
-  scalars.apply = finite && poison == 0 ? latch : 0;
+  return gate.block_count == 0 ? 0.0 : *from;
+}
+
+__device__ __forceinline__ void Decide(const StepGate& gate, const GateNotes& notes,
+                                       double square) {
+  const double norm = __builtin_sqrt(square);
+  const bool finite = IsFinite(notes.loss) && IsFinite(norm);
+  StepScalars scalars = notes.scalars;
+  scalars.apply = finite && notes.poison == 0 ? notes.latch : 0;
   scalars.gradient_scale = static_cast<float>(ClipScale(norm, gate.clip_norm));
   *gate.update = scalars;
-  gate.current->step = step + 1;
+  gate.current->step = notes.step + 1;
   StepOutcome outcome;
-  outcome.step = step;
-  outcome.loss_sum = loss;
-  outcome.correct = correct;
+  outcome.step = notes.step;
+  outcome.loss_sum = notes.loss;
+  outcome.correct = notes.correct;
   outcome.gradient_norm = norm;
   outcome.applied = scalars.apply;
-  gate.outcomes[place] = outcome;
+  gate.outcomes[notes.step % static_cast<uint64_t>(gate.ring)] = outcome;
+}
+
+// The first block takes notes, each other sums one of the gradient's. `out` takes the sums (null:
+// the one part is the gradient); by_four: all parts and it are aligned. `values` has room for two
+// levels behind the first, where shared memory has not.
+template <int kTail>
+__global__ void __launch_bounds__(kThreads)
+    SumAndDecide(StepGate gate, TreeParts parts, int eights, bool by_four, float* out,
+                 int group_count, double* values) {
+  WaitForPrevious();
+  const int thread = static_cast<int>(threadIdx.x);
+  float* const elements = SharedMemory<float>();
+  SumGroup group;  // on its way meanwhile
+  if (thread < group_count) group = gate.groups[thread];
+  if (blockIdx.x == 0) {
+    TakeNotes(gate);
+  } else {
+    const NormBlock block = gate.blocks[blockIdx.x - 1];
+    const int64_t i = block.begin + 4 * thread, end = block.begin + block.length;
+    if (by_four && block.begin % 4 == 0 && i + 4 <= end) {
+      const Lanes<4> sum = Tree<4, kTail>(parts, eights, i);
+      if (out != nullptr) StoreLanes<4>(out + i, sum);
+      StoreLanes<4>(elements + 4 * thread, sum);
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < 4; ++k) {
+        Lanes<1> sum = {};
+        if (i + k < end) {
+          sum = Tree<1, kTail>(parts, eights, i + k);
+          if (out != nullptr) StoreLanes<1>(out + i + k, sum);
+        }
+        elements[4 * thread + k] = sum.at[0];
+      }
+    }
+    __syncthreads();
+    const double sum = SumOfSquares([elements](int e) { return elements[e]; },
+                                    reinterpret_cast<double*>(elements + kNormBlock));
+    if (thread == 0) gate.squares[blockIdx.x - 1] = sum;
+  }
+  if (!IsLastToArrive(&gate.notes->arrived, reinterpret_cast<uint32_t*>(elements))) return;
+  __syncthreads();  // all have read that
+  GateNotes notes;
+  if (thread == 0) notes = *gate.notes;  // on their way meanwhile
+  const double square = SumOfLevels(gate, group, values);
+  if (thread == 0) Decide(gate, notes, square);
 }
 
 }  // namespace
 
-void Gate(const Queue& q, const StepGate& gate) {
-  constexpr size_t kMostShared = 32768;
-  const size_t bytes = 2 * sizeof(double) * static_cast<size_t>(gate.level_groups[0]);
-  const bool shared = bytes <= kMostShared;
-  Launch(q, dim3(1), dim3(kThreads), shared ? bytes : 0, Decide, gate,
-         shared ? nullptr : static_cast<double*>(q.workspace));
+void Gate(const Queue& q, const StepGate& gate, const float* const* parts, int count,
+          float* gradient) {
+  int groups = 0;
+  for (int level = 0; level < gate.levels; ++level) groups += gate.level_groups[level];
+  const bool shared = groups <= kSharedGroups && gate.level_groups[0] <= kSharedValues;
+  double* const values = shared ? nullptr : static_cast<double*>(q.workspace);
+  const float* const whole = gradient;
+  float* const out = count == 0 ? nullptr : gradient;
+  if (count == 0) parts = &whole, count = 1;
+  bool by_four = IsAligned16(gradient);
+  for (int p = 0; p < count; ++p) by_four = by_four && IsAligned16(parts[p]);
+  WithTree(parts, count, [&]<int kTail>(const TreeParts& all) {
+    Launch(q, dim3(static_cast<unsigned>(gate.block_count + 1)), dim3(kThreads), kSharedBytes,
+           SumAndDecide<kTail>, gate, all, count / 8, by_four, out, shared ? groups : 0, values);
+  });
 }
 
 bool KernelsWait() {
   cudaFuncAttributes attributes = {};
-  return cudaFuncGetAttributes(&attributes, Decide) == cudaSuccess && attributes.ptxVersion >= 90;
+  return cudaFuncGetAttributes(&attributes, SumAndDecide<0>) == cudaSuccess &&
+         attributes.ptxVersion >= 90;
 }
 
 }  // namespace lockstep::device::cuda

@@ -280,7 +280,9 @@ void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor
                       uint64_t first_index, Digest* digest);
 void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Digest* digests,
                   const StepScalars* scalars, int64_t ring);
-void Gate(const Queue& q, const StepGate& gate);
+// Of `count` parts, none where the gradient is there.
+void Gate(const Queue& q, const StepGate& gate, const float* const* parts, int count,
+          float* gradient);
 // Whether the code that the thread's GPU runs is of an architecture on which WaitForPrevious waits.
 bool KernelsWait();
 
