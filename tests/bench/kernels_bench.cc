@@ -63,7 +63,7 @@ void BackwardWeight(Conv2d& op, Stream& stream, const float* x, const float* dy,
 }
 void BackwardWeight(Dense& op, Stream& stream, const float* x, const float* dy, float* dw,
                     float* db, void* scratch) {
-  op.BackwardWeight(stream, kOneLeaf, &kRows, &x, &dy, &dw, &db, scratch);
+  op.BackwardWeight(stream, stream, kOneLeaf, &kRows, &x, &dy, &dw, &db, scratch);
 }
 
 template <class Op>
@@ -150,8 +150,8 @@ void DenseGradient(benchmark::State& state, int64_t in, int64_t out) {
   void* const scratch = b.Bytes(static_cast<int64_t>(op->scratch_bytes()));
   op->Pack(b.stream(), b.Floats(in * out), nullptr);
   for (auto _ : state) {
-    op->BackwardWeight(b.stream(), fold, rows.data(), leaf_x.data(), leaf_dy.data(), &dw, &db,
-                       scratch);
+    op->BackwardWeight(b.stream(), b.stream(), fold, rows.data(), leaf_x.data(), leaf_dy.data(),
+                       &dw, &db, scratch);
     benchmark::ClobberMemory();
   }
   ReportFlops(state, 2 * static_cast<double>(kSamples * in * out));

@@ -72,7 +72,7 @@ struct DenseKind {
   }
   static void BackwardWeight(Op& op, Stream& stream, int64_t rows, const float* x, const float* dy,
                              float* dw, float* db, void* scratch) {
-    op.BackwardWeight(stream, kOneLeaf, &rows, &x, &dy, &dw, &db, scratch);
+    op.BackwardWeight(stream, stream, kOneLeaf, &rows, &x, &dy, &dw, &db, scratch);
   }
   static auto Reference(const Shape& s, const std::vector<double>& x, const std::vector<double>& w,
                         const std::vector<double>& b) {
@@ -436,7 +436,8 @@ TEST_P(LayerTest, DenseFoldsTheGradientsOfLeaves) {
       const FoldPair* combine = fold.combines;
       for (int i = 0; i < fold.leaves; ++i) {
         float *w = leaf_dw[c.buffer[i]], *b = s.bias ? leaf_db[c.buffer[i]].data() : nullptr;
-        (*op)->BackwardWeight(stream(), kOneLeaf, &c.rows[i], &xs[i], &dys[i], &w, &b, scratch);
+        (*op)->BackwardWeight(stream(), stream(), kOneLeaf, &c.rows[i], &xs[i], &dys[i], &w, &b,
+                              scratch);
         for (int k = 0; k < c.combine_count[i]; ++k, ++combine) {
           float *left = leaf_dw[combine->left], *left_db = leaf_db[combine->left];
           device().Add(stream(), s.in * s.out, left, leaf_dw[combine->right], left);
@@ -449,8 +450,8 @@ TEST_P(LayerTest, DenseFoldsTheGradientsOfLeaves) {
         dws.push_back(dw.back());
         dbs.push_back(s.bias ? db.back().data() : nullptr);
       }
-      (*op)->BackwardWeight(stream(), fold, c.rows.data(), xs.data(), dys.data(), dws.data(),
-                            dbs.data(), scratch);
+      (*op)->BackwardWeight(stream(), stream(), fold, c.rows.data(), xs.data(), dys.data(),
+                            dws.data(), dbs.data(), scratch);
       ASSERT_TRUE(stream().Synchronize().ok());
       for (int p = 0; p < fold.parts; ++p) {
         EXPECT_TRUE(SameBits(dw[p].Read(), leaf_dw[c.part_buffer[p]].Read())) << p;

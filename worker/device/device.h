@@ -90,10 +90,10 @@ class Dense {
                              void* scratch) = 0;
   // Each leaf's dW = dy^T x in logical layout and db = column sums of dy, folded to dw[part] and
   // db[part] (null without bias). Overwrites. Leaf i has rows[i] samples x[i], dy[i]; memory of the
-  // host, read when the call is made.
-  virtual void BackwardWeight(Stream& stream, const LeafFold& fold, const int64_t* rows,
-                              const float* const* x, const float* const* dy, float* const* dw,
-                              float* const* db, void* scratch) = 0;
+  // host, read when the call is made. db is computed on a stream of its own, which may be the same.
+  virtual void BackwardWeight(Stream& stream, Stream& bias_stream, const LeafFold& fold,
+                              const int64_t* rows, const float* const* x, const float* const* dy,
+                              float* const* dw, float* const* db, void* scratch) = 0;
 };
 
 // Cross-correlation: x {rows, h, w, in}, W {out, kh, kw, in / groups}, y {rows, oh, ow, out}.

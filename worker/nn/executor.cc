@@ -290,8 +290,11 @@ void Executor::RunFoldedGradient(const Call& call, const StepContext& context,
     if (!context.sink->LeavesStay()) ZeroPadding(call.node, context, gradient);
   }
   const bool beside = RunsBeside(call, context);
+  // Behind the last call the step's own stream has nothing to do but wait.
+  const bool last = &call == &lowering_.calls.back();
+  device::Stream& stream = beside ? *beside_.stream : *context.stream;
   operations_.dense(call.node)->BackwardWeight(
-      beside ? *beside_.stream : *context.stream, fold, leaf_rows_.data(), leaf_x_.data(),
+      stream, last ? *context.stream : stream, fold, leaf_rows_.data(), leaf_x_.data(),
       leaf_dy_.data(), part_dw_.data(), part_db_.data(), beside ? beside_.scratch : scratch_);
   if (!beside) context.sink->DoneFolded(node.parameters_begin, node.parameters_end);
 }
@@ -315,7 +318,8 @@ void Executor::RunLinear(const Call& call, const StepContext& context,
       float* dw = frame.leaf + node.weight;
       float* db = node.bias < 0 ? nullptr : frame.leaf + node.bias;
       if constexpr (std::is_same_v<decltype(operation), device::Dense*>) {
-        operation->BackwardWeight(stream, device::kOneLeaf, &rows, &a, &dy, &dw, &db, scratch);
+        operation->BackwardWeight(stream, stream, device::kOneLeaf, &rows, &a, &dy, &dw, &db,
+                                  scratch);
       } else {
         operation->BackwardWeights(stream, LeavesOf(frames, 1), a, dy, dw, db, leaf_stride,
                                    scratch);

@@ -55,9 +55,9 @@ class GemmDense : public Dense {
             dy, weight_, nullptr, dx);
   }
 
-  void BackwardWeight(Stream&, const LeafFold& fold, const int64_t* rows, const float* const* x,
-                      const float* const* dy, float* const* dw, float* const* db,
-                      void* scratch) override {
+  void BackwardWeight(Stream&, Stream&, const LeafFold& fold, const int64_t* rows,
+                      const float* const* x, const float* const* dy, float* const* dw,
+                      float* const* db, void* scratch) override {
     k_.dense_weight_gradient(fold, s_.in, s_.out, rows, x, dy, dw);
     if (s_.bias) BackwardBias(k_, s_.out, fold, rows, dy, db, static_cast<float*>(scratch));
   }
@@ -121,9 +121,9 @@ class Bf16Dense : public Dense {
     }
   }
 
-  void BackwardWeight(Stream&, const LeafFold& fold, const int64_t* rows, const float* const* x,
-                      const float* const* dy, float* const* dw, float* const* db,
-                      void* scratch) override {
+  void BackwardWeight(Stream&, Stream&, const LeafFold& fold, const int64_t* rows,
+                      const float* const* x, const float* const* dy, float* const* dw,
+                      float* const* db, void* scratch) override {
     if (s_.bias) BackwardBias(k_, s_.out, fold, rows, dy, db, static_cast<float*>(scratch));
     const uintptr_t mask = alignof(const float*) - 1;
     const float** const x_pairs =

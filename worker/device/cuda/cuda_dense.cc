@@ -106,10 +106,10 @@ class CudaDense : public Dense {
     }
   }
 
-  void BackwardWeight(Stream& stream, const LeafFold& fold, const int64_t* rows,
-                      const float* const* x, const float* const* dy, float* const* dw,
-                      float* const* db, void* scratch) override {
-    const Queue& q = QueueOf(stream);
+  void BackwardWeight(Stream& stream, Stream& bias_stream, const LeafFold& fold,
+                      const int64_t* rows, const float* const* x, const float* const* dy,
+                      float* const* dw, float* const* db, void* scratch) override {
+    const Queue &q = QueueOf(stream), &bias_q = QueueOf(bias_stream);
     if (fold.leaves > most_leaves_) {
       return Fail(q, absl::StrCat("a dense layer was given ", fold.leaves,
                                   " leaves; it was made for ", most_leaves_));
@@ -120,7 +120,7 @@ class CudaDense : public Dense {
                                   " rows, for which it was not made"));
     }
     const WeightScratch use(*this, scratch);
-    if (IsIdentity(fold)) return LeavesApart(q, fold.leaves, rows, x, dy, dw, db, use);
+    if (IsIdentity(fold)) return LeavesApart(q, bias_q, fold.leaves, rows, x, dy, dw, db, use);
     std::array<PartLeaves, kMostFoldBuffers> parts;
     const bool canonical = fold.parts <= kMostFoldBuffers && IsCanonical(fold, parts.data());
     const auto product = [&](int leaf, float* gradient) {
@@ -137,12 +137,12 @@ class CudaDense : public Dense {
     }
     if (!s_.bias) return;
     const auto sums = [&](int leaf, float* gradient) {
-      ColumnSums(q, Leaves(rows[leaf]), s_.out, dy[leaf], gradient, 0);
+      ColumnSums(bias_q, Leaves(rows[leaf]), s_.out, dy[leaf], gradient, 0);
     };
     if (canonical) {
-      FoldTogether(q, fold, parts.data(), s_.out, use.sums, db, sums);
+      FoldTogether(bias_q, fold, parts.data(), s_.out, use.sums, db, sums);
     } else {
-      FoldOneByOne(q, fold, s_.out, use.sums, db, sums);
+      FoldOneByOne(bias_q, fold, s_.out, use.sums, db, sums);
     }
   }
 
@@ -246,9 +246,9 @@ class CudaDense : public Dense {
 
   // Leaves of as many rows each that lie one behind the other, with their gradients evenly spaced,
   // are one call of the library.
-  void LeavesApart(const Queue& q, int count, const int64_t* rows, const float* const* x,
-                   const float* const* dy, float* const* dw, float* const* db,
-                   const WeightScratch& use) {
+  void LeavesApart(const Queue& q, const Queue& bias_q, int count, const int64_t* rows,
+                   const float* const* x, const float* const* dy, float* const* dw,
+                   float* const* db, const WeightScratch& use) {
     for (int first = 0, next; first < count; first = next) {
       const int64_t n = rows[first];
       const int64_t stride = first + 1 < count ? dw[first + 1] - dw[first] : 0;
@@ -266,7 +266,7 @@ class CudaDense : public Dense {
       const void* const x_factor = Factor(q, weights, leaves.total() * s_.in, x[first], use.x);
       weights.RunBatch(q, leaves.count, dy_factor, n * s_.out, x_factor, n * s_.in, dw[first],
                        stride, use.workspace);
-      if (s_.bias) ColumnSums(q, leaves, s_.out, dy[first], db[first], stride);
+      if (s_.bias) ColumnSums(bias_q, leaves, s_.out, dy[first], db[first], stride);
     }
   }
 
