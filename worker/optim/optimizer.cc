@@ -84,13 +84,17 @@ void Optimizer::Update(device::Device& device, device::Stream& stream, int64_t b
 
 absl::StatusOr<Optimizer::Pieces> Optimizer::MakePieces(device::Device& device, int64_t begin,
                                                         int64_t end) const {
+  // Of a small vector, pieces that a block of threads updates in one go are on a GPU all at once.
+  constexpr int64_t kSmall = int64_t{1} << 20, kSmallPiece = 1024;
+  const int64_t most = end - begin <= kSmall ? kSmallPiece : device::kUpdatePiece;
+  static_assert(kSmallPiece <= device::kUpdatePiece);
   std::vector<device::UpdatePiece> pieces;
   for (const Range& range : ranges_) {
     const device::OptimizerCoefficients& own = range.coefficients;
     const int64_t last = std::min(end, range.end);
-    for (int64_t at = std::max(begin, range.begin); at < last; at += device::kUpdatePiece) {
-      pieces.push_back({at, std::min(last, at + device::kUpdatePiece), own.l2, own.weight_decay,
-                        own.rate_multiplier});
+    for (int64_t at = std::max(begin, range.begin); at < last; at += most) {
+      pieces.push_back(
+          {at, std::min(last, at + most), own.l2, own.weight_decay, own.rate_multiplier});
     }
   }
   ASSIGN_OR_RETURN(auto table, device::Upload(device, pieces));
