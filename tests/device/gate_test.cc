@@ -229,14 +229,43 @@ TEST_P(GateTest, UpdatesObeyIt) {
   const auto statistics = In(values);
   const auto slices = In(std::vector<StatisticsSlice>{{0, 10, 4, 0, 10, 0.1f}});
   const auto update = [&](const StepScalars* scalars) {
-    device().UpdateStatistics(stream(), 1, slices, 10, Leaves(5), gradient, 20, scalars,
-                              statistics);
+    device().UpdateStatistics(stream(), 1, slices, 10, 5, gradient, scalars, statistics);
   };
   update(closed);
   EXPECT_TRUE(SameBits(statistics.Read(), values));
   const auto open = In(std::vector<StepScalars>{{.step = 3}});
   update(open);
   EXPECT_FALSE(SameBits(statistics.Read(), values));
+}
+
+// All norms' records at once, as norm by norm.
+TEST_P(GateTest, MergesStatisticsOfAllNorms) {
+  constexpr int64_t kStride = 80;
+  Leaves leaves;
+  leaves.count = 5;
+  for (int l = 0; l < leaves.count; ++l) leaves.begin[l + 1] = leaves.begin[l] + 3 + l;
+  const std::vector<StatisticsSlice> slices = {{0, 10, 4, 0, 10, 0.1f}, {20, 30, 1, 20, 50, 0.3f}};
+  const std::vector<float> before = RandomFloats(kStride, 8);
+  const auto table = In(slices);
+  const auto records = In(RandomFloats(kStride * leaves.count, 9, 0, 1));
+  const auto merged = Out(kStride), expected_merged = Out(kStride);
+  const auto statistics = In(before), expected = In(before);
+  const auto open = In(std::vector<StepScalars>(1));
+  device().MergeStatistics(stream(), 2, table, 30, leaves, records, kStride, merged);
+  device().UpdateStatistics(stream(), 2, table, 30, leaves.total(), merged, open, statistics);
+  const std::vector<float> got = merged.Read();
+  for (const StatisticsSlice& s : slices) {
+    Leaves elements = leaves;
+    for (int64_t& begin : elements.begin) begin *= s.spatial;
+    const float* mean = records + s.offset;
+    float* const to = expected_merged + s.offset;
+    device().MergeLeafMoments(stream(), s.channels, elements, mean, mean + s.channels, kStride, to,
+                              to + s.channels);
+    device().UpdateRunningAverages(stream(), s.channels, elements.total(), to, to + s.channels,
+                                   s.momentum, expected + s.running_mean, expected + s.running_var);
+  }
+  EXPECT_TRUE(SameBits(got, expected_merged.Read()));
+  EXPECT_TRUE(SameBits(statistics.Read(), expected.Read()));
 }
 
 // Digests of a step are in its place of the ring.

@@ -356,12 +356,16 @@ class Device {
   virtual void MergeLeafMoments(Stream& stream, int64_t channels, const Leaves& leaves,
                                 const float* mean, const float* m2, int64_t stride,
                                 float* merged_mean, float* merged_m2) = 0;
-  // The same for all norms at once, and UpdateRunningAverages with what comes of it: `slices` is a
-  // table that kernels read, leaves are of rows, records lie `stride` apart. Of `scalars` only
-  // `apply` is read.
+  // The same for all norms at once: `slices` is a table that kernels read, leaves are of rows,
+  // records lie `stride` apart, and `merged` is one more.
+  virtual void MergeStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
+                               int64_t most_channels, const Leaves& leaves, const float* records,
+                               int64_t stride, float* merged) = 0;
+  // UpdateRunningAverages of them all by the record of so many rows. Of `scalars` only `apply` is
+  // read.
   virtual void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
-                                int64_t most_channels, const Leaves& leaves, const float* records,
-                                int64_t stride, const StepScalars* scalars, float* statistics) = 0;
+                                int64_t most_channels, int64_t rows, const float* merged,
+                                const StepScalars* scalars, float* statistics) = 0;
   // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
   virtual void UpdateRunningAverages(Stream& stream, int64_t channels, int64_t n, const float* mean,
                                      const float* m2, float momentum, float* running_mean,

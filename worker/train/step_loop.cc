@@ -132,6 +132,9 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
   std::unique_ptr<optim::FlatState::DigestTable> digest_table;
   std::unique_ptr<device::Memory> statistics_table;
   int64_t statistics_count = 0;
+  const device::StatisticsSlice* statistics_slices() const {
+    return static_cast<const device::StatisticsSlice*>(statistics_table->data());
+  }
   absl::Span<Digest> digests;                // this slot's part of every tensor's
   std::vector<uint8_t> present;              // by leaf of the job
   std::vector<nn::ShardInput> shards;        // of the current evaluation batch
@@ -322,6 +325,7 @@ absl::Status StepLoop::Run(int index) {
 
 // From the shards' gradients to the next state.
 absl::Status StepLoop::Update(Slot& slot) {
+  if (runs_ahead()) MergeStatistics(slot);
   RETURN_IF_ERROR(FinishReduce(slot));
   RETURN_IF_ERROR(Gate(slot));
   Clip(slot);
@@ -330,12 +334,11 @@ absl::Status StepLoop::Update(Slot& slot) {
     UpdateStatistics(slot);
     return absl::OkStatus();
   }
-  // Neither reads what the other writes.
-  device::Stream* const beside = slot.statistics_count > 0 ? slot.plan->beside() : nullptr;
-  if (beside != nullptr) parts_.device->Follow(*beside, *slot.stream);
-  UpdateStatisticsAhead(slot, beside != nullptr ? *beside : *slot.stream);
+  device::Stream& beside = StatisticsStream(slot);  // neither reads what the other writes
+  if (&beside != slot.stream.get()) parts_.device->Follow(beside, *slot.stream);
+  UpdateStatisticsAhead(slot, beside);
   Optimize(slot);
-  if (beside != nullptr) parts_.device->Follow(*slot.stream, *beside);
+  if (&beside != slot.stream.get()) parts_.device->Follow(*slot.stream, beside);
   parts_.operations->Pack(*slot.stream, *parts_.state, 0, 1);
   if (options_.digest_every == 1) {
     slot.digest_table->Enqueue(*parts_.device, *slot.stream, slot.gated_scalars);
@@ -530,12 +533,25 @@ void StepLoop::Optimize(Slot& slot) {
                            parts_.all_reduce->result(), *parts_.state);
 }
 
+device::Stream& StepLoop::StatisticsStream(Slot& slot) {
+  device::Stream* const beside = slot.statistics_count > 0 ? slot.plan->beside() : nullptr;
+  return beside != nullptr ? *beside : *slot.stream;
+}
+
+// Beside the gate: what waits for that is then short.
+void StepLoop::MergeStatistics(Slot& slot) {
+  device::Stream& beside = StatisticsStream(slot);
+  if (&beside != slot.stream.get()) parts_.device->Follow(beside, *slot.stream);
+  parts_.device->MergeStatistics(beside, slot.statistics_count, slot.statistics_slices(),
+                                 widest_norm_, slot.batch.shards, slot.plan->device_moments(),
+                                 parts_.program->moments_size(), slot.device_record->floats());
+}
+
 void StepLoop::UpdateStatisticsAhead(Slot& slot, device::Stream& stream) {
-  parts_.device->UpdateStatistics(
-      stream, slot.statistics_count,
-      static_cast<const device::StatisticsSlice*>(slot.statistics_table->data()), widest_norm_,
-      slot.batch.shards, slot.plan->device_moments(), parts_.program->moments_size(),
-      slot.gated_scalars, parts_.state->statistics());
+  parts_.device->UpdateStatistics(stream, slot.statistics_count, slot.statistics_slices(),
+                                  widest_norm_, slot.batch.shards.total(),
+                                  slot.device_record->floats(), slot.gated_scalars,
+                                  parts_.state->statistics());
 }
 
 void StepLoop::UpdateStatistics(Slot& slot) {

@@ -150,7 +150,10 @@ class StepLoop {
   void Clip(Slot& slot);
   void Optimize(Slot& slot);
   void UpdateStatistics(Slot& slot);
-  void UpdateStatisticsAhead(Slot& slot, device::Stream& stream);  // of the step that is enqueued
+  // Of the step that is enqueued.
+  device::Stream& StatisticsStream(Slot& slot);
+  void MergeStatistics(Slot& slot);
+  void UpdateStatisticsAhead(Slot& slot, device::Stream& stream);
   absl::Status Commit(Slot& slot);
   absl::Status Collect(Slot& slot);
   absl::Status TakeOutcome(Slot& slot, int64_t step);

@@ -395,19 +395,25 @@ class CpuDevice : public Device {
                         float* merged_m2) override {
     MergeTree(channels, leaves, 1, mean, m2, stride, merged_mean, merged_m2);
   }
+  void MergeStatistics(Stream&, int64_t count, const StatisticsSlice* slices, int64_t,
+                       const Leaves& leaves, const float* records, int64_t stride,
+                       float* merged) override {
+    for (int64_t i = 0; i < count; ++i) {
+      const StatisticsSlice& s = slices[i];
+      const float* record = records + s.offset;
+      MergeTree(s.channels, leaves, s.spatial, record, record + s.channels, stride,
+                merged + s.offset, merged + s.offset + s.channels);
+    }
+  }
   void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices, int64_t,
-                        const Leaves& leaves, const float* records, int64_t stride,
-                        const StepScalars* scalars, float* statistics) override {
+                        int64_t rows, const float* merged, const StepScalars* scalars,
+                        float* statistics) override {
     if (scalars->apply == 0) return;
     for (int64_t i = 0; i < count; ++i) {
       const StatisticsSlice& s = slices[i];
-      std::vector<float> merged(2 * s.channels);
-      const float* record = records + s.offset;
-      MergeTree(s.channels, leaves, s.spatial, record, record + s.channels, stride, merged.data(),
-                merged.data() + s.channels);
-      UpdateRunningAverages(stream, s.channels, leaves.total() * s.spatial, merged.data(),
-                            merged.data() + s.channels, s.momentum, statistics + s.running_mean,
-                            statistics + s.running_var);
+      const float* mean = merged + s.offset;
+      UpdateRunningAverages(stream, s.channels, rows * s.spatial, mean, mean + s.channels,
+                            s.momentum, statistics + s.running_mean, statistics + s.running_var);
     }
   }
   void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,

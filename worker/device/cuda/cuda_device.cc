@@ -323,11 +323,17 @@ class CudaDevice : public Device {
     cuda::MergeLeafMoments(QueueOf(stream), channels, leaves, mean, m2, stride, merged_mean,
                            merged_m2);
   }
+  void MergeStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
+                       int64_t most_channels, const Leaves& leaves, const float* records,
+                       int64_t stride, float* merged) override {
+    cuda::MergeStatistics(QueueOf(stream), count, slices, most_channels, leaves, records, stride,
+                          merged);
+  }
   void UpdateStatistics(Stream& stream, int64_t count, const StatisticsSlice* slices,
-                        int64_t most_channels, const Leaves& leaves, const float* records,
-                        int64_t stride, const StepScalars* scalars, float* statistics) override {
-    cuda::UpdateStatistics(QueueOf(stream), count, slices, most_channels, leaves, records, stride,
-                           scalars, statistics);
+                        int64_t most_channels, int64_t rows, const float* merged,
+                        const StepScalars* scalars, float* statistics) override {
+    cuda::UpdateStatistics(QueueOf(stream), count, slices, most_channels, rows, merged, scalars,
+                           statistics);
   }
   void OptimizerUpdatePieces(Stream& stream, const OptimizerCoefficients& coefficients,
                              int64_t count, const UpdatePiece* pieces, const StepScalars* scalars,

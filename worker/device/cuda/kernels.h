@@ -72,9 +72,12 @@ void BatchNormBackwardOfLeaves(const Queue& q, const BatchNormShape& shape, cons
 // The leaves' records merged by the canonical tree, in memory of the device.
 void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, const float* mean,
                       const float* m2, int64_t stride, float* merged_mean, float* merged_m2);
+void MergeStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
+                     int64_t most_channels, const Leaves& leaves, const float* records,
+                     int64_t stride, float* merged);
 void UpdateStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
-                      int64_t most_channels, const Leaves& leaves, const float* records,
-                      int64_t stride, const StepScalars* scalars, float* statistics);
+                      int64_t most_channels, int64_t rows, const float* merged,
+                      const StepScalars* scalars, float* statistics);
 // running += momentum * (batch - running); the variance is the unbiased m2 / (n - 1) (n = 1: m2).
 void UpdateRunningAverages(const Queue& q, int64_t channels, int64_t n, const float* mean,
                            const float* m2, float momentum, float* running_mean,

@@ -70,15 +70,27 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    UpdateAll(const StatisticsSlice* slices, Leaves leaves, const float* records, int64_t stride,
+    MergeAll(const StatisticsSlice* slices, Leaves leaves, const float* records, int64_t stride,
+             float* merged) {
+  WaitForPrevious();
+  const StatisticsSlice s = slices[blockIdx.y];
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= s.channels) return;
+  const float* mean = records + s.offset + c;
+  const Record record = MergeTree(leaves, s.spatial, mean, mean + s.channels, stride);
+  merged[s.offset + c] = record.mean;
+  merged[s.offset + s.channels + c] = record.m2;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    UpdateAll(const StatisticsSlice* slices, int64_t rows, const float* merged,
               const StepScalars* scalars, float* statistics) {
   WaitForPrevious();
   const StatisticsSlice s = slices[blockIdx.y];
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= s.channels || scalars->apply == 0) return;
-  const float* mean = records + s.offset + c;
-  const Record record = MergeTree(leaves, s.spatial, mean, mean + s.channels, stride);
-  UpdateRunningAverage(record.count, record.mean, record.m2, s.momentum,
+  const float* mean = merged + s.offset + c;
+  UpdateRunningAverage(rows * s.spatial, mean[0], mean[s.channels], s.momentum,
                        statistics[s.running_mean + c], statistics[s.running_var + c]);
 }
 
@@ -92,12 +104,20 @@ void MergeLeafMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
          stride, merged_mean, merged_m2);
 }
 
+void MergeStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
+                     int64_t most_channels, const Leaves& leaves, const float* records,
+                     int64_t stride, float* merged) {
+  if (count == 0) return;
+  Launch(q, dim3(Blocks(most_channels), static_cast<unsigned>(count)), dim3(kThreads), 0, MergeAll,
+         slices, leaves, records, stride, merged);
+}
+
 void UpdateStatistics(const Queue& q, int64_t count, const StatisticsSlice* slices,
-                      int64_t most_channels, const Leaves& leaves, const float* records,
-                      int64_t stride, const StepScalars* scalars, float* statistics) {
+                      int64_t most_channels, int64_t rows, const float* merged,
+                      const StepScalars* scalars, float* statistics) {
   if (count == 0) return;
   Launch(q, dim3(Blocks(most_channels), static_cast<unsigned>(count)), dim3(kThreads), 0, UpdateAll,
-         slices, leaves, records, stride, scalars, statistics);
+         slices, rows, merged, scalars, statistics);
 }
 
 }  // namespace lockstep::device::cuda
