@@ -40,6 +40,15 @@ T* Allocate(int64_t count) {
   return static_cast<T*>(memory);
 }
 
+template <class T>
+T* Upload(const std::vector<T>& values) {
+  T* const memory = Allocate<T>(static_cast<int64_t>(values.size()));
+  Must(cudaMemcpy(memory, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+       "cudaMemcpy");
+  Must(cudaDeviceSynchronize(), "copying");
+  return memory;
+}
+
 // Four loads in flight for each thread.
 __global__ void __launch_bounds__(256) CopyKernel(int64_t n, const float4* from, float4* to) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -360,10 +369,7 @@ class Floor {
   void Flat() {
     const std::string shape = "51380224";
     constexpr double kPass = kElements * 4.0;
-    const StepScalars host;
-    auto* const scalars = Allocate<StepScalars>(1);
-    Must(cudaMemcpy(scalars, &host, sizeof(host), cudaMemcpyHostToDevice), "cudaMemcpy");
-    Must(cudaDeviceSynchronize(), "copying");
+    const StepScalars* const scalars = Upload(std::vector<StepScalars>(1));
     OptimizerCoefficients momentum;
     momentum.type = OptimizerType::kMomentum;
     momentum.momentum = 0.9f;
@@ -395,6 +401,38 @@ class Floor {
     for (int i = 0; i < kLeafCount; ++i) parts[i] = a_ + i * kPart;
     Kernel("TreeSum", "8 parts of 6422528", kPass * (1 + 1.0 / kLeafCount),
            [&] { TreeSum(q_, kPart, parts, kLeafCount, out_); });
+    GateOf(parts, kPart, "8 parts of 6422528");
+    GateOf(parts, 655360, "8 parts of 655360");
+  }
+
+  void GateOf(const float* const* parts, int64_t elements, const char* text) {
+    std::vector<NormBlock> blocks;
+    for (int64_t at = 0; at < elements; at += kNormBlock) {
+      blocks.push_back({at, std::min(kNormBlock, elements - at)});
+    }
+    StepGate gate;
+    gate.block_count = static_cast<int64_t>(blocks.size());
+    std::vector<SumGroup> groups;
+    for (auto left = static_cast<int32_t>(blocks.size()); left > 1;) {
+      const size_t before = groups.size();
+      for (int32_t at = 0; at < left; at += kSumGroup) {
+        groups.push_back({at, std::min(kSumGroup, left - at)});
+      }
+      left = gate.level_groups[gate.levels++] = static_cast<int32_t>(groups.size() - before);
+    }
+    gate.blocks = Upload(blocks);
+    gate.groups = Upload(groups);
+    gate.squares = Allocate<double>(gate.block_count);
+    gate.results = Upload(std::vector<LeafResult>(kLeafCount));
+    gate.leaves = kLeafCount;
+    StepScalars* const scalars = Upload(std::vector<StepScalars>(3));
+    gate.prepared = scalars;
+    gate.current = scalars + 1;
+    gate.update = scalars + 2;
+    gate.outcomes = Allocate<StepOutcome>(1);
+    gate.notes = Upload(std::vector<GateNotes>(1));
+    Kernel("Gate", text, 4.0 * static_cast<double>(elements) * (kLeafCount + 1),
+           [&] { Gate(q_, gate, parts, kLeafCount, out_); });
   }
 
   void Samples() {
@@ -408,10 +446,7 @@ class Floor {
     auto* const data = Allocate<uint8_t>(count * features);
     std::vector<int64_t> host(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) host[static_cast<size_t>(i)] = i * 97 % count * features;
-    auto* const offsets = Allocate<int64_t>(count);
-    Must(cudaMemcpy(offsets, host.data(), host.size() * sizeof(int64_t), cudaMemcpyHostToDevice),
-         "cudaMemcpy");
-    Must(cudaDeviceSynchronize(), "copying");
+    const int64_t* const offsets = Upload(host);
     auto* const mean = Allocate<float>(3);
     auto* const inv_std = Random(3);
     const double bytes = 5.0 * static_cast<double>(count * features);
