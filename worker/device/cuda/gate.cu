@@ -10,8 +10,9 @@
 namespace lockstep::device::cuda {
 namespace {
 
-// Four elements of a block each: of a small gradient all loads are in flight at once.
-constexpr int kThreads = kNormBlock / 4;
+// Two blocks of threads fit a multiprocessor's registers: one sums while the other adds up, and of
+// a small gradient all are there at once.
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kSumGroup == kWarp && kMostLeaves <= kWarp);
@@ -20,7 +21,8 @@ static_assert(kSumGroup == kWarp && kMostLeaves <= kWarp);
 // groups and two levels of it.
 constexpr size_t kElementBytes = sizeof(float) * kNormBlock;
 constexpr size_t kSharedBytes = kElementBytes + sizeof(double) * kSquaresThreads;
-constexpr int kSharedGroups = kThreads;
+constexpr int kGroupsEach = 2;  // of a thread
+constexpr int kSharedGroups = kGroupsEach * kThreads;
 constexpr int kSharedValues = 512;  // of a level
 static_assert(sizeof(SumGroup) * kSharedGroups + 2 * sizeof(double) * kSharedValues <=
               kElementBytes);
@@ -79,15 +81,16 @@ __device__ __forceinline__ bool IsLastToArrive(uint32_t* arrived, uint32_t* shar
 }
 
 // The tree over the squares, whose groups and values are in shared memory, or in these places of
-// global memory where they are too many; `group` is the thread's own.
-__device__ __forceinline__ double SumOfLevels(const StepGate& gate, SumGroup group,
-                                              double* values) {
+// global memory where they are too many; `own` are the thread's.
+__device__ __forceinline__ double SumOfLevels(const StepGate& gate,
+                                              const SumGroup (&own)[kGroupsEach], double* values) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const SumGroup* groups = gate.groups;
   if (values == nullptr) {
     auto* const shared = SharedMemory<SumGroup>();
-    shared[threadIdx.x] = group;
+#pragma unroll
+    for (int k = 0; k < kGroupsEach; ++k) shared[threadIdx.x + k * kThreads] = own[k];
     groups = shared;
     values = reinterpret_cast<double*>(shared + kSharedGroups);
     __syncthreads();
@@ -134,32 +137,39 @@ __device__ __forceinline__ void Decide(const StepGate& gate, const GateNotes& no
 // the one part is the gradient); by_four: all parts and it are aligned. `values` has room for two
 // levels behind the first, where shared memory has not.
 template <int kTail>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     SumAndDecide(StepGate gate, TreeParts parts, int eights, bool by_four, float* out,
                  int group_count, double* values) {
   WaitForPrevious();
   const int thread = static_cast<int>(threadIdx.x);
   float* const elements = SharedMemory<float>();
-  SumGroup group;  // on its way meanwhile
-  if (thread < group_count) group = gate.groups[thread];
+  SumGroup groups[kGroupsEach];  // on their way meanwhile
+#pragma unroll
+  for (int k = 0; k < kGroupsEach; ++k) {
+    if (thread + k * kThreads < group_count) groups[k] = gate.groups[thread + k * kThreads];
+  }
   if (blockIdx.x == 0) {
     TakeNotes(gate);
   } else {
     const NormBlock block = gate.blocks[blockIdx.x - 1];
-    const int64_t i = block.begin + 4 * thread, end = block.begin + block.length;
-    if (by_four && block.begin % 4 == 0 && i + 4 <= end) {
-      const Lanes<4> sum = Tree<4, kTail>(parts, eights, i);
-      if (out != nullptr) StoreLanes<4>(out + i, sum);
-      StoreLanes<4>(elements + 4 * thread, sum);
-    } else {
+    const bool wide = by_four && block.begin % 4 == 0;
+    float* const to = out == nullptr ? nullptr : out + block.begin;
 #pragma unroll 1
-      for (int k = 0; k < 4; ++k) {
+    for (int e = 4 * thread; e < kNormBlock; e += 4 * kThreads) {
+      if (wide && e + 4 <= block.length) {
+        const Lanes<4> sum = Tree<4, kTail>(parts, eights, block.begin + e);
+        if (to != nullptr) StoreLanes<4>(to + e, sum);
+        StoreLanes<4>(elements + e, sum);
+        continue;
+      }
+#pragma unroll 1
+      for (int k = e; k < e + 4; ++k) {
         Lanes<1> sum = {};
-        if (i + k < end) {
-          sum = Tree<1, kTail>(parts, eights, i + k);
-          if (out != nullptr) StoreLanes<1>(out + i + k, sum);
+        if (k < block.length) {
+          sum = Tree<1, kTail>(parts, eights, block.begin + k);
+          if (to != nullptr) StoreLanes<1>(to + k, sum);
         }
-        elements[4 * thread + k] = sum.at[0];
+        elements[k] = sum.at[0];
       }
     }
     __syncthreads();
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();  // all have read that
   GateNotes notes;
   if (thread == 0) notes = *gate.notes;  // on their way meanwhile
-  const double square = SumOfLevels(gate, group, values);
+  const double square = SumOfLevels(gate, groups, values);
   if (thread == 0) Decide(gate, notes, square);
 }
 
