@@ -169,6 +169,12 @@ TEST_F(KernelLeavesTest, NormsOfLeavesHaveTheBitsOfTwoPasses) {
                                   whole_sums + c, stride, over);
         EXPECT_TRUE(SameBytes(whole_sums.Read(), sums.Read()));
         EXPECT_TRUE(SameBytes(over.Read(), dx.Read()));
+        if (!relu || adds) continue;
+        // Where y is above 0, is computed again.
+        const Buffer<T> again(elements, T(), lead);
+        BatchNormBackward(q(), shape, leaves, x, nullptr, dy, own, kEpsilon, weight, sums, sums + c,
+                          stride, again, bias);
+        EXPECT_TRUE(SameBytes(again.Read(), dx.Read()));
       }
     }
   };

@@ -334,12 +334,14 @@ class Device {
                                  const Moments& moments, float epsilon, void* g, float* sum_dy,
                                  float* sum_dy_xhat, int64_t stride = 0) = 0;
   // dx = weight * inv_std * (dy - sum_dy / n - xhat * sum_dy_xhat / n), n that of the moments, dy
-  // masked by y > 0 where shape.relu. dx may alias x, y or dy.
+  // masked by y > 0 where shape.relu. dx may alias x, y or dy. bias (null: not told) is told where
+  // y is BatchNormForward's of all these and no residual: a device may then compute again where it
+  // is above 0, rather than read it.
   virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                  const void* x, const void* y, const void* dy,
                                  const Moments& moments, float epsilon, const float* weight,
                                  const float* sum_dy, const float* sum_dy_xhat, int64_t stride,
-                                 void* dx) = 0;
+                                 void* dx, const float* bias = nullptr) = 0;
   // The sums of BatchNormGradient, then BatchNormBackward by each leaf's own: the same bits.
   virtual void BatchNormBackwardOfLeaves(Stream& stream, const BatchNormShape& shape,
                                          const Leaves& leaves, const void* x, const void* y,

@@ -429,12 +429,13 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     }
     return;
   }
+  const float* const own_bias = node.fused_add < 0 ? bias : nullptr;
   if (c.synchronized) {
     device_.BatchNormBackward(stream, masked, leaves, x, y, dy, moments, c.epsilon, weight,
-                              merged.sums, merged.sums + slice.channels, 0, out);
+                              merged.sums, merged.sums + slice.channels, 0, out, own_bias);
   } else {
     device_.BatchNormBackward(stream, masked, leaves, x, y, dy, moments, c.epsilon, weight, sum_dy,
-                              sum_dy_xhat, stride, out);
+                              sum_dy_xhat, stride, out, own_bias);
     if (in_leaf) FinishLeaves(call.node, context, frames);
   }
 }

@@ -210,7 +210,7 @@ class CpuDevice : public Device {
   void BatchNormBackward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
                          const void* y, const void* dy, const Moments& moments, float epsilon,
                          const float* weight, const float* sum_dy, const float* sum_dy_xhat,
-                         int64_t stride, void* dx) override {
+                         int64_t stride, void* dx, const float*) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
       k_.batch_norm_backward(shape, n, Floats(x) + at, Behind(Floats(y), at), Floats(dy) + at,

@@ -284,9 +284,10 @@ class CudaDevice : public Device {
   void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                          const void* x, const void* y, const void* dy, const Moments& moments,
                          float epsilon, const float* weight, const float* sum_dy,
-                         const float* sum_dy_xhat, int64_t stride, void* dx) override {
+                         const float* sum_dy_xhat, int64_t stride, void* dx,
+                         const float* bias) override {
     cuda::BatchNormBackward(QueueOf(stream), shape, leaves, x, y, dy, moments, epsilon, weight,
-                            sum_dy, sum_dy_xhat, stride, dx);
+                            sum_dy, sum_dy_xhat, stride, dx, bias);
   }
   void LayerNormBackwardWeight(Stream& stream, const Leaves& leaves, int64_t features,
                                const float* x, const float* stats, const float* dy, float* dweight,

@@ -62,7 +62,8 @@ void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                        const void* x, const void* y, const void* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
-                       const float* sum_dy_xhat, int64_t sums_stride, void* dx);
+                       const float* sum_dy_xhat, int64_t sums_stride, void* dx,
+                       const float* bias = nullptr);
 // The sums of BatchNormGradient, and BatchNormBackward by each leaf's own, in one launch where
 // leaves are small.
 void BatchNormBackwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,

@@ -377,12 +377,19 @@ struct ForwardMap {
   };
 };
 
-template <bool kRelu, class T>
+// Where dy goes on: everywhere, where y is above 0, or where y would be if it were computed again.
+enum class Mask { kNone, kRead, kComputed };
+// Below it, what is above 0 is stored as 0.
+template <class T>
+constexpr float kStoredAsZero = sizeof(T) == sizeof(float) ? 0.0f : 0x1p-134f;
+
+template <Mask kMask, class T>
 struct BackwardMap {
   using Element = T;
   static constexpr int kUnroll = 2;  // rows whose loads are in flight
   static constexpr int kBlocks = 3;  // at least, of a multiprocessor
-  static constexpr int kConstants = 4, kInputs = 5;
+  static constexpr bool kComputes = kMask == Mask::kComputed;
+  static constexpr int kConstants = kComputes ? 5 : 4, kInputs = kComputes ? 6 : 5;
 
   const T* x;
   const T* y;
@@ -394,6 +401,7 @@ struct BackwardMap {
   const float* sum_dy_xhat;
   int64_t sums_stride;
   T* dx;
+  const float* bias;
 
   __device__ __forceinline__ void Read(int leaf, int column, float (&known)[kInputs]) const {
     const int64_t at = leaf * moments.stride + column, sums = leaf * sums_stride + column;
@@ -402,14 +410,16 @@ struct BackwardMap {
     known[2] = sum_dy[sums];
     known[3] = sum_dy_xhat[sums];
     known[4] = weight[column];
+    if constexpr (kComputes) known[5] = bias[column];
   }
-  // Centre, scale, offset and slope.
+  // Centre, scale, offset and slope, and the shift of y.
   __device__ __forceinline__ void Know(int64_t n, float (&known)[kInputs]) const {
     const float divisor = DivisorOf(moments, n);
     const float inverse = InverseDeviation(known[1] / divisor, epsilon);
     known[1] = inverse * known[4];
     known[2] = known[2] / divisor;
     known[3] = inverse * (known[3] / divisor);
+    if constexpr (kComputes) known[4] = known[5];
   }
 
   template <int kVector>
@@ -418,7 +428,7 @@ struct BackwardMap {
     __device__ __forceinline__ void Load(const BackwardMap& map, int64_t at) {
       x.Load(map.x + at);
       dy.Load(map.dy + at);
-      if constexpr (kRelu) y.Load(map.y + at);
+      if constexpr (kMask == Mask::kRead) y.Load(map.y + at);
     }
     __device__ __forceinline__ void Store(const BackwardMap& map,
                                           const Lanes<kVector> (&known)[kConstants],
@@ -427,8 +437,12 @@ struct BackwardMap {
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         float g = dy.At(v);
-        if constexpr (kRelu) g = ReluGradient(y.At(v), g);
         const float centred = x.At(v) - known[0].at[v];
+        if constexpr (kMask == Mask::kRead) g = ReluGradient(y.At(v), g);
+        if constexpr (kComputes) {
+          const float y = Fma(centred, known[1].at[v], known[4].at[v]);
+          g = y > kStoredAsZero<T> ? g : 0.0f;
+        }
         dx.at[v] = known[1].at[v] * Fma(0.0f - centred, known[3].at[v], g - known[2].at[v]);
       }
       StoreLanes<kVector>(map.dx + at, dx);
@@ -594,24 +608,26 @@ void WithForwardMap(const BatchNormShape& shape, const void* x, const Moments& m
   WithKind(shape, residual != nullptr, with);
 }
 
-// Calls run(BackwardMap) with the map of these operands.
+// Calls run(BackwardMap) with the map of these operands; bias null: y is read.
 template <class Run>
 void WithBackwardMap(const BatchNormShape& shape, const void* x, const void* y, const void* dy,
                      const Moments& moments, float epsilon, const float* weight,
                      const float* sum_dy, const float* sum_dy_xhat, int64_t sums_stride, void* dx,
-                     const Run& run) {
-  const auto with = [&]<bool kRelu, class T>() {
+                     const float* bias, const Run& run) {
+  const auto with = [&]<Mask kMask, class T>() {
     const auto elements = [](const void* p) { return static_cast<const T*>(p); };
-    run(BackwardMap<kRelu, T>{elements(x), elements(y), elements(dy), moments, epsilon, weight,
-                              sum_dy, sum_dy_xhat, sums_stride, static_cast<T*>(dx)});
+    run(BackwardMap<kMask, T>{elements(x), elements(y), elements(dy), moments, epsilon, weight,
+                              sum_dy, sum_dy_xhat, sums_stride, static_cast<T*>(dx), bias});
   };
   WithElement(shape.type, [&]<class T>() {
-    shape.relu ? with.template operator()<true, T>() : with.template operator()<false, T>();
+    if (!shape.relu) return with.template operator()<Mask::kNone, T>();
+    bias == nullptr ? with.template operator()<Mask::kRead, T>()
+                    : with.template operator()<Mask::kComputed, T>();
   });
 }
-template <bool kRelu, class T>
-bool IsWide(const BackwardMap<kRelu, T>& map, int64_t channels) {
-  return TakenWide(channels, map.x, map.dy, map.dx) && (!kRelu || IsAligned16(map.y));
+template <Mask kMask, class T>
+bool IsWide(const BackwardMap<kMask, T>& map, int64_t channels) {
+  return TakenWide(channels, map.x, map.dy, map.dx) && (kMask != Mask::kRead || IsAligned16(map.y));
 }
 
 }  // namespace
@@ -667,9 +683,9 @@ void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                        const void* x, const void* y, const void* dy, const Moments& moments,
                        float epsilon, const float* weight, const float* sum_dy,
-                       const float* sum_dy_xhat, int64_t sums_stride, void* dx) {
+                       const float* sum_dy_xhat, int64_t sums_stride, void* dx, const float* bias) {
   WithBackwardMap(shape, x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, sums_stride, dx,
-                  [&](const auto& map) {
+                  bias, [&](const auto& map) {
                     RunMap(q, shape.channels, leaves, IsWide(map, shape.channels), map);
                   });
 }
@@ -680,15 +696,17 @@ void BatchNormBackwardOfLeaves(const Queue& q, const BatchNormShape& shape, cons
                                float* sum_dy_xhat, int64_t stride, void* dx) {
   const int64_t c = shape.channels;
   WithBackwardMap(shape, x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, stride, dx,
-                  [&]<bool kRelu, class T>(const BackwardMap<kRelu, T>& map) {
-                    const GradientReduction<kRelu, false, T> sums = {
-                        map.x,   map.y,   map.dy, nullptr,     c,     moments,
-                        epsilon, nullptr, sum_dy, sum_dy_xhat, stride};
-                    if (!AreOneChunk<T>(leaves)) {
-                      RunGradient(q, leaves, sums);
-                      return RunMap(q, c, leaves, IsWide(map, c), map);
+                  nullptr, [&]<Mask kMask, class T>(const BackwardMap<kMask, T>& map) {
+                    if constexpr (kMask != Mask::kComputed) {
+                      const GradientReduction<kMask == Mask::kRead, false, T> sums = {
+                          map.x,   map.y,   map.dy, nullptr,     c,     moments,
+                          epsilon, nullptr, sum_dy, sum_dy_xhat, stride};
+                      if (!AreOneChunk<T>(leaves)) {
+                        RunGradient(q, leaves, sums);
+                        return RunMap(q, c, leaves, IsWide(map, c), map);
+                      }
+                      RunReduceAndMap(q, c, leaves, IsWide(map, c), sums, map);
                     }
-                    RunReduceAndMap(q, c, leaves, IsWide(map, c), sums, map);
                   });
 }
 
