@@ -82,6 +82,8 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 6, .width = 5, .in = 256, .out = 128, .kernel = 1},
       {.height = 6, .width = 5, .in = 128, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 4, .width = 5, .in = 256, .out = 256, .kernel = 3, .stride = 2, .padding = 1},
+      {.height = 7, .width = 5, .in = 128, .out = 64, .kernel = 3, .padding = 1},
+      {.height = 3, .width = 40, .in = 64, .out = 64, .kernel = 3, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 16, .kernel = 3, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 32, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 7, .width = 7, .in = 64, .out = 64, .kernel = 3, .stride = 2, .padding = 1},

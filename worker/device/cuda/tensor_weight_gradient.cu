@@ -486,24 +486,27 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
     plan.out_tile = run_out_tile;
     column_tiles = own_in / (16 * halves) * CeilDiv(s.kernel * s.kernel, kTapsOfTile);
   }
-  const bool stored = sizeof(X) == 2 && sizeof(Y) == 2;
-  const bool by_warpgroups = stored && !by_runs && own_in % 64 == 0 && own_out % 64 == 0 &&
-                             (own_out % 128 == 0 || columns % 128 == 0) && s.groups == 1 &&
-                             WarpgroupProcessors() > 0;
+  // Of those with warpgroup products, one, by the shape and the GPU.
+  constexpr bool kStored = sizeof(X) == 2 && sizeof(Y) == 2;
+  const bool as_stem = sizeof(X) == 4 && sizeof(Y) == 2 && GoesAsStem(s);
+  const bool by_warpgroup_runs = kStored && GoesByWarpgroupRuns(s);
+  const bool by_warpgroups = kStored && !by_warpgroup_runs && !by_runs && own_in % 64 == 0 &&
+                             own_out % 64 == 0 && (own_out % 128 == 0 || columns % 128 == 0) &&
+                             s.groups == 1 && WarpgroupProcessors() > 0;
   const GradientTiles warpgroup_tiles = WarpgroupGradientTiles(own_out, columns);
   if (by_warpgroups) {
     plan.out_tile = warpgroup_tiles.outs;
     column_tiles = columns / warpgroup_tiles.columns;
   }
+  if (by_warpgroup_runs) column_tiles = own_in / 64, plan.out_tile = 64;
   const int64_t out_tiles = CeilDiv(own_out, plan.out_tile);
   // So that 16 rows make so many blocks, of not too few places.
   const int64_t tiles = s.groups * out_tiles * column_tiles;
   const bool large = elements >= tiles * 8192;
-  const bool as_stem = sizeof(X) == 4 && sizeof(Y) == 2 && GoesAsStem(s);
-  const int64_t blocks_of_16_rows = by_warpgroups ? 16 : large ? 32 : 64;
-  const int64_t wanted = as_stem
-                             ? out_places / 4
-                             : std::max<int64_t>(128, out_places * tiles * 16 / blocks_of_16_rows);
+  const int64_t blocks = by_warpgroup_runs ? 8 : by_warpgroups ? 16 : large ? 32 : 64;
+  const int64_t wanted =
+      as_stem ? out_places / 4 : std::max<int64_t>(128, out_places * tiles * 16 / blocks);
+  const int64_t depth = as_stem || by_warpgroup_runs ? s.out_width() : 64;
   WeightGradient g = {static_cast<int>(s.height),
                       static_cast<int>(s.width),
                       static_cast<int>(s.in),
@@ -538,6 +541,10 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
     }
     // Which kernel it is changes no bit; chunks follow from the shape alone.
     if constexpr (sizeof(X) == 2 && sizeof(Y) == 2) {
+      if (by_warpgroup_runs) {
+        g.wide = IsAligned16(x) && IsAligned16(dy);
+        return LaunchWarpgroupRuns(q, g, part, chunks, x, dy, results);
+      }
       if (by_warpgroups) {
         g.wide = IsAligned16(x) && IsAligned16(dy);
         return LaunchWarpgroupWeightGradient(q, g, warpgroup_tiles, part, chunks, x, dy, results);
@@ -561,8 +568,7 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
   };
   const int64_t floats = static_cast<int64_t>(TensorScratchBytes(s) / sizeof(float));
   const PartialSums partial = {static_cast<float*>(scratch), floats, floats / 4};
-  SumOverPlaces(q, leaves, out_places, wanted, as_stem ? s.out_width() : 64, elements, partial, dw,
-                stride, multiply);
+  SumOverPlaces(q, leaves, out_places, wanted, depth, elements, partial, dw, stride, multiply);
 }
 
 }  // namespace

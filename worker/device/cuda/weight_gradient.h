@@ -249,6 +249,11 @@ void LaunchWarpgroupWeightGradient(const Queue& q, const WeightGradient& s,
                                    const GradientTiles& tiles, const Chunks& leaves,
                                    uint32_t chunks, const StoredBf16* x, const StoredBf16* dy,
                                    float* results);
+// And of 3 x 3 kernels that keep the size (warpgroup_runs.cu); chunks are of whole rows.
+bool GoesByWarpgroupRuns(const Conv2dShape& s);
+void LaunchWarpgroupRuns(const Queue& q, const WeightGradient& s, const Chunks& leaves,
+                         uint32_t chunks, const StoredBf16* x, const StoredBf16* dy,
+                         float* results);
 // And of images that GoesAsStem; chunks are of whole rows of the output.
 void LaunchStemWeightGradient(const Queue& q, const WeightGradient& s, int64_t out_width,
                               const Chunks& leaves, uint32_t chunks, const float* x,
