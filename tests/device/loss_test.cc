@@ -42,8 +42,10 @@ int64_t CorrectRows(int64_t classes, const std::vector<float>& x,
 }
 
 TEST_P(LossTest, SoftmaxMatchesTheReference) {
-  for (int64_t classes : {1, 2, 3, 10, 15, 16, 17, 31, 33, 100, 1000}) {
+  for (int64_t classes :
+       {1, 2, 3, 10, 15, 16, 17, 31, 33, 100, 200, 500, 700, 1000, 1100, 3000, 6000, 8000}) {
     for (int64_t rows : {1, 3, 16, 17}) {
+      if (classes > 1000 && rows > 3) continue;
       const std::vector<float> x = RandomFloats(rows * classes, 50, -6, 6);
       const std::vector<int32_t> labels = Labels(rows, classes);
       const float scale = 1.0f / 64;

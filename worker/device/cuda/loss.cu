@@ -21,8 +21,9 @@ struct RowResult {
 // ---- a row's threads: a warp, or a block where a row is long. Reductions give all of them the
 // same. Element i belongs to thread i / 4 % kThreads, whatever the alignment.
 
+// A NaN is no largest; and which zero it is, of two, does not matter.
 struct Larger {
-  __device__ float operator()(float a, float b) const { return Maximum(a, b); }
+  __device__ float operator()(float a, float b) const { return __builtin_fmaxf(a, b); }
 };
 struct Smaller {
   __device__ int operator()(int a, int b) const { return a < b ? a : b; }
@@ -30,6 +31,8 @@ struct Smaller {
 struct Sum {
   __device__ double operator()(double a, double b) const { return a + b; }
 };
+
+constexpr int kSpare = 2;  // of the fours of a thread that holds them
 
 template <int kThreads>
 class Team {
@@ -67,15 +70,18 @@ class Team {
 
   // Calls take(which four, place, first element, count) for this thread's elements, of which it has
   // at most kHeld fours: each may be held in registers. Places count from the thread's first
-  // element, so that they are constants where they can be.
-  template <int kHeld, class Take>
+  // element, so that they are constants where they can be. Of kHeld fours the last kSpare may not
+  // be there: with kAll take is called for these too, with a count of 0 or less.
+  template <int kHeld, bool kAll = false, class Take>
   __device__ __forceinline__ void ForEachHeld(int size, const Take& take) const {
     const int own = 4 * thread();
     if constexpr (kHeld > 0) {
 #pragma unroll
       for (int h = 0; h < kHeld; ++h) {
         const int place = 4 * h * kThreads, i = own + place;
-        if (i < size) take(h, place, i, size - i < 4 ? size - i : 4);
+        if (kAll || h + kSpare < kHeld || i < size) {
+          take(h, place, i, size - i < 4 ? size - i : 4);
+        }
       }
     } else {
       for (int i = own; i < size; i += 4 * kThreads) {
@@ -95,13 +101,14 @@ class Team {
   double* const shared_;
 };
 
-// kAligned: every row begins on a 16-byte boundary and has a multiple of four elements.
+// kAligned: every row begins on a 16-byte boundary and has a multiple of four elements. Those that
+// are not there are `rest`.
 template <bool kAligned>
-__device__ __forceinline__ Lanes<4> LoadFour(const float* p, int count) {
+__device__ __forceinline__ Lanes<4> LoadFour(const float* p, int count, float rest = 0) {
   if constexpr (kAligned) {
     return LoadLanes<4>(p);
   } else {
-    Lanes<4> result = {};
+    Lanes<4> result = {{rest, rest, rest, rest}};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (k < count) result.at[k] = p[k];
@@ -128,7 +135,7 @@ __device__ __forceinline__ float LargestOf(const T& team, int64_t size, const fl
     const Lanes<4> v = LoadFour<kAligned>(x + i, count);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (kAligned || k < count) largest = Maximum(v.at[k], largest);  // a NaN is no largest
+      if (kAligned || k < count) largest = Larger()(v.at[k], largest);
     }
   });
   return team.Reduce(largest, Larger());
@@ -152,58 +159,64 @@ struct CrossEntropy {
     const float* const begin = logits + row * features;
     const float* const x = begin + 4 * team.thread();
     const int size = static_cast<int>(features), label = labels[row];
+    constexpr float kLeast = -__builtin_inff();
     Lanes<4> held[kHeld > 0 ? kHeld : 1];
     if constexpr (kHeld > 0) {
-      team.template ForEachHeld<kHeld>(size, [&](int h, int place, int, int count) {
-        held[h] = LoadFour<kAligned>(x + place, count);
+      // What is not there is no largest, and its exponential is 0.
+      team.template ForEachHeld<kHeld, true>(size, [&](int h, int place, int i, int count) {
+        held[h] = {{kLeast, kLeast, kLeast, kLeast}};
+        if (h + kSpare < kHeld || i < size) held[h] = LoadFour<kAligned>(x + place, count, kLeast);
       });
+      // Else the compiler would sink loads to where they are needed, behind another's time.
+      __syncwarp();
     }
     const auto values = [&](int h, int place, int count) {
       if constexpr (kHeld > 0) {
         return held[h];
       } else {
-        return LoadFour<kAligned>(x + place, count);
+        return LoadFour<kAligned>(x + place, count, kLeast);
       }
     };
     const float own_logit = begin[label];
-    float largest = -__builtin_inff();
-    team.template ForEachHeld<kHeld>(size, [&](int h, int place, int, int count) {
+    float largest = kLeast;
+    team.template ForEachHeld<kHeld, true>(size, [&](int h, int place, int, int count) {
       const Lanes<4> v = values(h, place, count);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (kAligned || k < count) largest = Maximum(v.at[k], largest);  // a NaN is no largest
-      }
+      for (int k = 0; k < 4; ++k) largest = Larger()(v.at[k], largest);
     });
     largest = team.Reduce(largest, Larger());
-    double sum = 0, differences = 0;
-    int first = size;
-    team.template ForEachHeld<kHeld>(size, [&](int h, int place, int i, int count) {
-      Lanes<4> v = values(h, place, count);
-      bool any = false;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) any |= (kAligned || k < count) && v.at[k] == largest;
-      if (any && first == size) {  // seldom
+    // Whether the label's is the first of the largest.
+    int first = own_logit == largest ? label : size;
+    if (first < size) {
+      team.template ForEachHeld<kHeld>(size, [&](int h, int place, int i, int count) {
+        const Lanes<4> v = values(h, place, count);
 #pragma unroll
         for (int k = 3; k >= 0; --k) {
-          if ((kAligned || k < count) && v.at[k] == largest) first = i + k;
+          if (v.at[k] == largest && i + k < first) first = i + k;
         }
-      }
-      if (share > 0) {
+      });
+      first = team.Reduce(first, Smaller());
+    }
+    double sum = 0, differences = 0;
+    if (share > 0) {
+      team.template ForEachHeld<kHeld>(size, [&](int h, int place, int, int count) {
+        const Lanes<4> v = values(h, place, count);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           if (kAligned || k < count) differences += static_cast<double>(v.at[k] - largest);
         }
-      }
+      });
+    }
+    team.template ForEachHeld<kHeld, true>(size, [&](int h, int place, int, int count) {
+      Lanes<4> v = values(h, place, count);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (!kAligned && k >= count) continue;
         v.at[k] = Exp<Range::kNotAbove0>(v.at[k] - largest);
         sum += static_cast<double>(v.at[k]);
       }
       if constexpr (kHeld > 0) held[h] = v;  // they are what the gradient needs
     });
     sum = team.Reduce(sum, Sum());
-    first = team.Reduce(first, Smaller());
     const double at_label = static_cast<double>(own_logit) - static_cast<double>(largest);
     RowResult result = {Log(sum) - at_label, first == label ? 1 : 0};
     if (share > 0) {
@@ -359,15 +372,18 @@ __global__ void __launch_bounds__(kWarp* kLeafWarps, 1)
 
 constexpr int kRowThreads = 256;
 
+// Of a block, which another takes the place of when all of its rows are done: few.
+template <int kTeam>
+constexpr int kTeamThreads = kTeam == kWarp ? 4 * kWarp : kRowThreads;
 // Blocks of a multiprocessor: no more, so that registers suffice for loads in flight.
-template <int kHeld>
-constexpr int kRowBlocks = kHeld == 8 ? 3 : 4;
+template <int kTeam, int kHeld>
+constexpr int kRowBlocks = (kHeld > 4 ? 768 : 1024) / kTeamThreads<kTeam>;
 
 template <class Loss, int kTeam, bool kAligned, int kHeld>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<kHeld>)
+__global__ void __launch_bounds__(kTeamThreads<kTeam>, (kRowBlocks<kTeam, kHeld>))
     LossOfRows(Loss loss, int64_t first, int64_t rows, RowResult* row_results) {
   WaitForPrevious();
-  constexpr int kTeams = kRowThreads / kTeam;
+  constexpr int kTeams = kTeamThreads<kTeam> / kTeam;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * kTeams + static_cast<int>(threadIdx.x) / kTeam;
   if (row >= rows) return;  // a team, as a whole
@@ -419,13 +435,24 @@ void RunRows(const Queue& q, const Loss& loss, const Leaves& leaves, int64_t fir
   const int64_t rows = leaves.total() - first;
   auto* const row_results = static_cast<RowResult*>(q.workspace);
   if (rows > 0) {
-    Launch(q, dim3(static_cast<unsigned>(CeilDiv(rows, kRowThreads / kTeam))), dim3(kRowThreads),
-           sizeof(double) * kRowThreads / kWarp, LossOfRows<Loss, kTeam, kAligned, kHeld>, loss,
-           first, rows, row_results);
+    constexpr int kThreads = kTeamThreads<kTeam>;
+    Launch(q, dim3(static_cast<unsigned>(CeilDiv(rows, kThreads / kTeam))), dim3(kThreads),
+           sizeof(double) * kThreads / kWarp, LossOfRows<Loss, kTeam, kAligned, kHeld>, loss, first,
+           rows, row_results);
   }
   Launch(q, dim3(static_cast<unsigned>(leaves.count)), dim3(kSumThreads),
          (sizeof(double) + sizeof(int64_t)) * kSumThreads, SumRows<Loss>, leaves, first,
          row_results, add, results);
+}
+
+// Rows of so many fours a thread, all held. Else `run`.
+template <class Loss, int kTeam, class Run>
+Run HoldingRows(int64_t fours, Run run) {
+  return fours <= 2   ? RunRows<Loss, kTeam, true, 2>
+         : fours <= 4 ? RunRows<Loss, kTeam, true, 4>
+         : fours <= 6 ? RunRows<Loss, kTeam, true, 6>
+         : fours <= 8 ? RunRows<Loss, kTeam, true, 8>
+                      : run;
 }
 
 template <bool kAligned, class Loss>
@@ -452,10 +479,10 @@ void RunAligned(const Queue& q, const Loss& loss, const Leaves& leaves, LeafResu
   if (few) run = RunRows<Loss, kWarp, kAligned, kFew>;
   if constexpr (Loss::kHolds && kAligned) {
     const int64_t fours = CeilDiv(loss.features, 4 * (by_warp ? kWarp : kRowThreads));
-    if (by_warp && fours > 1) {
-      run = fours <= 4 ? RunRows<Loss, kWarp, true, 4> : RunRows<Loss, kWarp, true, 8>;
-    } else if (!by_warp && fours <= 8) {
-      run = fours <= 4 ? RunRows<Loss, kRowThreads, true, 4> : RunRows<Loss, kRowThreads, true, 8>;
+    if (!by_warp) {
+      run = HoldingRows<Loss, kRowThreads>(fours, run);
+    } else if (!few) {
+      run = HoldingRows<Loss, kWarp>(fours, run);
     }
   }
   if (leaves.total() - leaves.begin[0] <= kMostRows) {
