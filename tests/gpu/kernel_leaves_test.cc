@@ -128,6 +128,29 @@ TEST_F(KernelLeavesTest, BatchNormLeavesHaveTheBitsThatTheyHaveAlone) {
   }
 }
 
+// Alone, a leaf's chunks are a block's each; together a block takes several, one after another.
+TEST_F(KernelLeavesTest, LeavesOfManyChunksHaveTheBitsThatTheyHaveAlone) {
+  constexpr int64_t kChannels = 72;
+  const auto check = [&]<class T>(ElementType type, const Buffer<T>& x,
+                                  const std::vector<int64_t>& rows) {
+    ExpectLeavesAlone(rows, {{0, kChannels}, {0, kChannels}, {0, kChannels}},
+                      [&](const Call& call, const std::vector<float*>& out) {
+                        const T* const at = x + call.row * kChannels;
+                        BatchNormMoments(q(), kChannels, call.leaves, at, out[0], out[1], kChannels,
+                                         type);
+                        ColumnSums(q(), call.leaves, kChannels, at, out[2], kChannels, type);
+                      });
+  };
+  std::vector<int64_t> rows(30, 2100);
+  rows[3] = 0, rows[4] = 17, rows[5] = 2179, rows[7] = 20000;
+  const Buffer<float> x(RandomFloats(LeavesOf(rows).total() * kChannels, 1, -2, 4));
+  check(ElementType::kFp32, x, rows);
+  const std::vector<int64_t> longer = {4200, 4097, 0, 300, 8333, 4300, 4200, 9000, 4351};
+  Buffer<uint16_t> rounded(static_cast<size_t>(LeavesOf(longer).total() * kChannels), uint16_t{0});
+  RoundToBf16(q(), LeavesOf(longer).total() * kChannels, x, rounded);
+  check(ElementType::kBf16, rounded, longer);
+}
+
 // Of a norm's two passes: where leaves are small in one launch, which may write over what it reads.
 TEST_F(KernelLeavesTest, NormsOfLeavesHaveTheBitsOfTwoPasses) {
   const auto check = [&]<class T>(ElementType type, const std::vector<T>& some,
