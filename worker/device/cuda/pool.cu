@@ -1,5 +1,5 @@
-// Pooling over NHWC, a thread per output (backward: per input, but where windows do not overlap) of
-// one or four channels. Windows are walked in raster order; backward gathers from the windows that
+// Pooling over NHWC, a thread per output (backward: per input, or per two by two of them) of one or
+// four channels. Windows are walked in raster order; backward gathers from the windows that
 // cover an input, in raster order.
 #include "worker/device/cuda/divisor.h"
 #include "worker/device/cuda/kernels.h"
@@ -108,40 +108,6 @@ __device__ __forceinline__ void ForEachCover(const Geometry& g, const Place& inp
   }
 }
 
-// The same where no more than two by two windows cover an input: load(i, j, element) for all of
-// them, and then body(i, j, place in the window), so that the loads are in flight together.
-template <class Load, class Body>
-__device__ __forceinline__ void ForEachOfFourCovers(const Geometry& g, const Place& input,
-                                                    const Load& load, const Body& body) {
-  const int y = input.y + g.padding, x = input.x + g.padding;
-  const int last_y = static_cast<int>(g.by_stride.Quotient(static_cast<uint32_t>(y)));
-  const int last_x = static_cast<int>(g.by_stride.Quotient(static_cast<uint32_t>(x)));
-  // From the last back, which is found by one division.
-  const auto covers = [&](int i, int j) {
-    const int oy = last_y - 1 + i, ox = last_x - 1 + j;
-    return oy >= 0 && oy < g.out_height && y - oy * g.stride < g.kernel && ox >= 0 &&
-           ox < g.out_width && x - ox * g.stride < g.kernel;
-  };
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (!covers(i, j)) continue;
-      const int64_t output =
-          (int64_t{input.row} * g.out_height + last_y - 1 + i) * g.out_width + last_x - 1 + j;
-      load(i, j, output * g.channels + input.channel);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (!covers(i, j)) continue;
-      body(i, j, (y - (last_y - 1 + i) * g.stride) * g.kernel + x - (last_x - 1 + j) * g.stride);
-    }
-  }
-}
-
 template <int kLanes>
 __device__ __forceinline__ uint32_t LoadBytes(const uint8_t* p) {
   if constexpr (kLanes == 4) {
@@ -186,8 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   StoreBytes<kLanes>(argmax + int64_t{index} * kLanes, places);
 }
 
-// kOfFour: kernel <= 2 stride.
-template <int kLanes, bool kOfFour, class T>
+template <int kLanes, class T>
 __global__ void __launch_bounds__(kThreads)
     MaxBackward(uint32_t threads, Geometry g, const T* __restrict__ dy,
                 const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
@@ -195,60 +160,77 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
   Lanes<kLanes> sum = {};
-  const auto add = [&sum](int at, uint32_t winners, const Held<T, kLanes>& gradient) {
+  ForEachCover(g, Place(g, index, kLanes), [&](int at, int64_t element) {
+    Held<T, kLanes> gradient;
+    gradient.Load(dy + element);
+    const uint32_t winners = LoadBytes<kLanes>(argmax + element);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
       const bool won = ((winners >> (8 * k)) & 0xFFu) == static_cast<uint32_t>(at);
       sum.at[k] = sum.at[k] + (won ? gradient.At(k) : 0.0f);
     }
-  };
-  const Place input(g, index, kLanes);
-  if constexpr (kOfFour) {
-    uint32_t winners[2][2];
-    Held<T, kLanes> gradient[2][2];
-    ForEachOfFourCovers(
-        g, input,
-        [&](int i, int j, int64_t element) {
-          winners[i][j] = LoadBytes<kLanes>(argmax + element);
-          gradient[i][j].Load(dy + element);
-        },
-        [&](int i, int j, int at) { add(at, winners[i][j], gradient[i][j]); });
-  } else {
-    ForEachCover(g, input, [&](int at, int64_t element) {
-      Held<T, kLanes> gradient;
-      gradient.Load(dy + element);
-      add(at, LoadBytes<kLanes>(argmax + element), gradient);
-    });
-  }
+  });
   StoreLanes<kLanes>(dx + int64_t{index} * kLanes, sum);
 }
 
-// Where windows neither overlap nor leave an input out (stride = kernel = kKernel, no padding): a
-// thread for an output, which is read once, writes all of its window.
+// Of stride 2, a thread for each cell of two by two inputs, counted with the padding: the windows
+// that cover one begin at this cell or, where they are larger, at those before it. They are read
+// once, all at the same time, and their places in them are known.
 template <int kLanes, int kKernel, class T>
 __global__ void __launch_bounds__(kThreads)
-    MaxBackwardTiles(uint32_t threads, Geometry g, const T* __restrict__ dy,
+    MaxBackwardCells(uint32_t threads, Geometry g, const T* __restrict__ dy,
                      const uint8_t* __restrict__ argmax, T* __restrict__ dx) {
   WaitForPrevious();
   const uint32_t index = ThreadIndex();
   if (index >= threads) return;
-  const uint32_t winners = LoadBytes<kLanes>(argmax + int64_t{index} * kLanes);
-  const Lanes<kLanes> gradient = LoadLanes<kLanes>(dy + int64_t{index} * kLanes);
-  const Place output(g, index, kLanes);
-  T* const window =
-      dx + InputAt(g, output.row, output.y * kKernel, output.x * kKernel, output.channel);
+  constexpr int kStride = 2, kReach = (kKernel + kStride - 1) / kStride;
+  const Place cell(g, index, kLanes);
+  uint32_t winners[kReach][kReach];
+  Held<T, kLanes> gradient[kReach][kReach];
 #pragma unroll
-  for (int i = 0; i < kKernel; ++i) {
-    T* const to = window + int64_t{i} * g.width * g.channels;
+  for (int i = 0; i < kReach; ++i) {
 #pragma unroll
-    for (int j = 0; j < kKernel; ++j) {
-      Lanes<kLanes> sum;
+    for (int j = 0; j < kReach; ++j) {
+      const int y = cell.y - (kReach - 1) + i, x = cell.x - (kReach - 1) + j;
+      // Where there is no window, another's, of which nothing is taken.
+      const int from_y = min(max(y, 0), g.out_height - 1);
+      const int from_x = min(max(x, 0), g.out_width - 1);
+      const uint32_t element =
+          ((cell.row * g.out_height + from_y) * g.out_width + from_x) * g.channels + cell.channel;
+      gradient[i][j].Load(dy + element);
+      winners[i][j] = LoadBytes<kLanes>(argmax + element);
+      if (y != from_y || x != from_x) winners[i][j] = ~0u;
+    }
+  }
+  Lanes<kLanes> sum[kStride][kStride] = {};
+#pragma unroll
+  for (int window = 0; window < kReach * kReach; ++window) {
+    const int i = window / kReach, j = window % kReach;
+#pragma unroll
+    for (int input = 0; input < kStride * kStride; ++input) {
+      const int y = kStride * (kReach - 1 - i) + input / kStride;
+      const int x = kStride * (kReach - 1 - j) + input % kStride;
+      if (y >= kKernel || x >= kKernel) continue;
+      Lanes<kLanes>& to = sum[input / kStride][input % kStride];
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) {
-        const bool won = ((winners >> (8 * k)) & 0xFFu) == static_cast<uint32_t>(i * kKernel + j);
-        sum.at[k] = 0.0f + (won ? gradient.at[k] : 0.0f);  // as a sum of one: no -0
+        const uint32_t place = (winners[i][j] >> (8 * k)) & 0xFFu;
+        // A sum is never -0, which 0 would change.
+        if (place == static_cast<uint32_t>(y * kKernel + x)) {
+          to.at[k] = to.at[k] + gradient[i][j].At(k);
+        }
       }
-      StoreLanes<kLanes>(to + j * g.channels, sum);
+    }
+  }
+  const int top = kStride * cell.y - g.padding, left = kStride * cell.x - g.padding;
+  const uint32_t first = ((cell.row * g.height + top) * g.width + left) * g.channels + cell.channel;
+#pragma unroll
+  for (int i = 0; i < kStride; ++i) {
+#pragma unroll
+    for (int j = 0; j < kStride; ++j) {
+      if (top + i < 0 || top + i >= g.height || left + j < 0 || left + j >= g.width) continue;
+      const uint32_t element = first + (i * g.width + j) * g.channels;
+      StoreLanes<kLanes>(dx + element, sum[i][j]);
     }
   }
 }
@@ -397,16 +379,18 @@ int64_t OutputOf(const PoolShape& shape) {
 }
 
 // Calls launch(first row, geometry, threads) for parts of the rows; a thread for `lanes` elements
-// of y, or of x.
-enum class Walk { kOutputs, kInputs };
+// of y, of x, or of cells of two by two places of x with its padding.
+enum class Walk { kOutputs, kInputs, kCells };
 template <class LaunchPart>
 void ForEachPartOf(Walk walk, const PoolShape& shape, int64_t rows, int lanes, LaunchPart launch) {
-  const int64_t in = InputOf(shape), out = OutputOf(shape);
-  const bool outputs = walk == Walk::kOutputs;
-  const Geometry geometry(shape, lanes, outputs ? shape.out_height() : shape.height,
-                          outputs ? shape.out_width() : shape.width);
-  ForEachPart(rows, std::max(in, out), [&](int64_t row, int64_t count) {
-    launch(row, geometry, static_cast<uint32_t>(count * (outputs ? out : in) / lanes));
+  const auto places = [&](int64_t in, int64_t out) {
+    return walk == Walk::kOutputs ? out : walk == Walk::kInputs ? in : (in + shape.padding + 1) / 2;
+  };
+  const int64_t height = places(shape.height, shape.out_height()),
+                width = places(shape.width, shape.out_width());
+  const Geometry geometry(shape, lanes, height, width);
+  ForEachPart(rows, std::max(InputOf(shape), OutputOf(shape)), [&](int64_t row, int64_t count) {
+    launch(row, geometry, static_cast<uint32_t>(count * height * width * (shape.channels / lanes)));
   });
 }
 
@@ -425,12 +409,11 @@ void RunMaxForward(const Queue& q, const PoolShape& shape, int64_t rows, const T
 template <int kLanes, class T>
 void RunMaxBackward(const Queue& q, const PoolShape& shape, int64_t rows, const T* dy,
                     const uint8_t* argmax, T* dx) {
-  const bool tiles = shape.kernel == 2 && shape.stride == 2 && shape.padding == 0 &&
-                     shape.height % 2 == 0 && shape.width % 2 == 0;
-  const auto kernel = tiles                              ? MaxBackwardTiles<kLanes, 2, T>
-                      : shape.kernel <= 2 * shape.stride ? MaxBackward<kLanes, true, T>
-                                                         : MaxBackward<kLanes, false, T>;
-  const Walk walk = tiles ? Walk::kOutputs : Walk::kInputs;
+  const bool cells = shape.stride == 2 && (shape.kernel == 2 || shape.kernel == 3);
+  const auto kernel = !cells              ? MaxBackward<kLanes, T>
+                      : shape.kernel == 2 ? MaxBackwardCells<kLanes, 2, T>
+                                          : MaxBackwardCells<kLanes, 3, T>;
+  const Walk walk = cells ? Walk::kCells : Walk::kInputs;
   ForEachPartOf(walk, shape, rows, kLanes, [&](int64_t row, auto& g, uint32_t threads) {
     Launch(q, GridOf(threads), dim3(kThreads), 0, kernel, threads, g, dy + row * OutputOf(shape),
            argmax + row * OutputOf(shape), dx + row * InputOf(shape));
