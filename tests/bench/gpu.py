@@ -12,8 +12,8 @@ Rows, all with `ratio` above 1 where Lockstep is better and null where there is 
   host/M/B/P                       percent of the time that the thread of the slot, 8 shards, is not on a processor
   exactness/M/B/P                  percent of samples/s that 8 shards and their canonical tree cost against one shard,
                                    whose gradient has no second one to be added to
-  early/M/B/P                      percent of samples/s that 8 shards gain by kernels that are put on the multiprocessors
-                                   before the one before has ended
+  early/M/B/P                      with --early: percent of samples/s that 8 shards gain by kernels that are put on the
+                                   multiprocessors before the one before has ended
   memory/M/B/P/S                   peak MB of GPU memory: ours of the whole process, its context included, as nvidia-smi
                                    shows it; PyTorch's of its tensors
   trace/M/B/P/CLASS                with --trace: percent of the time of 8 shards' steps that each class of kernels takes
@@ -22,7 +22,8 @@ Rows, all with `ratio` above 1 where Lockstep is better and null where there is 
 
 Values are medians over the rounds, ratios medians of the ratios within the rounds, of two measurements one directly
 after the other. PyTorch's ways are prepared before anything is measured, compilation included, and sleep while others
-are measured. What --limit leaves no time for is told and not measured.
+are measured; those of resnet50, which take tens of GB each, by themselves, or with --together with the others'. What
+--limit leaves no time for is told and not measured.
 """
 import argparse
 import contextlib
@@ -68,7 +69,7 @@ TRACED_STEPS = 200
 OWN_KERNEL = re.compile(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)")
 LIBRARIES = (("cuDNN", re.compile("cudnn|fprop|dgrad|wgrad|nchw|nhwc", re.IGNORECASE)),
              ("cuBLASLt", re.compile("gemm|cutlass|xmma|nvjet|splitk|cublas", re.IGNORECASE)))
-# Groups whose PyTorch processes live at the same time: those of resnet50 take tens of GB each.
+# Models each of whose PyTorch processes lives by itself.
 ALONE = ("resnet50",)
 LATE = {"LOCKSTEP_CUDA_EARLY_LAUNCH": "0"}
 
@@ -316,6 +317,8 @@ class Benchmark:
 
     def groups(self):
         together = [one for one in self.configurations() if one[0] not in ALONE]
+        if self.options.together:
+            return [list(self.configurations())]
         return ([together] if together else []) + [[one] for one in self.configurations() if one[0] in ALONE]
 
     def measure(self):
@@ -396,7 +399,7 @@ class Benchmark:
         def run_in_turn(steps):
             with changed_environment(LATE):
                 return self.own.run_steps(spec, [*overrides, "train.shards=8"], steps)
-        in_turn = ["8 shards, kernels launched in turn"] if model not in ALONE else []
+        in_turn = ["8 shards, kernels launched in turn"] if self.options.early else []
         for name in in_turn:
             turns.add(name, run_in_turn)
         ways = []
@@ -536,6 +539,8 @@ def main():
     parser.add_argument("--ways", type=names, default=["eager", "graphed", "compiled"], help="PyTorch's; empty: none")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", action="store_true", help="prepare all of PyTorch's ways at once")
+    parser.add_argument("--early", action="store_true", help="also what kernels that begin early gain")
     parser.add_argument("--trace", action="store_true", help="also which kernels a step's time goes to")
     parser.add_argument("--limit", type=float, default=1500, help="seconds after which nothing new is measured")
     options = parser.parse_args()

@@ -10,7 +10,7 @@
 # gpu: the same on one GPU, beside PyTorch's eager, graphed and compiled steps; also from an unpacked bundle
 # (deploy/bundle.sh). The head of tests/bench/gpu.py says what each row is.
 # usage: tests/bench/run.sh gpu [--out FOLDER] [--models mlp,lenet,lstm,resnet20,resnet50] [--precisions fp32,tf32,bf16]
-#          [--ways eager,graphed,compiled] [--seconds N] [--rounds N] [--limit SECONDS] [--trace]
+#          [--ways eager,graphed,compiled] [--seconds N] [--rounds N] [--limit SECONDS] [--together] [--early] [--trace]
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "$0")/../.."

@@ -194,7 +194,20 @@ TEST_F(KernelLeavesTest, NormsOfLeavesHaveTheBitsOfTwoPasses) {
         EXPECT_TRUE(SameBytes(over.Read(), dx.Read()));
         if (!relu || adds) continue;
         // Where y is above 0, is computed again.
-        const Buffer<T> again(elements, T(), lead);
+        const Buffer<T> again(elements, T(), lead), g(elements, T(), lead),
+            same_g(elements, T(), lead);
+        const Buffer<float> same_sums(records, -1.0f);
+        BatchNormGradient(q(), shape, leaves, x, nullptr, dy, nullptr, own, kEpsilon, nullptr,
+                          same_sums, same_sums + c, stride, weight, bias);
+        EXPECT_TRUE(SameBytes(same_sums.Read(), sums.Read()));
+        BatchNormGradient(q(), shape, leaves, x, y, dy, more, own, kEpsilon, g, sums, sums + c,
+                          stride);
+        BatchNormGradient(q(), shape, leaves, x, nullptr, dy, more, own, kEpsilon, same_g,
+                          same_sums, same_sums + c, stride, weight, bias);
+        EXPECT_TRUE(SameBytes(same_g.Read(), g.Read()));
+        EXPECT_TRUE(SameBytes(same_sums.Read(), sums.Read()));
+        BatchNormGradient(q(), shape, leaves, x, y, dy, nullptr, own, kEpsilon, nullptr, sums,
+                          sums + c, stride);
         BatchNormBackward(q(), shape, leaves, x, nullptr, dy, own, kEpsilon, weight, sums, sums + c,
                           stride, again, bias);
         EXPECT_TRUE(SameBytes(again.Read(), dx.Read()));

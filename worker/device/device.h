@@ -329,14 +329,16 @@ class Device {
   // g = dy + more (null: none), masked by y > 0 where shape.relu: what reaches the residual, and
   // the dy of BatchNormBackward with a shape without relu. g null: not wanted. In the same pass
   // sum_dy[c] = sum g, sum_dy_xhat[c] = sum g * xhat, of g as it is stored. g may alias an input.
+  // weight and bias (null: not told) are told where y is BatchNormForward's by them and the same
+  // moments, without a residual: a device may then compute again where it is above 0, rather than
+  // read it.
   virtual void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                  const void* x, const void* y, const void* dy, const void* more,
                                  const Moments& moments, float epsilon, void* g, float* sum_dy,
-                                 float* sum_dy_xhat, int64_t stride = 0) = 0;
+                                 float* sum_dy_xhat, int64_t stride = 0,
+                                 const float* weight = nullptr, const float* bias = nullptr) = 0;
   // dx = weight * inv_std * (dy - sum_dy / n - xhat * sum_dy_xhat / n), n that of the moments, dy
-  // masked by y > 0 where shape.relu. dx may alias x, y or dy. bias (null: not told) is told where
-  // y is BatchNormForward's of all these and no residual: a device may then compute again where it
-  // is above 0, rather than read it.
+  // masked by y > 0 where shape.relu. dx may alias x, y or dy. bias (null: not told) as above.
   virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                  const void* x, const void* y, const void* dy,
                                  const Moments& moments, float epsilon, const float* weight,

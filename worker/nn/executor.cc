@@ -398,6 +398,7 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   const void* y = Bytes(call.b, frame);
   const void* dy = Bytes(call.c, frame);
   const device::BatchNormShape masked = {c.channels, call.b != kNoValue, c.norm.type};
+  const float* const own_bias = node.fused_add < 0 ? bias : nullptr;
   // Leaves only add, so a leaf's share of the gradient is its own sums, also with whole-batch
   // moments.
   const bool in_leaf = context.leaves_stay && !c.synchronized;
@@ -411,7 +412,7 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   if (sums_alone || call.whole) {
     if (sums_alone) {
       device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Bytes(call.d, frame), moments,
-                                c.epsilon, out, sum_dy, sum_dy_xhat, stride);
+                                c.epsilon, out, sum_dy, sum_dy_xhat, stride, weight, own_bias);
     } else {
       device_.BatchNormBackwardOfLeaves(stream, masked, leaves, x, y, dy, moments, c.epsilon,
                                         weight, sum_dy, sum_dy_xhat, stride, out);
@@ -429,7 +430,6 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     }
     return;
   }
-  const float* const own_bias = node.fused_add < 0 ? bias : nullptr;
   if (c.synchronized) {
     device_.BatchNormBackward(stream, masked, leaves, x, y, dy, moments, c.epsilon, weight,
                               merged.sums, merged.sums + slice.channels, 0, out, own_bias);

@@ -189,8 +189,8 @@ class CpuDevice : public Device {
   }
   void BatchNormGradient(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
                          const void* y, const void* dy, const void* more, const Moments& moments,
-                         float epsilon, void* g, float* sum_dy, float* sum_dy_xhat,
-                         int64_t stride) override {
+                         float epsilon, void* g, float* sum_dy, float* sum_dy_xhat, int64_t stride,
+                         const float*, const float*) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
       const float* mean = moments.mean + l * moments.stride;

@@ -277,9 +277,10 @@ class CudaDevice : public Device {
   void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                          const void* x, const void* y, const void* dy, const void* more,
                          const Moments& moments, float epsilon, void* g, float* sum_dy,
-                         float* sum_dy_xhat, int64_t stride) override {
+                         float* sum_dy_xhat, int64_t stride, const float* weight,
+                         const float* bias) override {
     cuda::BatchNormGradient(QueueOf(stream), shape, leaves, x, y, dy, more, moments, epsilon, g,
-                            sum_dy, sum_dy_xhat, stride);
+                            sum_dy, sum_dy_xhat, stride, weight, bias);
   }
   void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                          const void* x, const void* y, const void* dy, const Moments& moments,

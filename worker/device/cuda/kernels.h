@@ -56,7 +56,8 @@ void BatchNormForwardOfLeaves(const Queue& q, const BatchNormShape& shape, const
 void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                        const void* x, const void* y, const void* dy, const void* more,
                        const Moments& moments, float epsilon, void* g, float* sum_dy,
-                       float* sum_dy_xhat, int64_t stride);
+                       float* sum_dy_xhat, int64_t stride, const float* weight = nullptr,
+                       const float* bias = nullptr);
 // dx = weight * inv_std * (dy - sum_dy / divisor - xhat * sum_dy_xhat / divisor), dy masked by y >
 // 0 where shape.relu. Leaf l's sums are at l * sums_stride behind. dx may alias x, y or dy.
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,

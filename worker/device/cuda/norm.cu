@@ -144,12 +144,20 @@ struct MomentsReduction {
 
 // ---- what backward sums.
 
-template <bool kRelu, bool kMore, class T>
+// Where dy goes on: everywhere, where y is above 0, or where y would be if it were computed again.
+enum class Mask { kNone, kRead, kComputed };
+// Below it, what is above 0 is stored as 0.
+template <class T>
+constexpr float kStoredAsZero = sizeof(T) == sizeof(float) ? 0.0f : 0x1p-134f;
+
+template <Mask kMask, bool kMore, class T>
 struct GradientReduction {
   using Order = RowOrder<T>;
   static constexpr int kPlanes = 2;
   static constexpr int kMostThreads = Order::kFloat ? 512 : 640;
-  static constexpr int kGroup = kRelu && kMore ? 2 : 4;  // rows whose loads are in flight
+  static constexpr bool kComputes = kMask == Mask::kComputed;
+  // Rows whose loads are in flight.
+  static constexpr int kGroup = kMask != Mask::kNone && kMore ? 2 : 4;
 
   const T* x;
   const T* y;
@@ -162,10 +170,18 @@ struct GradientReduction {
   float* sum_dy;
   float* sum_dy_xhat;
   int64_t stride;
+  const float* weight;
+  const float* bias;
+
+  // What a lane knows of its channels; scale and shift are ForwardMap's.
+  template <int kVector>
+  struct Known {
+    Lanes<kVector> centre, scale, shift;
+  };
 
   template <int kVector>
   __device__ __forceinline__ void AddRows(int count, int64_t at, int64_t step,
-                                          const Lanes<kVector>& centre,
+                                          const Known<kVector>& known,
                                           Partial<kVector, 2>* sum) const {
     Held<T, kVector> row[kGroup], gradient[kGroup], second[kGroup], output[kGroup];
 #pragma unroll
@@ -174,7 +190,7 @@ struct GradientReduction {
       row[k].Load(x + at + k * step);
       gradient[k].Load(dy + at + k * step);
       if constexpr (kMore) second[k].Load(more + at + k * step);
-      if constexpr (kRelu) output[k].Load(y + at + k * step);
+      if constexpr (kMask == Mask::kRead) output[k].Load(y + at + k * step);
     }
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
@@ -184,11 +200,16 @@ struct GradientReduction {
       for (int v = 0; v < kVector; ++v) {
         float value = gradient[k].At(v);
         if constexpr (kMore) value = AsStored<T>(value + second[k].At(v));
-        if constexpr (kRelu) value = ReluGradient(output[k].At(v), value);
+        const float centred = row[k].At(v) - known.centre.at[v];
+        if constexpr (kMask == Mask::kRead) value = ReluGradient(output[k].At(v), value);
+        if constexpr (kComputes) {
+          const float y = Fma(centred, known.scale.at[v], known.shift.at[v]);
+          value = y > kStoredAsZero<T> ? value : 0.0f;
+        }
         float& sum_g = sum->plane[0].at[v];
         float& sum_x = sum->plane[1].at[v];
         sum_g += value;
-        sum_x = Fma(value, row[k].At(v) - centre.at[v], sum_x);
+        sum_x = Fma(value, centred, sum_x);
         written.at[v] = value;
       }
       // Over an input of these very elements, perhaps; all of them have been read.
@@ -199,15 +220,26 @@ struct GradientReduction {
   template <int kVector>
   __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
                                              Partial<kVector, 2>* sum) const {
-    const Lanes<kVector> centre =
-        LoadChannels<kVector>(moments.mean + rows.leaf * moments.stride + column);
+    Known<kVector> known;
+    const int64_t own = rows.leaf * moments.stride + column;
+    known.centre = LoadChannels<kVector>(moments.mean + own);
+    if constexpr (kComputes) {
+      const float divisor = DivisorOf(moments, rows.n);
+      known.scale = LoadChannels<kVector>(weight + column);
+      known.shift = LoadChannels<kVector>(bias + column);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        known.scale.at[v] =
+            InverseDeviation(moments.spread[own + v] / divisor, epsilon) * known.scale.at[v];
+      }
+    }
     const int64_t step = Order::kLanes * channels;
     int64_t at = rows.first * channels + column;
     int left = rows.count;
     for (; left >= kGroup; left -= kGroup, at += kGroup * step) {
-      AddRows<kVector>(kGroup, at, step, centre, sum);
+      AddRows<kVector>(kGroup, at, step, known, sum);
     }
-    if (left > 0) AddRows<kVector>(left, at, step, centre, sum);
+    if (left > 0) AddRows<kVector>(left, at, step, known, sum);
   }
 
   template <int kVector>
@@ -355,12 +387,6 @@ struct ForwardMap {
   };
 };
 
-// Where dy goes on: everywhere, where y is above 0, or where y would be if it were computed again.
-enum class Mask { kNone, kRead, kComputed };
-// Below it, what is above 0 is stored as 0.
-template <class T>
-constexpr float kStoredAsZero = sizeof(T) == sizeof(float) ? 0.0f : 0x1p-134f;
-
 template <Mask kMask, class T>
 struct BackwardMap {
   using Element = T;
@@ -473,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       (int64_t{blockIdx.x} * blockDim.x + static_cast<int>(threadIdx.x)) * kVector;
   const bool here = column < channels;
   Partial<kVector, Reduction::kPlanes> values;
-  ReduceChunk<kVector>(reduction, leaf, first, first, n, column, here, &values);
+  ReduceChunk<kVector>(reduction, leaf, n, first, first, n, column, here, &values);
   MergeBlock<kVector>(reduction, leaf, first, n, Reduction::Order::kChunkRows, column, here,
                       lane == 0 && here && n > 0, values);
   __syncthreads();  // what lane 0 has written is read by all
@@ -553,11 +579,11 @@ __global__ void __launch_bounds__(kThreads)
 // Chunks of a leaf that one block takes; more where one stream is read than where three are.
 constexpr int kMomentsChunks = 16, kGradientChunks = 8;
 
-template <bool kRelu, bool kMore, class T>
+template <Mask kMask, bool kMore, class T>
 void RunGradient(const Queue& q, const Leaves& leaves,
-                 const GradientReduction<kRelu, kMore, T>& r) {
+                 const GradientReduction<kMask, kMore, T>& r) {
   bool aligned = TakenWide(r.channels, r.x, r.dy, r.g);
-  if constexpr (kRelu) aligned = aligned && IsAligned16(r.y);
+  if constexpr (kMask == Mask::kRead) aligned = aligned && IsAligned16(r.y);
   if constexpr (kMore) aligned = aligned && IsAligned16(r.more);
   ReduceRows<kWideLanes<T>>(q, r, leaves, r.channels, aligned, kGradientChunks);
 }
@@ -586,7 +612,17 @@ void WithForwardMap(const BatchNormShape& shape, const void* x, const Moments& m
   WithKind(shape, residual != nullptr, with);
 }
 
-// Calls run(BackwardMap) with the map of these operands; bias null: y is read.
+// Calls run<mask, type of the elements>(); bias null: y is read.
+template <class Run>
+void WithMask(const BatchNormShape& shape, const float* bias, const Run& run) {
+  WithElement(shape.type, [&]<class T>() {
+    if (!shape.relu) return run.template operator()<Mask::kNone, T>();
+    bias == nullptr ? run.template operator()<Mask::kRead, T>()
+                    : run.template operator()<Mask::kComputed, T>();
+  });
+}
+
+// Calls run(BackwardMap) with the map of these operands.
 template <class Run>
 void WithBackwardMap(const BatchNormShape& shape, const void* x, const void* y, const void* dy,
                      const Moments& moments, float epsilon, const float* weight,
@@ -597,11 +633,7 @@ void WithBackwardMap(const BatchNormShape& shape, const void* x, const void* y, 
     run(BackwardMap<kMask, T>{elements(x), elements(y), elements(dy), moments, epsilon, weight,
                               sum_dy, sum_dy_xhat, sums_stride, static_cast<T*>(dx), bias});
   };
-  WithElement(shape.type, [&]<class T>() {
-    if (!shape.relu) return with.template operator()<Mask::kNone, T>();
-    bias == nullptr ? with.template operator()<Mask::kRead, T>()
-                    : with.template operator()<Mask::kComputed, T>();
-  });
+  WithMask(shape, bias, with);
 }
 template <Mask kMask, class T>
 bool IsWide(const BackwardMap<kMask, T>& map, int64_t channels) {
@@ -647,15 +679,18 @@ void BatchNormForwardOfLeaves(const Queue& q, const BatchNormShape& shape, const
 void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                        const void* x, const void* y, const void* dy, const void* more,
                        const Moments& moments, float epsilon, void* g, float* sum_dy,
-                       float* sum_dy_xhat, int64_t stride) {
-  const auto run = [&]<bool kRelu, bool kMore, class T>() {
+                       float* sum_dy_xhat, int64_t stride, const float* weight, const float* bias) {
+  WithMask(shape, bias, [&]<Mask kMask, class T>() {
     const auto elements = [](const void* p) { return static_cast<const T*>(p); };
-    RunGradient(q, leaves,
-                GradientReduction<kRelu, kMore, T>{
-                    elements(x), elements(y), elements(dy), elements(more), shape.channels, moments,
-                    epsilon, static_cast<T*>(g), sum_dy, sum_dy_xhat, stride});
-  };
-  WithKind(shape, more != nullptr, run);
+    const auto run = [&]<bool kMore>() {
+      RunGradient(
+          q, leaves,
+          GradientReduction<kMask, kMore, T>{elements(x), elements(y), elements(dy), elements(more),
+                                             shape.channels, moments, epsilon, static_cast<T*>(g),
+                                             sum_dy, sum_dy_xhat, stride, weight, bias});
+    };
+    more != nullptr ? run.template operator()<true>() : run.template operator()<false>();
+  });
 }
 
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
@@ -676,9 +711,9 @@ void BatchNormBackwardOfLeaves(const Queue& q, const BatchNormShape& shape, cons
   WithBackwardMap(shape, x, y, dy, moments, epsilon, weight, sum_dy, sum_dy_xhat, stride, dx,
                   nullptr, [&]<Mask kMask, class T>(const BackwardMap<kMask, T>& map) {
                     if constexpr (kMask != Mask::kComputed) {
-                      const GradientReduction<kMask == Mask::kRead, false, T> sums = {
-                          map.x,   map.y,   map.dy, nullptr,     c,     moments,
-                          epsilon, nullptr, sum_dy, sum_dy_xhat, stride};
+                      const GradientReduction<kMask, false, T> sums = {
+                          map.x,   map.y,  map.dy,      nullptr, c,      moments, epsilon,
+                          nullptr, sum_dy, sum_dy_xhat, stride,  weight, nullptr};
                       if (!AreOneChunk<T>(leaves)) {
                         RunGradient(q, leaves, sums);
                         return RunMap(q, c, leaves, IsWide(map, c), map);

@@ -46,6 +46,7 @@ struct Partial {
 // The rows that a lane takes: `count` rows, kLanes apart, from `first` of the call's rows.
 struct LaneRows {
   int leaf = 0;
+  int64_t n = 0;           // rows of the leaf
   int64_t leaf_first = 0;  // row of the call
   int64_t first = 0;
   int count = 0;
@@ -278,11 +279,11 @@ __device__ __forceinline__ void CombineLanes(int rows, void* shared,
   }
 }
 
-// What a chunk of a leaf, `rows` rows of the call from `first` on, comes to, in lane 0 of its part
-// of the block; `here`: the thread has columns, from `column` of the call on. All threads of the
-// block call it.
+// What a chunk of a leaf of n rows, `rows` rows of the call from `first` on, comes to, in lane 0 of
+// its part of the block; `here`: the thread has columns, from `column` of the call on. All threads
+// of the block call it.
 template <int kVector, class Reduction>
-__device__ __forceinline__ void ReduceChunk(const Reduction& reduction, int leaf,
+__device__ __forceinline__ void ReduceChunk(const Reduction& reduction, int leaf, int64_t n,
                                             int64_t leaf_first, int64_t first, int rows,
                                             int64_t column, bool here,
                                             Partial<kVector, Reduction::kPlanes>* sum) {
@@ -291,7 +292,7 @@ __device__ __forceinline__ void ReduceChunk(const Reduction& reduction, int leaf
   *sum = {};
   const int own = (rows + kLanes - 1 - lane) / kLanes;
   if (here && own > 0) {
-    AccumulateLane<kVector>(reduction, {leaf, leaf_first, first + lane, own}, column, sum);
+    AccumulateLane<kVector>(reduction, {leaf, n, leaf_first, first + lane, own}, column, sum);
   }
   CombineLanes<kVector, Reduction>(rows, SharedMemory<unsigned char>(), sum);
 }
@@ -368,7 +369,7 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
   const int rows = static_cast<int>(behind < 0 ? 0 : behind < chunk_rows ? behind : chunk_rows);
 
   Partial<kVector, kPlanes> values;
-  ReduceChunk<kVector>(reduction, leaf, leaf_first, leaf_first + chunk_first, rows,
+  ReduceChunk<kVector>(reduction, leaf, n, leaf_first, leaf_first + chunk_first, rows,
                        part.first_column + column, here, &values);
   const bool stores = lane == 0 && here && rows > 0;
   if (gridDim.y > 1) {  // MergeChunks does the rest
