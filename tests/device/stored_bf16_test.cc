@@ -71,6 +71,7 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 18, .width = 19, .in = 3, .out = 64, .kernel = 7, .stride = 2, .padding = 3},
       {.height = 9, .width = 150, .in = 4, .out = 128, .kernel = 3, .stride = 2},
       {.height = 12, .width = 10, .in = 1, .out = 64, .kernel = 8, .stride = 2, .padding = 1},
+      {.height = 4, .width = 4, .in = 3, .out = 64, .kernel = 3, .stride = 2},
       {.height = 5, .width = 7, .in = 40, .out = 100, .kernel = 3, .padding = 1},
       {.height = 4, .width = 4, .in = 136, .out = 130, .kernel = 1},
       {.height = 6, .width = 6, .in = 128, .out = 256, .kernel = 1},
@@ -83,7 +84,8 @@ std::vector<Conv2dShape> ConvShapes() {
       {.height = 6, .width = 5, .in = 128, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 4, .width = 5, .in = 256, .out = 256, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 7, .width = 5, .in = 128, .out = 64, .kernel = 3, .padding = 1},
-      {.height = 3, .width = 40, .in = 64, .out = 64, .kernel = 3, .padding = 1},
+      {.height = 2, .width = 126, .in = 64, .out = 64, .kernel = 3, .padding = 1},
+      {.height = 2, .width = 127, .in = 64, .out = 64, .kernel = 3, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 16, .kernel = 3, .padding = 1},
       {.height = 9, .width = 9, .in = 16, .out = 32, .kernel = 3, .stride = 2, .padding = 1},
       {.height = 7, .width = 7, .in = 64, .out = 64, .kernel = 3, .stride = 2, .padding = 1},
@@ -282,14 +284,14 @@ TEST_P(StoredBf16Test, RowsOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
       (*conv)->BackwardInput(stream(), 1, odd_dy + 1 + row * y_row, own_dx + 1 + row * x_row,
                              scratch);
     }
-    // Leaves of one call, and each as if it were the only one.
+    // Leaves of one call, of which one has no rows, and each as if it were the only one.
     Leaves leaves;
-    leaves.count = 2;
-    leaves.begin[1] = 3;
-    leaves.begin[2] = kRows;
-    const auto dw = Out(2 * w.size()), own_dw = Out(2 * w.size());
+    leaves.count = 3;
+    leaves.begin[1] = leaves.begin[2] = 3;
+    leaves.begin[3] = kRows;
+    const auto dw = Out(3 * w.size()), own_dw = Out(3 * w.size());
     (*conv)->BackwardWeights(stream(), leaves, x, dy, dw, nullptr, w.size(), scratch);
-    for (int leaf = 0; leaf < 2; ++leaf) {
+    for (int leaf = 0; leaf < 3; ++leaf) {
       const int64_t first = leaves.begin[leaf];
       (*conv)->BackwardWeight(stream(), leaves.begin[leaf + 1] - first, odd_x + 1 + first * x_row,
                               odd_dy + 1 + first * y_row, own_dw + leaf * w.size(), nullptr,
@@ -301,6 +303,51 @@ TEST_P(StoredBf16Test, RowsOfConvolutionsHaveTheBitsThatTheyHaveAlone) {
     alone_dx.erase(alone_dx.begin());
     EXPECT_EQ(alone_y, y.Read());
     EXPECT_EQ(alone_dx, dx.Read());
+  }
+}
+
+// The same of images, which are floats.
+TEST_P(StoredBf16Test, RowsOfImagesHaveTheBitsThatTheyHaveAlone) {
+  constexpr int64_t kRows = 5;
+  for (Conv2dShape s : ConvShapes()) {
+    if (s.in > 4) continue;
+    s.bias = false;
+    s.y_type = ElementType::kBf16;
+    SCOPED_TRACE(std::to_string(s.in) + " to " + std::to_string(s.out) + ", kernel " +
+                 std::to_string(s.kernel));
+    const int64_t x_row = s.height * s.width * s.in, y_row = s.out_height() * s.out_width() * s.out;
+    const Values of_dy(RandomFloats(kRows * y_row, 51));
+    auto conv = device().MakeConv2d(s, {1, kRows});
+    ASSERT_TRUE(conv.ok()) << conv.status();
+    const auto x = In(RandomFloats(kRows * x_row, 50));
+    const auto w = In(RandomFloats(s.out * s.kernel * s.kernel * s.in, 52));
+    const auto scratch = Scratch((*conv)->scratch_bytes());
+    const auto rounded = InBf16(w);
+    (*conv)->Pack(stream(), w, rounded);
+    const auto y = OutStored(kRows * y_row), own_y = OutStored(kRows * y_row + 1);
+    (*conv)->Forward(stream(), kRows, x, nullptr, y, scratch);
+    std::vector<uint16_t> moved_dy(1);  // by one element
+    moved_dy.insert(moved_dy.end(), of_dy.stored.begin(), of_dy.stored.end());
+    const auto dy = In(of_dy.stored), odd_dy = In(moved_dy);
+    for (int64_t row = 0; row < kRows; ++row) {
+      (*conv)->Forward(stream(), 1, x + row * x_row, nullptr, own_y + 1 + row * y_row, scratch);
+    }
+    Leaves leaves;  // of which one has no rows
+    leaves.count = 3;
+    leaves.begin[1] = leaves.begin[2] = 3;
+    leaves.begin[3] = kRows;
+    const auto dw = Out(3 * w.size()), own_dw = Out(3 * w.size());
+    (*conv)->BackwardWeights(stream(), leaves, x, dy, dw, nullptr, w.size(), scratch);
+    for (int leaf = 0; leaf < 3; ++leaf) {
+      const int64_t first = leaves.begin[leaf];
+      (*conv)->BackwardWeight(stream(), leaves.begin[leaf + 1] - first, x + first * x_row,
+                              odd_dy + 1 + first * y_row, own_dw + leaf * w.size(), nullptr,
+                              scratch);
+    }
+    EXPECT_TRUE(SameBits(own_dw.Read(), dw.Read()));
+    std::vector<uint16_t> alone_y = own_y.Read();
+    alone_y.erase(alone_y.begin());
+    EXPECT_EQ(alone_y, y.Read());
   }
 }
 

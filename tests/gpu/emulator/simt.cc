@@ -45,8 +45,9 @@ struct Thread {
   Site site = {};      // where it waits
   uint64_t value = 0;  // that it brings to an exchange, then what it gets
   int source = 0, width = 0;
-  bool waited = false;                      // for the kernel before
-  bool shows = true;                        // to products what it has copied
+  bool waited = false;  // for the kernel before
+  bool shows = false;   // to products what it has written, since the last barrier
+  bool shown = false;   // before that barrier
   void (*perform)(void* const*) = nullptr;  // together with its warp
 };
 
@@ -136,7 +137,7 @@ class Engine {
   uint64_t Exchanged(Exchange exchange, unsigned mask, uint64_t value, int source, int width,
                      const Site& site);
   void Together(void* record, void (*perform)(void* const*), const Site& site);
-  void CopyLater(const Copy& copy) { copies_[current_].push_back(copy); }
+  void CopyLater(const Copy& copy);
   void FinishCopies() { FinishCopies(copies_[current_].size()); }
   void FinishGroups(int but);
   void ShowToProducts() { threads_[current_].shows = true; }
@@ -153,6 +154,7 @@ class Engine {
   // -1: none.
   int Next();
   void FinishCopies(size_t count);
+  static void Perform(const Copy& copy);
   // Lets others run until the calling thread is runnable.
   void Wait();
   void Exit(int thread);
@@ -340,7 +342,7 @@ void Engine::RunBlock() {
   for (unsigned t = 0; t < count_; ++t) {
     threads_[t].fiber = nullptr;
     threads_[t].state = State::kUnstarted;
-    threads_[t].waited = false;
+    threads_[t].waited = threads_[t].shows = threads_[t].shown = false;
   }
   warp_at_ = 0;
   at_barrier_ = exited_ = 0;
@@ -453,7 +455,10 @@ void Engine::Barrier(const Site& site) {
       }
     }
     at_barrier_ = 0;
-    for (unsigned t = 0; t < count_; ++t) MakeRunnable(static_cast<int>(t));
+    for (unsigned t = 0; t < count_; ++t) {
+      threads_[t].shown = std::exchange(threads_[t].shows, false);
+      MakeRunnable(static_cast<int>(t));
+    }
     warp_at_ = 0;
   }
   Wait();
@@ -515,18 +520,26 @@ void Engine::Together(void* record, void (*perform)(void* const*), const Site& s
   Exchanged(Exchange::kTogether, ~0u, reinterpret_cast<uintptr_t>(record), 0, kWarp, site);
 }
 
+// As late as it may be; in the reversed order at once, which it may be too.
+void Engine::CopyLater(const Copy& copy) {
+  copies_[current_].push_back(copy);
+  if (order_.kind == Order::Kind::kReversed) Perform(copy);
+}
+
+void Engine::Perform(const Copy& copy) {
+  if (copy.to == nullptr) return;
+  if (copy.from == nullptr) {
+    std::memset(copy.to, 0, copy.bytes);
+  } else {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
 // The first `count`, ends of groups included.
 void Engine::FinishCopies(size_t count) {
   std::vector<Copy>& copies = copies_[current_];
   for (size_t i = 0; i < count; ++i) {
-    const Copy& copy = copies[i];
-    if (copy.to == nullptr) continue;
-    threads_[current_].shows = false;
-    if (copy.from == nullptr) {
-      std::memset(copy.to, 0, copy.bytes);
-    } else {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    }
+    if (order_.kind != Order::Kind::kReversed) Perform(copies[i]);
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
 }
@@ -541,8 +554,8 @@ void Engine::FinishGroups(int but) {
 }
 
 void Engine::MultiplyLater(std::function<void()> product) {
-  if (product && !threads_[current_].shows) {
-    Report("multiplies without having shown its copies to products", false);
+  if (product && !threads_[current_].shown) {
+    Report("multiplies without having shown what is in shared memory before the barrier", false);
   }
   products_[current_].push_back(std::move(product));
 }

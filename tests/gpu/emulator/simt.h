@@ -36,8 +36,8 @@ void CopyLater(void* to, const void* from, size_t bytes);
 void CommitCopies();
 void FinishCopies();
 void FinishGroups(int but);
-// For those of emulated_warpgroup.h: the same of products, each the running thread's part. What it
-// has copied must have been shown to them before.
+// For those of emulated_warpgroup.h: the same of products, each the running thread's part. The
+// thread must have shown what it has written before the last barrier.
 void ShowToProducts();
 void MultiplyLater(std::function<void()> product);
 void CommitProducts();

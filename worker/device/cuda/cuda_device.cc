@@ -224,6 +224,7 @@ class CudaDevice : public Device {
   }
   absl::StatusOr<std::unique_ptr<Conv2d>> MakeConv2d(const Conv2dShape& shape,
                                                      absl::Span<const int64_t> rows) override {
+    UseGpu(ordinal_);  // which kernels it takes depends on it
     return MakeCudaConv2d(*this, *dnn_, shape, rows);
   }
   absl::StatusOr<std::unique_ptr<Lstm>> MakeLstm(const LstmShape& shape,

@@ -504,8 +504,8 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
   const int64_t tiles = s.groups * out_tiles * column_tiles;
   const bool large = elements >= tiles * 8192;
   const int64_t blocks = by_warpgroup_runs ? 8 : by_warpgroups ? 16 : large ? 32 : 64;
-  const int64_t wanted =
-      as_stem ? out_places / 4 : std::max<int64_t>(128, out_places * tiles * 16 / blocks);
+  const int64_t wanted = as_stem ? std::max(s.out_width(), out_places / 4)
+                                 : std::max<int64_t>(128, out_places * tiles * 16 / blocks);
   const int64_t depth = as_stem || by_warpgroup_runs ? s.out_width() : 64;
   WeightGradient g = {static_cast<int>(s.height),
                       static_cast<int>(s.width),
@@ -539,7 +539,6 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
         return LaunchStemWeightGradient(q, g, s.out_width(), part, chunks, x, dy, results);
       }
     }
-    // Which kernel it is changes no bit; chunks follow from the shape alone.
     if constexpr (sizeof(X) == 2 && sizeof(Y) == 2) {
       if (by_warpgroup_runs) {
         g.wide = IsAligned16(x) && IsAligned16(dy);
@@ -549,6 +548,7 @@ void BackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves, 
         g.wide = IsAligned16(x) && IsAligned16(dy);
         return LaunchWarpgroupWeightGradient(q, g, warpgroup_tiles, part, chunks, x, dy, results);
       }
+      // Which of the kernels below it is changes no bit.
       const bool by_pieces =
           own_in % 8 == 0 && own_out % 8 == 0 && IsAligned16(x) && IsAligned16(dy);
       const GradientTiles cut = {plan.out_tile, plan.column_tile, by_runs, halves};

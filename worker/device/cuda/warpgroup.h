@@ -4,8 +4,8 @@
 //
 // A matrix in shared memory is of rows of 64 terms of bf16, 128 bytes, of which the 16-byte pieces
 // are turned: piece p of row r stands where piece p ^ r % 8 would (the 128-byte swizzle of PTX ISA,
-// "Asynchronous Warpgroup Level Matrix Instructions"). It begins at a multiple of 1024 bytes. Or it
-// is of pieces of 16 bytes, which may be parts of several rows.
+// "Asynchronous Warpgroup Level Matrix Instructions"), where rows are counted from a multiple of
+// 1024 bytes. Or it is of pieces of 16 bytes, which may be parts of several rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -62,7 +62,7 @@ __device__ __forceinline__ SharedMatrix Behind(SharedMatrix matrix, int bytes) {
   return matrix + bytes / 16;
 }
 
-// The first bytes from p on, in shared memory, where a matrix may begin.
+// The first bytes from p on, in shared memory, from which rows may be counted.
 __device__ __forceinline__ char* AlignMatrix(char* p) {
   return p + (-static_cast<uint32_t>(__cvta_generic_to_shared(p)) & (kSwizzledAlignment - 1));
 }

@@ -71,19 +71,19 @@ __global__ void __launch_bounds__(256)
 // A block makes kPlaces x kFeatures, half of the places by each warpgroup. kAhead: how many steps'
 // products may be under way when a step's are begun.
 constexpr int kPlaces = 128;
-template <int kFeatures, int kStages, int kAhead, int kBlocks>
+template <int kFeatures, int kStages>
 struct WarpgroupTile {
   static constexpr int kStage = (kPlaces + kFeatures) * kSwizzledRow;
   static constexpr size_t kBytes = kSwizzledAlignment + kStages * kStage + kPlaces * sizeof(int4);
 };
 
-template <int kFeatures, int kStages, int kAhead, int kBlocks>
+template <int kFeatures, int kStages, int kAhead>
 __device__ __forceinline__ void MultiplyTile(const Windows& s, bool backward, const Slots& slots,
                                              const StoredBf16* __restrict__ source,
                                              const uint4* __restrict__ weights,
                                              const float* __restrict__ bias, bool relu,
                                              void* __restrict__ result) {
-  using Tile = WarpgroupTile<kFeatures, kStages, kAhead, kBlocks>;
+  using Tile = WarpgroupTile<kFeatures, kStages>;
   constexpr int kRowsApart = kThreads / 8;
   constexpr int kRows = kPlaces / kRowsApart;        // a piece of which a thread copies
   constexpr int kCopied = kStages - 1 - kAhead;      // steps, before they are multiplied
@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                          const float* __restrict__ bias, bool relu, void* __restrict__ result) {
   WaitForPrevious();
   if constexpr (kHasWarpgroups) {
-    MultiplyTile<kFeatures, kStages, kAhead, kBlocks>(s, backward, slots, source, weights, bias,
-                                                      relu, result);
+    MultiplyTile<kFeatures, kStages, kAhead>(s, backward, slots, source, weights, bias, relu,
+                                             result);
   }
 }
 
@@ -215,7 +215,7 @@ template <int kFeatures, int kStages, int kAhead, int kBlocks>
 void LaunchTiles(const Queue& q, const Windows& s, bool backward, int64_t tiles_of_places,
                  const StoredBf16* source, const uint4* weights, const float* bias, bool relu,
                  void* result) {
-  constexpr size_t kBytes = WarpgroupTile<kFeatures, kStages, kAhead, kBlocks>::kBytes;
+  constexpr size_t kBytes = WarpgroupTile<kFeatures, kStages>::kBytes;
   const auto tiles = static_cast<uint32_t>(tiles_of_places * (s.features / kFeatures));
   const uint32_t phases = static_cast<uint32_t>(s.phases);
   const auto kernel = MultiplyByWarpgroups<kFeatures, kStages, kAhead, kBlocks>;

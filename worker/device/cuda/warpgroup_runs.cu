@@ -88,8 +88,10 @@ __device__ __forceinline__ void MultiplyRuns(const WeightGradient& s, const Chun
     }
   };
 
-  for (int i = thread; i < 2 * reach * 8; i += kThreads) copy_pixel(i / 8, i % 8);
   const int steps = (end - first + kPlaces - 1) / kPlaces;
+  if (steps > 0) {
+    for (int i = thread; i < 2 * reach * 8; i += kThreads) copy_pixel(i / 8, i % 8);
+  }
 #pragma unroll
   for (int step = 0; step < kCopied; ++step) {
     if (step < steps) copy(step);

@@ -5,7 +5,8 @@
 // they are.
 //
 // Order, which is all that bits depend on: of y, terms run over (kh, kw to eight, channel to four);
-// of dw, over the places of the output's rows, to whole 16 of a row.
+// of dw, over the places of the output's rows, to whole 16 of a row. What is not there is
+// multiplied as 0, so that a pixel that is not finite reaches windows beside it too.
 #include "worker/device/cuda/tensor_convolution.h"
 #include "worker/device/cuda/warpgroup.h"
 #include "worker/device/cuda/weight_gradient.h"
@@ -205,10 +206,10 @@ __device__ __forceinline__ void MultiplyRowsOfPlaces(const WeightGradient& s, co
     BeginProducts();
     for (int depth = 0; depth < (out_width + 15) / 16; ++depth) {
       const SharedMatrix down = Behind(MatrixIn(stage, kGradients), depth * 16 * kSwizzledRow);
+      // Taps that the kernel does not have are made too, and not written: no product is to wait.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int tap = group * 4 + i;
-        if (tap >= s.kernel) continue;
         const char* const from = ring + ((own_base + tap) & (kRing - 1)) * kRow + depth * 16 * 16;
         MultiplyWarpgroup<32, true>(sums[i], down, MatrixOfPieces(from, 16, 128));
       }
