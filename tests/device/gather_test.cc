@@ -69,7 +69,7 @@ const std::array kAugmentations = {Make(0, false, 0), Make(0, true, 0), Make(2, 
                                    Make(0, false, 3), Make(1, true, 2), Make(4, true, 4)};
 
 TEST_P(GatherTest, NormalizesAndChangesTheChosenSamples) {
-  for (const int64_t channels : {1, 2, 3, 7, 16, 17, 40}) {
+  for (const int64_t channels : {1, 2, 3, 7, 16, 17, 40, 61}) {
     for (const auto& [height, width] : {std::pair{1, 1}, {1, 40}, {5, 4}, {4, 19}, {7, 33}}) {
       const SampleShape shape = {height, width, channels};
       const auto bytes = MakeSamples<uint8_t>(shape);

@@ -3,6 +3,8 @@
 // memory, so that each byte is read once, also from the host's memory. An element's bits are those
 // of its own pixel, wherever it lies.
 #include <algorithm>
+#include <numeric>
+#include <type_traits>
 
 #include "worker/device/augment.h"
 #include "worker/device/cuda/divisor.h"
@@ -14,7 +16,10 @@
 namespace lockstep::device::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+// Of a block, or half of them where it makes few elements: what each does before is dear. Multiples
+// of three channels too.
+constexpr int kThreads = 192;
+constexpr int64_t kFewElements = 4096;
 constexpr int64_t kBlockElements = 8192;  // wanted: a block's beginning is dear
 constexpr size_t kMostStagedBytes =
     40960;  // of a block's rows; longer ones are read where they are
@@ -24,26 +29,41 @@ static_assert(sizeof(SampleChange) <= kOffsetAt);
 
 // b / 255 as the division rounds it, for each of the 256 values, without dividing: the product with
 // the rounded reciprocal, and one correction by what is left.
-__device__ __forceinline__ float ValueOf(uint8_t byte) {
+__device__ __forceinline__ float ValueOf(uint32_t byte) {
   const float b = static_cast<float>(byte), reciprocal = 1.0f / 255.0f;
   const float quotient = b * reciprocal;
   return Fma(Fma(quotient, -255.0f, b), reciprocal, quotient);
 }
 __device__ __forceinline__ float ValueOf(float value) { return value; }
+template <class T>
+using Loaded = std::conditional_t<sizeof(T) == 1, uint32_t, float>;  // as it is in a register
 
 struct Rows {
   int height, width, channels;
   int block_rows, blocks;  // of a sample
   bool staged;
   Divisor by_row, by_channels;  // elements of a row; channels
+  // Threads that make fours of elements, so many that each always begins at the same channel, and
+  // how much further in the block its next is.
+  int makers, step_rows, step_elements;
 };
 
-// What four neighbouring elements of a row need that begin at a channel, for each channel: where
-// they lie in the source, besides what all of the row have in common, and their normalization.
-constexpr int kMostListed = kThreads / 4;  // channels
-struct Neighbours {
-  int4 source;
-  float4 mean, inv_std;
+// Of four neighbouring elements of a row, of which all that a thread makes have the same channels:
+// where they lie in the source, besides what all of the row have in common, and normalization.
+struct Four {
+  __device__ __forceinline__ Four(const Rows& shape, bool flip, const float* mean_of,
+                                  const float* inv_std_of) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t element = 4 * threadIdx.x + static_cast<uint32_t>(j);
+      const int channel = static_cast<int>(shape.by_channels.TakeRemainder(element));
+      source[j] = flip ? 2 * channel - j : j;
+      mean[j] = mean_of[channel];
+      inv_std[j] = inv_std_of[channel];
+    }
+  }
+  int source[4];
+  float mean[4], inv_std[4];
 };
 
 // Copies n elements to shared memory, 16 bytes at a time. They must lie alike to 16 bytes.
@@ -51,10 +71,10 @@ template <class T>
 __device__ __forceinline__ void Stage(const T* from, int n, T* to) {
   constexpr int kVector = 16 / sizeof(T);
   const int behind = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T));
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lead = behind == 0 ? 0 : min(kVector - behind, n);
   const int vectors = (n - lead) / kVector, tail = lead + vectors * kVector;
-  for (int v = thread; v < vectors; v += kThreads) {
+  for (int v = thread; v < vectors; v += threads) {
     *reinterpret_cast<uint4*>(to + lead + v * kVector) =
         *reinterpret_cast<const uint4*>(from + lead + v * kVector);
   }
@@ -67,8 +87,10 @@ __device__ __forceinline__ void Stage(const T* from, int n, T* to) {
 // elements, c its channel: no element needs a division.
 template <class T>
 __device__ __forceinline__ void MakeRows(const Rows& shape, const SampleChange& change, int y_begin,
-                                         int y_end, const Neighbours* listed, const T* from,
-                                         int from_begin, float* to) {
+                                         int y_end, const Four& four, const T* from, int from_begin,
+                                         float* to) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= shape.makers) return;
   const int channels = shape.channels, row_elements = shape.width * channels;
   const int shift_y = static_cast<int>(change.shift_y);
   const bool flip = change.flip;
@@ -78,47 +100,59 @@ __device__ __forceinline__ void MakeRows(const Rows& shape, const SampleChange& 
   const int cut_begin = static_cast<int>(change.cut_left) * channels;
   const unsigned cut_elements =
       static_cast<unsigned>(change.cut_right - change.cut_left) * static_cast<unsigned>(channels);
-  const int n = (y_end - y_begin) * row_elements;
-  for (int first = 4 * static_cast<int>(threadIdx.x); first < n; first += 4 * kThreads) {
-    uint32_t at = static_cast<uint32_t>(first);
-    const int r = static_cast<int>(shape.by_row.TakeRemainder(at));
-    const int y = y_begin + static_cast<int>(at), from_y = y + shift_y;
-    uint32_t c = static_cast<uint32_t>(r);
-    c = shape.by_channels.TakeRemainder(c);
-    const int4 source = listed[c].source;
-    const float4 mean = listed[c].mean, inv_std = listed[c].inv_std;
-    const unsigned inside = from_y >= 0 && from_y < shape.height ? row_elements : 0;
-    const int base = moved + (flip ? -r : r), line = from_y * row_elements - from_begin;
-    const int element[4] = {base + source.x, base + source.y, base + source.z, base + source.w};
-    bool takes[4];
-    T raw[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      takes[j] = static_cast<unsigned>(element[j]) < inside;
-      raw[j] = 0;
-      if (takes[j]) raw[j] = from[line + element[j]];
-    }
-    const auto value = [&](int j, float centre, float scale) {
-      const float normalized = (ValueOf(raw[j]) - centre) * scale;
-      return takes[j] ? normalized : 0.0f;
+  const int lowest = min(min(four.source[0], four.source[1]), min(four.source[2], four.source[3]));
+  const int highest = max(max(four.source[0], four.source[1]), max(four.source[2], four.source[3]));
+  uint32_t row = static_cast<uint32_t>(4 * thread);
+  int r = static_cast<int>(shape.by_row.TakeRemainder(row));
+  int y = y_begin + static_cast<int>(row);
+  to += 4 * thread;
+  while (y < y_end) {
+    const int from_y = y + shift_y;
+    const int inside = from_y >= 0 && from_y < shape.height ? row_elements : 0;
+    const int base = moved + (flip ? -r : r);
+    const T* const line = from + (from_y * row_elements - from_begin + base);
+    const bool whole = base + lowest >= 0 && base + highest < inside;
+    const auto is_inside = [&](int j) {
+      return static_cast<unsigned>(base + four.source[j]) < static_cast<unsigned>(inside);
     };
-    Lanes<4> values = {{value(0, mean.x, inv_std.x), value(1, mean.y, inv_std.y),
-                        value(2, mean.z, inv_std.z), value(3, mean.w, inv_std.w)}};
-    if (static_cast<unsigned>(y - cut_top) < cut_rows) {
+    Loaded<T> raw[4];
+    if (whole) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) raw[j] = line[four.source[j]];
+    } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (static_cast<unsigned>(r + j - cut_begin) < cut_elements) values.at[j] = 0;
+        raw[j] = 0;
+        if (is_inside(j)) raw[j] = line[four.source[j]];
       }
     }
-    StoreLanes<4>(to + first, values);
+    Lanes<4> values;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) values.at[j] = (ValueOf(raw[j]) - four.mean[j]) * four.inv_std[j];
+    const bool may_be_cut = static_cast<unsigned>(y - cut_top) < cut_rows;
+    if (!whole || may_be_cut) {  // seldom
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool cut = may_be_cut && static_cast<unsigned>(r + j - cut_begin) < cut_elements;
+        if (cut || !is_inside(j)) values.at[j] = 0;
+      }
+    }
+    StoreLanes<4>(to, values);
+    to += 4 * shape.makers;
+    y += shape.step_rows;
+    r += shape.step_elements;
+    if (r >= row_elements) {
+      r -= row_elements;
+      ++y;
+    }
   }
 }
 
-// kListed: MakeRows serves.
-template <class T, bool kListed>
-__global__ void __launch_bounds__(kThreads)
-    GatherRows(Rows shape, const T* data, const int64_t* offsets, const float* __restrict__ mean,
-               const float* __restrict__ inv_std, Augmentation augmentation, uint64_t step,
+// kByFour: MakeRows serves.
+template <class T, bool kByFour>
+__global__ void __launch_bounds__(kThreads, kByFour ? 6 : 5)
+    GatherRows(Rows shape, const T* data, const int64_t* offsets, const float* mean,
+               const float* inv_std, Augmentation augmentation, uint64_t step,
                uint64_t first_position, float* __restrict__ out, const int32_t* labels,
                int32_t* labels_out) {
   WaitForPrevious();
@@ -136,22 +170,7 @@ __global__ void __launch_bounds__(kThreads)
     drawn = DrawChange(augmentation, {shape.height, shape.width, shape.channels}, step,
                        first_position + static_cast<uint64_t>(sample));
   }
-  auto* const listed = reinterpret_cast<Neighbours*>(SharedMemory<unsigned char>() + kChangeBytes);
-  const size_t staged_at =
-      kChangeBytes + (kListed ? static_cast<size_t>(shape.channels) * sizeof(Neighbours) : 0);
-  int listed_channel = 0;
-  const int neighbour = thread % 4;
-  const bool lists = kListed && thread < 4 * shape.channels;
-  if (lists) {
-    listed_channel = (thread / 4 + neighbour) % shape.channels;
-    reinterpret_cast<float*>(&listed[thread / 4].mean)[neighbour] = mean[listed_channel];
-    reinterpret_cast<float*>(&listed[thread / 4].inv_std)[neighbour] = inv_std[listed_channel];
-  }
   __syncthreads();
-  if (lists) {
-    reinterpret_cast<int*>(&listed[thread / 4].source)[neighbour] =
-        drawn.flip ? 2 * listed_channel - neighbour : neighbour;
-  }
   const int shift_y = static_cast<int>(drawn.shift_y), shift_x = static_cast<int>(drawn.shift_x);
   const int cut_top = static_cast<int>(drawn.cut_top), cut_left = static_cast<int>(drawn.cut_left);
   const int cut_bottom = static_cast<int>(drawn.cut_bottom);
@@ -168,23 +187,25 @@ __global__ void __launch_bounds__(kThreads)
     const int begin = min(max(y_begin + shift_y, 0), shape.height) * row_elements;
     const int end = min(max(y_end + shift_y, 0), shape.height) * row_elements;
     const auto behind = reinterpret_cast<uintptr_t>(from + begin) % 16;
-    T* const staged = reinterpret_cast<T*>(SharedMemory<unsigned char>() + staged_at + behind);
+    T* const staged = reinterpret_cast<T*>(SharedMemory<unsigned char>() + kChangeBytes + behind);
+    if constexpr (kByFour) {
+      const Four four(shape, flip, mean, inv_std);
+      Stage(from + begin, end - begin, staged);
+      __syncthreads();
+      return MakeRows(shape, drawn, y_begin, y_end, four, staged, begin, to);
+    }
     Stage(from + begin, end - begin, staged);
     __syncthreads();
-    if constexpr (kListed) {
-      return MakeRows(shape, drawn, y_begin, y_end, listed, staged, begin, to);
-    }
     from = staged;
     from_begin = begin;
-  } else if constexpr (kListed) {
-    __syncthreads();
-    return MakeRows(shape, drawn, y_begin, y_end, listed, from, 0, to);
+  } else if constexpr (kByFour) {
+    return MakeRows(shape, drawn, y_begin, y_end, Four(shape, flip, mean, inv_std), from, 0, to);
   }
 
   // Vectors of four lie at aligned addresses of the output; the first and last may be parts.
   const int n = (y_end - y_begin) * row_elements;
   const int lead = LeadOf(to);
-  for (int first = 4 * thread - lead; first < n; first += 4 * kThreads) {
+  for (int first = 4 * thread - lead; first < n; first += 4 * static_cast<int>(blockDim.x)) {
     const int begin = max(first, 0), end = min(first + 4, n);
     uint32_t at = static_cast<uint32_t>(begin);
     int c = static_cast<int>(shape.by_row.TakeRemainder(at));
@@ -202,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
       const bool cut = y >= cut_top && y < cut_bottom && x >= cut_left && x < cut_right;
       if (inside && !cut) {
         const int element = (from_y * shape.width + from_x) * shape.channels + c;
-        values.at[j] = (ValueOf(from[element - from_begin]) - mean[c]) * inv_std[c];
+        values.at[j] = (ValueOf(Loaded<T>{from[element - from_begin]}) - mean[c]) * inv_std[c];
       }
       if (++c == shape.channels) {
         c = 0;
@@ -231,23 +252,31 @@ void Run(const Queue& q, const SampleShape& shape, int64_t count, const T* data,
   const int64_t row = shape.width * shape.channels;
   const int64_t block_rows = std::clamp<int64_t>(kBlockElements / row, 1, shape.height);
   const size_t bytes = static_cast<size_t>(block_rows * row) * sizeof(T) + 16;
-  Rows rows = {static_cast<int>(shape.height),
-               static_cast<int>(shape.width),
-               static_cast<int>(shape.channels),
-               static_cast<int>(block_rows),
-               static_cast<int>(CeilDiv(shape.height, block_rows)),
-               bytes <= kMostStagedBytes,
-               Divisor(row),
-               Divisor(shape.channels)};
-  const bool listed = shape.channels <= kMostListed && row % 4 == 0 && IsAligned16(out);
-  const size_t list_bytes = listed ? static_cast<size_t>(shape.channels) * sizeof(Neighbours) : 0;
-  const size_t shared = kChangeBytes + list_bytes + (rows.staged ? bytes : 0);
-  const auto kernel = listed ? GatherRows<T, true> : GatherRows<T, false>;
+  const int64_t threads = block_rows * row <= kFewElements ? kThreads / 2 : kThreads;
+  // So many that each keeps its channels, and if it can be that each line of 128 bytes is one
+  // warp's.
+  int64_t same_channels = std::lcm(shape.channels, int64_t{32}) / 4;
+  if (same_channels > threads) same_channels = std::lcm(shape.channels, int64_t{4}) / 4;
+  const int64_t makers = threads / same_channels * same_channels;
+  const Rows rows = {static_cast<int>(shape.height),
+                     static_cast<int>(shape.width),
+                     static_cast<int>(shape.channels),
+                     static_cast<int>(block_rows),
+                     static_cast<int>(CeilDiv(shape.height, block_rows)),
+                     bytes <= kMostStagedBytes,
+                     Divisor(row),
+                     Divisor(shape.channels),
+                     static_cast<int>(makers),
+                     static_cast<int>(4 * makers / row),
+                     static_cast<int>(4 * makers % row)};
+  const bool by_four = makers > 0 && row % 4 == 0 && IsAligned16(out);
+  const size_t shared = kChangeBytes + (rows.staged ? bytes : 0);
+  const auto kernel = by_four ? GatherRows<T, true> : GatherRows<T, false>;
   ForEachPart(count, rows.blocks, [&](int64_t first, int64_t samples) {
-    Launch(q, dim3(static_cast<unsigned>(samples * rows.blocks)), dim3(kThreads), shared, kernel,
-           rows, data, offsets + first, mean, inv_std, augmentation, step,
-           first_position + static_cast<uint64_t>(first), out + first * shape.features(),
-           labels_out == nullptr ? nullptr : labels + first,
+    Launch(q, dim3(static_cast<unsigned>(samples * rows.blocks)),
+           dim3(static_cast<unsigned>(threads)), shared, kernel, rows, data, offsets + first, mean,
+           inv_std, augmentation, step, first_position + static_cast<uint64_t>(first),
+           out + first * shape.features(), labels_out == nullptr ? nullptr : labels + first,
            labels_out == nullptr ? nullptr : labels_out + first);
   });
 }
