@@ -31,14 +31,12 @@ uint64_t TensorKey(const std::string& tensor_name);
 
 // Two independent 64-bit finalizers (the constants of SplitMix64, Steele et al., OOPSLA 2014) over
 // index and bits, keyed by the tensor.
-constexpr uint64_t kIndexFactor = 0x9E3779B97F4A7C15ull, kMixFactor = 0xBF58476D1CE4E5B9ull,
-                   kSecondMixFactor = 0x94D049BB133111EBull;
 LOCKSTEP_DEVICE inline Digest MixElement(uint64_t tensor_key, uint64_t index, uint32_t bits) {
-  uint64_t z = tensor_key + (index * kIndexFactor) + bits;
-  z = (z ^ (z >> 30)) * kMixFactor;
+  uint64_t z = tensor_key + (index * 0x9E3779B97F4A7C15ull) + bits;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
   z ^= z >> 27;
   const uint64_t lo = z ^ (uint64_t{bits} << 32);
-  const uint64_t y = z * kSecondMixFactor;
+  const uint64_t y = z * 0x94D049BB133111EBull;
   return {lo, y ^ (y >> 31)};
 }
 

@@ -195,25 +195,35 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- digests: sums modulo 2^128, which no order changes.
 
-// MixElement in halves of words. What bounds it is the unit that shifts, adds and combines bits,
-// beside one that multiplies: some shifts are products, by powers of two that only the launch
-// knows, or the compiler would make them shifts again.
-struct ShiftFactors {
-  uint32_t by_30 = 1u << 2, by_27 = 1u << 5;  // 2^(32 - what they shift by)
-};
-struct Halves {
-  uint32_t lo, hi;
+// Many elements' sum. Halves of the low word are summed apart, so that no element needs a carry
+// from word to word: at most 2^32 elements.
+struct MixedSum {
+  uint64_t low = 0, high = 0;  // halves of Digest::lo
+  uint64_t hi = 0;
 
-  // x ^ (x >> kBits); `high`: hi >> kBits.
-  template <int kBits>
-  __device__ __forceinline__ Halves Folded(uint32_t high) const {
-    return {lo ^ (lo >> kBits | hi << (32 - kBits)), hi ^ high};
+  __device__ __forceinline__ void Add(uint64_t tensor_key, uint64_t index, float value) {
+    const Digest mixed = MixElement(tensor_key, index, BitsOf(value));
+    low += static_cast<uint32_t>(mixed.lo);
+    high += mixed.lo >> 32;
+    hi += mixed.hi;
   }
-  __device__ __forceinline__ Halves Times(uint64_t factor) const {
-    const auto low = static_cast<uint32_t>(factor), high = static_cast<uint32_t>(factor >> 32);
-    const uint64_t product = uint64_t{lo} * low;
-    return {static_cast<uint32_t>(product),
-            static_cast<uint32_t>(product >> 32) + lo * high + hi * low};
+  __device__ __forceinline__ void Add(uint64_t tensor_key, uint64_t index, const Lanes<4>& values) {
+    // By twos: three terms are one addition.
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const Digest a =
+          MixElement(tensor_key, index + static_cast<uint64_t>(k), BitsOf(values.at[k]));
+      const Digest b =
+          MixElement(tensor_key, index + static_cast<uint64_t>(k + 1), BitsOf(values.at[k + 1]));
+      low = low + static_cast<uint32_t>(a.lo) + static_cast<uint32_t>(b.lo);
+      high = high + (a.lo >> 32) + (b.lo >> 32);
+      hi = hi + a.hi + b.hi;
+    }
+  }
+  __device__ __forceinline__ Digest Whole() const {
+    Digest sum = {low, hi};
+    sum += Digest{high << 32, high >> 32};
+    return sum;
   }
 };
 
@@ -229,96 +239,39 @@ __device__ __forceinline__ Digest SumOfBlock(Digest value, Digest* shared) {
   return value;
 }
 
-constexpr int kMixed = 4;  // vectors of a thread whose loads are in flight
-
-// Many elements' sum. Halves of the low word are summed apart, so that no element needs a carry
-// from word to word: at most 2^32 elements.
-struct MixedSum {
-  __device__ explicit MixedSum(const ShiftFactors& factors) : factors_(factors) {}
-
-  // `first`: tensor_key + index * kIndexFactor of the first.
-  template <int kLanes>
-  __device__ __forceinline__ void Add(uint64_t first, const Lanes<kLanes>& values) {
-    Halves lo[kLanes], hi[kLanes];
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) {
-      const uint32_t bits = BitsOf(values.at[k]);
-      const uint64_t key = first + static_cast<uint64_t>(k) * kIndexFactor + bits;
-      Halves z = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
-      z = z.Folded<30>(__umulhi(z.hi, factors_.by_30)).Times(kMixFactor);
-      z = z.Folded<27>(__umulhi(z.hi, factors_.by_27));
-      lo[k] = {z.lo, z.hi ^ bits};
-      const Halves y = z.Times(kSecondMixFactor);
-      hi[k] = y.Folded<31>(y.hi >> 31);
-    }
-    // By twos: three terms are one addition.
-    constexpr int kTerms = kLanes == 1 ? 1 : 2;
-#pragma unroll
-    for (int k = 0; k < kLanes; k += kTerms) {
-      const int other = k + kTerms - 1;
-      low_ = low_ + lo[k].lo + (kTerms > 1 ? lo[other].lo : 0);
-      high_ = high_ + lo[k].hi + (kTerms > 1 ? lo[other].hi : 0);
-      hi_ = hi_ + Word(hi[k]) + (kTerms > 1 ? Word(hi[other]) : 0);
-    }
-  }
-  // The same of `count` vectors of four, so many elements apart; several are on their way.
-  __device__ __forceinline__ void AddVectors(uint64_t key, const float* x, int64_t step,
-                                             int count) {
-    Lanes<4> values[kMixed];
-#pragma unroll
-    for (int k = 0; k < kMixed; ++k, x += step) {
-      if (k < count) values[k] = LoadLanes<4>(x);
-    }
-    const uint64_t key_step = static_cast<uint64_t>(step) * kIndexFactor;
-    for (;;) {
-#pragma unroll
-      for (int k = 0; k < kMixed; ++k, x += step, key += key_step) {
-        if (count <= 0) return;
-        Add(key, values[k]);
-        if (count > kMixed) values[k] = LoadLanes<4>(x);
-        --count;
-      }
-    }
-  }
-  __device__ __forceinline__ Digest Whole() const {
-    Digest sum = {low_, hi_};
-    sum += Digest{high_ << 32, high_ >> 32};
-    return sum;
-  }
-
- private:
-  __device__ __forceinline__ static uint64_t Word(const Halves& x) {
-    return uint64_t{x.hi} << 32 | x.lo;
-  }
-
-  const ShiftFactors factors_;
-  uint64_t low_ = 0, high_ = 0;  // halves of Digest::lo
-  uint64_t hi_ = 0;
-};
-
-constexpr int64_t kMostDigestBlocks = 132 * 8;  // whose sums one block adds up
+constexpr int kMixed = 4;                        // vectors of a thread whose loads are in flight
+constexpr int64_t kMostDigestBlocks = 132 * 16;  // whose sums one block adds up
 
 // Four blocks of a multiprocessor: no more, so that registers suffice for loads in flight.
 __global__ void __launch_bounds__(kThreads, 4)
-    DigestRange(int64_t n, int lead, const float* x, uint64_t first_key, ShiftFactors factors,
+    DigestRange(int64_t n, int lead, const float* x, uint64_t tensor_key, uint64_t first_index,
                 Digest* block_sums) {
   WaitForPrevious();
-  MixedSum mixed(factors);
-  const auto key = [&](int64_t at) { return first_key + static_cast<uint64_t>(at) * kIndexFactor; };
+  MixedSum mixed;
   const int64_t step = 4 * static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t i = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) - lead;
   const auto part = [&](int64_t begin, int64_t end) {
 #pragma unroll 1
-    for (int64_t j = begin; j < end; ++j) mixed.Add(key(j), Lanes<1>{{x[j]}});
+    for (int64_t j = begin; j < end; ++j) {
+      mixed.Add(tensor_key, first_index + static_cast<uint64_t>(j), x[j]);
+    }
   };
   if (i < 0) {
     part(0, i + 4 < n ? i + 4 : n);
     i += step;
   }
-  if (i + 4 <= n) {
-    const int count = static_cast<int>((n - i - 4) / step) + 1;
-    mixed.AddVectors(key(i), x + i, step, count);
-    i += count * step;
+  for (; i + (kMixed - 1) * step + 4 <= n; i += kMixed * step) {
+    Lanes<4> values[kMixed];
+#pragma unroll
+    for (int k = 0; k < kMixed; ++k) values[k] = LoadLanes<4>(x + i + k * step);
+#pragma unroll
+    for (int k = 0; k < kMixed; ++k) {
+      mixed.Add(tensor_key, first_index + static_cast<uint64_t>(i + k * step), values[k]);
+    }
+  }
+#pragma unroll 1
+  for (; i + 4 <= n; i += step) {
+    mixed.Add(tensor_key, first_index + static_cast<uint64_t>(i), LoadLanes<4>(x + i));
   }
   if (i < n) part(i, n);
   const Digest sum = SumOfBlock(mixed.Whole(), SharedMemory<Digest>());
@@ -336,22 +289,33 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A block of threads for each piece.
-__global__ void __launch_bounds__(kThreads, 4)
-    SumPieces(const DigestPiece* pieces, Digest* digests, const StepScalars* scalars, int64_t ring,
-              ShiftFactors factors) {
+__global__ void __launch_bounds__(kThreads, 4) SumPieces(const DigestPiece* pieces, Digest* digests,
+                                                         const StepScalars* scalars, int64_t ring) {
   WaitForPrevious();
   const DigestPiece piece = pieces[blockIdx.x];
-  MixedSum mixed(factors);
-  const auto key = [&](int64_t at) {
-    return piece.tensor_key + (piece.first_index + static_cast<uint64_t>(at)) * kIndexFactor;
-  };
+  MixedSum mixed;
   const int64_t fours = LeadOf(piece.data) == 0 ? piece.count / 4 : 0;
-  const int64_t thread = threadIdx.x;
-  const int count = static_cast<int>((fours - thread + kThreads - 1) / kThreads);
-  mixed.AddVectors(key(4 * thread), piece.data + 4 * thread, 4 * kThreads, count);
+  int64_t i = threadIdx.x;
+  for (; i + (kMixed - 1) * kThreads < fours; i += kMixed * kThreads) {
+    Lanes<4> values[kMixed];
+#pragma unroll
+    for (int k = 0; k < kMixed; ++k) {
+      values[k] = LoadLanes<4>(piece.data + 4 * (i + k * kThreads));
+    }
+#pragma unroll
+    for (int k = 0; k < kMixed; ++k) {
+      mixed.Add(piece.tensor_key, piece.first_index + static_cast<uint64_t>(4 * (i + k * kThreads)),
+                values[k]);
+    }
+  }
 #pragma unroll 1
-  for (int64_t i = 4 * fours + thread; i < piece.count; i += kThreads) {
-    mixed.Add(key(i), Lanes<1>{{piece.data[i]}});
+  for (; i < fours; i += kThreads) {
+    mixed.Add(piece.tensor_key, piece.first_index + static_cast<uint64_t>(4 * i),
+              LoadLanes<4>(piece.data + 4 * i));
+  }
+#pragma unroll 1
+  for (i = 4 * fours + threadIdx.x; i < piece.count; i += kThreads) {
+    mixed.Add(piece.tensor_key, piece.first_index + static_cast<uint64_t>(i), piece.data[i]);
   }
   const Digest sum = SumOfBlock(mixed.Whole(), SharedMemory<Digest>());
   if (threadIdx.x != 0) return;
@@ -520,8 +484,8 @@ void AccumulateDigest(const Queue& q, int64_t n, const float* x, uint64_t tensor
       static_cast<unsigned>(std::min(CeilDiv(n + lead, int64_t{4} * kThreads), kMostDigestBlocks));
   auto* const block_sums = static_cast<Digest*>(q.workspace);
   constexpr size_t kShared = sizeof(Digest) * kThreads;
-  Launch(q, dim3(blocks), dim3(kThreads), kShared, DigestRange, n, lead, x,
-         tensor_key + first_index * kIndexFactor, ShiftFactors(), block_sums);
+  Launch(q, dim3(blocks), dim3(kThreads), kShared, DigestRange, n, lead, x, tensor_key, first_index,
+         block_sums);
   Launch(q, dim3(1), dim3(kThreads), kShared, AddDigests, static_cast<int>(blocks), block_sums,
          digest);
 }
@@ -530,7 +494,7 @@ void DigestPieces(const Queue& q, int64_t count, const DigestPiece* pieces, Dige
                   const StepScalars* scalars, int64_t ring) {
   if (count == 0) return;
   Launch(q, dim3(static_cast<unsigned>(count)), dim3(kThreads), sizeof(Digest) * kThreads,
-         SumPieces, pieces, digests, scalars, ring, ShiftFactors());
+         SumPieces, pieces, digests, scalars, ring);
 }
 
 void ColumnSums(const Queue& q, const Leaves& leaves, int64_t columns, const void* x, float* sums,
