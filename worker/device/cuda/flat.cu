@@ -328,29 +328,31 @@ __global__ void __launch_bounds__(kThreads, 4) SumPieces(const DigestPiece* piec
 template <class T>
 struct ColumnReduction {
   using Order = RowOrder<T>;
-  using Element = T;
   static constexpr int kPlanes = 1, kMostThreads = Order::kFloat ? 1024 : 512;
-  static constexpr int kGroup = Order::kFloat ? 4 : 8, kRest = 4;  // rows that are loaded at once
+  static constexpr int kGroup = Order::kFloat ? 4 : 8;  // rows whose loads are in flight
 
   const T* x;
   int64_t columns;
   float* sums;
   int64_t stride;
 
-  struct Nothing {};
   template <int kVector>
-  __device__ __forceinline__ Nothing Origin(int64_t, int64_t) const {
-    return {};
-  }
-  template <bool kFull, int kVector, int kRows>
-  __device__ __forceinline__ static void AddRows(int, int count,
-                                                 const Held<T, kVector> (&row)[kRows], Nothing,
-                                                 Partial<kVector, 1>* sum) {
+  __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
+                                             Partial<kVector, 1>* sum) const {
+    const T* from = x + rows.first * columns + column;
+    const int64_t step = Order::kLanes * columns;
+    for (int left = rows.count; left > 0; left -= kGroup) {
+      Held<T, kVector> row[kGroup];
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      if (!kFull && k >= count) continue;
+      for (int k = 0; k < kGroup; ++k, from += step) {
+        if (k < left) row[k].Load(from);
+      }
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) sum->plane[0].at[v] += row[k].At(v);
+      for (int k = 0; k < kGroup; ++k) {
+        if (k >= left) continue;
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) sum->plane[0].at[v] += row[k].At(v);
+      }
     }
   }
   template <int kVector>

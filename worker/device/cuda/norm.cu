@@ -33,7 +33,6 @@ __device__ __forceinline__ float DivisorOf(const Moments& moments, int64_t n) {
 template <class T>
 struct MomentsReduction {
   using Order = RowOrder<T>;
-  using Element = T;
   static constexpr int kPlanes = 2;
   static constexpr int kMostThreads = Order::kFloat ? 1024 : 768;
   // Rows in registers: their mean, then their deviations from it.
@@ -41,7 +40,7 @@ struct MomentsReduction {
   static constexpr int kRest = 4;  // of the last rows
 
   const T* x;
-  int64_t columns;
+  int64_t channels;
   float* mean;
   float* m2;
   int64_t stride;
@@ -51,18 +50,12 @@ struct MomentsReduction {
     return a == 0.0f ? 1.0f : a == b ? 0.5f : b / (a + b);
   }
 
-  template <int kVector>
-  __device__ __forceinline__ Held<T, kVector> Origin(int64_t leaf_first, int64_t column) const {
-    Held<T, kVector> pivot;
-    pivot.Load(x + leaf_first * columns + column);
-    return pivot;
-  }
-
+  // kFull: count is kRows.
   template <bool kFull, int kVector, int kRows>
-  __device__ __forceinline__ static void AddRows(int before, int count,
-                                                 const Held<T, kVector> (&row)[kRows],
-                                                 const Held<T, kVector>& pivot,
-                                                 Partial<kVector, 2>* sum) {
+  __device__ __forceinline__ static void AddGroup(int before, int count,
+                                                  const Held<T, kVector> (&row)[kRows],
+                                                  const Held<T, kVector>& pivot,
+                                                  Partial<kVector, 2>* sum) {
     const float rows = kFull ? static_cast<float>(kRows) : static_cast<float>(count);
     const float earlier = static_cast<float>(before), inverse = 1.0f / rows;
     const float share = ShareOf(earlier, rows), cross = earlier * share;
@@ -87,6 +80,35 @@ struct MomentsReduction {
       const float delta = centre - sum_mean;
       sum_mean = Fma(delta, share, sum_mean);
       sum_m2 = Fma(delta * delta, cross, sum_m2 + square);
+    }
+  }
+
+  template <int kVector>
+  __device__ __forceinline__ void Accumulate(const LaneRows& rows, int64_t column,
+                                             Partial<kVector, 2>* sum) const {
+    Held<T, kVector> pivot;
+    pivot.Load(x + rows.leaf_first * channels + column);
+    const T* from = x + rows.first * channels + column;
+    const int64_t step = Order::kLanes * channels;
+    const auto load = [&]<int kRows>(Held<T, kVector>(&row)[kRows], int count) {
+#pragma unroll
+      for (int k = 0; k < kRows; ++k, from += step) {
+        if (k < count) row[k].Load(from);
+      }
+    };
+    int done = 0;
+#pragma unroll 1
+    for (; done + kGroup <= rows.count; done += kGroup) {
+      Held<T, kVector> row[kGroup];
+      load(row, kGroup);
+      AddGroup<true>(done, kGroup, row, pivot, sum);
+    }
+#pragma unroll 1
+    for (; done < rows.count; done += kRest) {
+      Held<T, kVector> row[kRest];
+      const int count = rows.count - done < kRest ? rows.count - done : kRest;
+      load(row, count);
+      AddGroup<false>(done, count, row, pivot, sum);
     }
   }
 
@@ -134,7 +156,7 @@ struct MomentsReduction {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const double pivot =
-          chunks.n > 0 ? static_cast<double>(FloatOf(x[chunks.leaf_first * columns + column + v]))
+          chunks.n > 0 ? static_cast<double>(FloatOf(x[chunks.leaf_first * channels + column + v]))
                        : 0.0;
       mean[chunks.leaf * stride + column + v] = static_cast<float>(pivot + centre[v]);
       m2[chunks.leaf * stride + column + v] = static_cast<float>(square[v]);

@@ -7,8 +7,7 @@
 // double: lane k % kLanes takes chunk k, in order, then the same tree.
 //
 // A block is {columns of a tile, kLanes, chunks}. Where a block holds all chunks of a leaf it
-// merges them itself; otherwise a second launch does, from partial results in the workspace. Of one
-// tensor, a block takes chunk after chunk then, whose rows are on their way while it adds others.
+// merges them itself; otherwise a second launch does, from partial results in the workspace.
 #pragma once
 
 #include <algorithm>
@@ -24,12 +23,12 @@ namespace lockstep::device::cuda {
 
 // Of rows that are stored as T. Those of bf16 bring half the bytes, and twice the columns to a
 // thread: its lanes take more of them, for the time of a tree.
-constexpr int kMostChunks = 128;
 template <class T>
 struct RowOrder {
   static constexpr bool kFloat = sizeof(T) == sizeof(float);
   static constexpr int kLanes = kFloat ? 32 : 16;
   static constexpr int64_t kChunkRows = kFloat ? 128 : 256;  // the fewest; a multiple of kLanes
+  static constexpr int64_t kMostChunks = 128;
 
   LOCKSTEP_DEVICE static int64_t ChunkRows(int64_t n) {
     constexpr int64_t kStep = kChunkRows * kMostChunks;
@@ -54,11 +53,7 @@ struct LaneRows {
 
 // A reduction is a struct with
 //   Order, a RowOrder; static constexpr int kPlanes, kMostThreads (of a block);
-//   Accumulate(rows, column, Partial*): of a lane; at least one row; or, of one tensor,
-//     const Element* x, int64_t columns, static constexpr int kGroup: rows that a lane adds at
-//     once; Origin<kVector>(leaf_first, column): what it has to know of the leaf;
-//     AddRows<kFull>(before, count, row[kGroup or kRest], origin, Partial*): rows behind `before`
-//     others; kFull: kGroup of them;
+//   Accumulate(rows, column, Partial*): of a lane; at least one row;
 //   Combine(count_a, count_b, Partial* a, b): a takes b in; counts of rows, not 0;
 //   Merge(chunks, LaneSum, column): writes what all of a leaf's chunks come to. All threads of
 //   the block call it.
@@ -91,8 +86,7 @@ class LaneSum {
   template <int kPlanes, class Take>
   __device__ __forceinline__ void ForEachChunk(const Take& take) const {
     if (!active_) return;
-    // Whose loads are in flight: all of a lane's, as a rule.
-    constexpr int kGroup = kVector == 1 ? kMostChunks / kLanes : 1;
+    constexpr int kGroup = kVector == 1 ? 4 : 1;  // whose loads are in flight
     const int64_t size = static_cast<int64_t>(kPlanes) * chunks_.columns;
     const int64_t step = kLanes * chunks_.chunk_rows;
     int64_t left = chunks_.n - static_cast<int>(threadIdx.y) * chunks_.chunk_rows;  // rows
@@ -197,87 +191,7 @@ __device__ __forceinline__ void SumChunks(LaneSum<kVector, kLanes>& lanes,
   }
 }
 
-constexpr int kMergeColumns = 16;  // of a block
-
-// Of one tensor: a lane's next kGroup rows, from at(k) on.
-template <int kVector, class Reduction, class At, class Origin>
-__device__ __forceinline__ void AddGroup(const Reduction& reduction, int before, const At& at,
-                                         const Origin& origin,
-                                         Partial<kVector, Reduction::kPlanes>* sum) {
-  Held<typename Reduction::Element, kVector> row[Reduction::kGroup];
-#pragma unroll
-  for (int k = 0; k < Reduction::kGroup; ++k) row[k].Load(at(k));
-  reduction.template AddRows<true>(before, Reduction::kGroup, row, origin, sum);
-}
-// And its last, fewer.
-template <int kVector, class Reduction, class At, class Origin>
-__device__ __forceinline__ void AddRest(const Reduction& reduction, int before, int count,
-                                        const At& at, const Origin& origin,
-                                        Partial<kVector, Reduction::kPlanes>* sum) {
-  constexpr int kRest = Reduction::kRest;
-#pragma unroll 1
-  for (int done = 0; done < count; done += kRest) {
-    Held<typename Reduction::Element, kVector> row[kRest];
-    const int rows = count - done < kRest ? count - done : kRest;
-#pragma unroll
-    for (int k = 0; k < kRest; ++k) {
-      if (k < rows) row[k].Load(at(done + k));
-    }
-    reduction.template AddRows<false>(before + done, rows, row, origin, sum);
-  }
-}
-
-template <class Reduction>
-concept OfOneTensor = requires {
-  Reduction::kGroup;
-  typename Reduction::Element;
-};
-
-template <int kVector, class Reduction>
-__device__ __forceinline__ void AccumulateLane(const Reduction& reduction, const LaneRows& rows,
-                                               int64_t column,
-                                               Partial<kVector, Reduction::kPlanes>* sum) {
-  if constexpr (OfOneTensor<Reduction>) {
-    const auto origin = reduction.template Origin<kVector>(rows.leaf_first, column);
-    const int64_t step = Reduction::Order::kLanes * reduction.columns;
-    const auto* from = reduction.x + rows.first * reduction.columns + column;
-    const auto at = [&](int k) { return from + k * step; };
-    int done = 0;
-#pragma unroll 1
-    for (; done + Reduction::kGroup <= rows.count; done += Reduction::kGroup) {
-      AddGroup<kVector>(reduction, done, at, origin, sum);
-      from += Reduction::kGroup * step;
-    }
-    AddRest<kVector>(reduction, done, rows.count - done, at, origin, sum);
-  } else {
-    reduction.Accumulate(rows, column, sum);
-  }
-}
-
-// Combines what the lanes of a chunk of `rows` rows know, into lane 0. All threads of the block
-// call it.
-template <int kVector, class Reduction>
-__device__ __forceinline__ void CombineLanes(int rows, void* shared,
-                                             Partial<kVector, Reduction::kPlanes>* values) {
-  using Values = Partial<kVector, Reduction::kPlanes>;
-  constexpr int kLanes = Reduction::Order::kLanes;
-  const int lane = static_cast<int>(threadIdx.y), width = static_cast<int>(blockDim.x);
-  const int x = static_cast<int>(threadIdx.x), z = static_cast<int>(threadIdx.z);
-  Values* const slots = static_cast<Values*>(shared) + z * kLanes * width + x;
-#pragma unroll
-  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
-    if (lane >= stride && lane < 2 * stride) slots[lane * width] = *values;
-    __syncthreads();
-    if (lane >= stride) continue;
-    // Here a lane stands for the rows that are the lane, modulo twice the stride.
-    const int count_a = (rows + 2 * stride - 1 - lane) / (2 * stride);
-    const int count_b = (rows + stride - 1 - lane) / (2 * stride);
-    if (count_b > 0) {
-      Reduction::Combine(static_cast<float>(count_a), static_cast<float>(count_b), values,
-                         slots[(lane + stride) * width]);
-    }
-  }
-}
+constexpr int kMergeColumns = 32;  // of a block
 
 // What a chunk of a leaf of n rows, `rows` rows of the call from `first` on, comes to, in lane 0 of
 // its part of the block; `here`: the thread has columns, from `column` of the call on. All threads
@@ -287,14 +201,29 @@ __device__ __forceinline__ void ReduceChunk(const Reduction& reduction, int leaf
                                             int64_t leaf_first, int64_t first, int rows,
                                             int64_t column, bool here,
                                             Partial<kVector, Reduction::kPlanes>* sum) {
-  constexpr int kLanes = Reduction::Order::kLanes;
-  const int lane = static_cast<int>(threadIdx.y);
-  *sum = {};
+  constexpr int kPlanes = Reduction::kPlanes, kLanes = Reduction::Order::kLanes;
+  const int lane = static_cast<int>(threadIdx.y), width = static_cast<int>(blockDim.x);
+  Partial<kVector, kPlanes>& values = *sum;
+  values = {};
   const int own = (rows + kLanes - 1 - lane) / kLanes;
   if (here && own > 0) {
-    AccumulateLane<kVector>(reduction, {leaf, n, leaf_first, first + lane, own}, column, sum);
+    reduction.Accumulate({leaf, n, leaf_first, first + lane, own}, column, &values);
   }
-  CombineLanes<kVector, Reduction>(rows, SharedMemory<unsigned char>(), sum);
+  const int x = static_cast<int>(threadIdx.x), z = static_cast<int>(threadIdx.z);
+  auto* slots = SharedMemory<Partial<kVector, kPlanes>>() + z * kLanes * width + x;
+#pragma unroll
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+    if (lane >= stride && lane < 2 * stride) slots[lane * width] = values;
+    __syncthreads();
+    if (lane >= stride) continue;
+    // Here a lane stands for the rows that are the lane, modulo twice the stride.
+    const int count_a = (rows + 2 * stride - 1 - lane) / (2 * stride);
+    const int count_b = (rows + stride - 1 - lane) / (2 * stride);
+    if (count_b > 0) {
+      Reduction::Combine(static_cast<float>(count_a), static_cast<float>(count_b), &values,
+                         slots[(lane + stride) * width]);
+    }
+  }
 }
 
 // Merges a leaf of n rows whose chunks are all in the block, one a part of it; `stores`: the thread
@@ -336,18 +265,6 @@ size_t ReductionBytes(int64_t width, int chunks) {
   return std::max(kLanes * partials, LaneSum<kVector, kLanes>::bytes(width) + partials);
 }
 
-// For MergeChunks.
-template <int kVector, int kPlanes>
-__device__ __forceinline__ void StoreChunk(const ReductionPart& part, int local_leaf, int chunk,
-                                           int column, const Partial<kVector, kPlanes>& values,
-                                           float* partials) {
-#pragma unroll
-  for (int plane = 0; plane < kPlanes; ++plane) {
-    const int64_t at = (static_cast<int64_t>(local_leaf) * part.chunks + chunk) * kPlanes + plane;
-    StoreLanes<kVector>(partials + at * part.columns + column, values.plane[plane]);
-  }
-}
-
 template <class Reduction, int kVector>
 __global__ void __launch_bounds__(Reduction::kMostThreads)
     ReduceChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
@@ -373,98 +290,16 @@ __global__ void __launch_bounds__(Reduction::kMostThreads)
                        part.first_column + column, here, &values);
   const bool stores = lane == 0 && here && rows > 0;
   if (gridDim.y > 1) {  // MergeChunks does the rest
-    if (stores) StoreChunk(part, local_leaf, chunk, column, values, partials);
+    if (!stores) return;
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const int64_t at = (static_cast<int64_t>(local_leaf) * part.chunks + chunk) * kPlanes + plane;
+      StoreLanes<kVector>(partials + at * part.columns + column, values.plane[plane]);
+    }
     return;
   }
   MergeBlock<kVector>(reduction, leaf, leaf_first, n, chunk_rows, part.first_column + column, here,
                       stores, values);
-}
-
-constexpr int kOrdinaryGroups = 8;  // of lanes, in a block that does not merge
-constexpr int kStages = 3;          // groups of rows, of which one is added
-constexpr int kStreamBlocks = 3;    // of a multiprocessor
-
-// The same of one tensor, chunk after chunk of a leaf and never all of them. A thread copies the
-// rows that it adds, so that no other has to wait for them.
-template <class Reduction, int kVector>
-__global__ void __launch_bounds__(kOrdinaryGroups* Reduction::Order::kLanes, kStreamBlocks)
-    StreamChunks(Reduction reduction, Leaves leaves, ReductionPart part, float* partials) {
-  WaitForPrevious();
-  using Order = typename Reduction::Order;
-  using Element = typename Reduction::Element;
-  constexpr int kLanes = Order::kLanes, kGroup = Reduction::kGroup, kGroupRows = kGroup * kLanes;
-  const int local_leaf = static_cast<int>(blockIdx.z), leaf = part.first_leaf + local_leaf;
-  const int64_t leaf_first = leaves.begin[leaf], n = leaves.begin[leaf + 1] - leaf_first;
-  const int64_t chunk_rows = Order::ChunkRows(n);
-  const int groups = static_cast<int>(chunk_rows / kGroupRows);
-  const int first_chunk = static_cast<int>(blockIdx.y * blockDim.z);
-  const int x = static_cast<int>(threadIdx.x), lane = static_cast<int>(threadIdx.y),
-            z = static_cast<int>(threadIdx.z), width = static_cast<int>(blockDim.x),
-            depth = static_cast<int>(blockDim.z), threads = width * kLanes * depth;
-  const int column = (static_cast<int>(blockIdx.x) * width + x) * kVector;
-  const bool here = column < part.columns;
-  const int chunk_step = static_cast<int>(gridDim.y) * depth;
-  uint4* const ring = SharedMemory<uint4>() + ((z * kLanes + lane) * width + x);
-  uint4* const tree = SharedMemory<uint4>() + kStages * kGroup * threads;
-
-  // The group that is copied next: from the thread's row, of as many that are left in the leaf.
-  int64_t left = n - (first_chunk + z) * chunk_rows - lane;
-  const Element* from =
-      reduction.x + (leaf_first + n - left) * reduction.columns + part.first_column + column;
-  int ahead = 0, ahead_stage = 0;
-  const int64_t row_step = kLanes * reduction.columns, group_step = kGroup * row_step;
-  const int64_t jump_rows = kGroupRows + (chunk_step - 1) * chunk_rows;  // behind a chunk
-  const int64_t jump = jump_rows * reduction.columns;
-  const auto fetch = [&] {
-    uint4* const to = ring + ahead_stage * kGroup * threads;
-    if (here && left > kGroupRows - kLanes) {
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) CopyInBackground(to + k * threads, from + k * row_step);
-    } else if (here) {
-#pragma unroll 1
-      for (int k = 0; k * kLanes < left; ++k) {
-        CopyInBackground(to + k * threads, from + k * row_step);
-      }
-    }
-    CommitCopies();
-    ahead_stage = ahead_stage + 1 == kStages ? 0 : ahead_stage + 1;
-    const bool jumps = ++ahead == groups;
-    if (jumps) ahead = 0;
-    left -= jumps ? jump_rows : kGroupRows;
-    from += jumps ? jump : group_step;
-  };
-
-  if (first_chunk * chunk_rows >= n) return;
-  for (int i = 0; i < kStages - 1; ++i) fetch();
-  const auto origin =
-      reduction.template Origin<kVector>(leaf_first, part.first_column + (here ? column : 0));
-  int stage = 0;
-#pragma unroll 1
-  for (int chunk = first_chunk; chunk * chunk_rows < n; chunk += chunk_step) {
-    const int64_t behind = n - (chunk + z) * chunk_rows;
-    const int rows = static_cast<int>(behind < 0 ? 0 : behind < chunk_rows ? behind : chunk_rows);
-    const int own = here ? (rows + kLanes - 1 - lane) / kLanes : 0;
-    Partial<kVector, Reduction::kPlanes> values = {};
-#pragma unroll 1
-    for (int done = 0; done < groups * kGroup; done += kGroup) {
-      fetch();
-      WaitForGroups<kStages - 1>();
-      const uint4* const rows_here = ring + stage * kGroup * threads;
-      const auto at = [&](int k) {
-        return reinterpret_cast<const Element*>(rows_here + k * threads);
-      };
-      if (done + kGroup <= own) {
-        AddGroup<kVector>(reduction, done, at, origin, &values);
-      } else {
-        AddRest<kVector>(reduction, done, own - done, at, origin, &values);
-      }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-    CombineLanes<kVector, Reduction>(rows, tree, &values);
-    if (lane == 0 && here && rows > 0) {
-      StoreChunk(part, local_leaf, chunk + z, column, values, partials);
-    }
-  }
 }
 
 template <class Reduction>
@@ -498,6 +333,7 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
   // A row of a tile has at least the 32 bytes of a sector, at most a line's 128.
   constexpr int kVectorBytes = kVector > 4 ? 16 : 4 * kVector;  // by eight, they are bf16
   constexpr int kNarrowest = 32 / kVectorBytes, kWidest = std::min(128 / kVectorBytes, kGroups);
+  constexpr int kOrdinaryGroups = 8;
   constexpr int64_t kFill = 132;  // blocks that occupy a large GPU
   const int64_t vectors = columns / kVector;
   const bool fits = chunks <= std::min(most_chunks_a_block, kGroups / kNarrowest);
@@ -517,25 +353,9 @@ void ReduceRowsBy(const Queue& q, const Reduction& reduction, const Leaves& leav
     const auto part_tiles = static_cast<unsigned>(CeilDiv(part.columns, width * kVector));
     const auto grid_leaves = static_cast<unsigned>(part_leaves);
     float* const partials = static_cast<float*>(q.workspace);
-    auto* kernel = ReduceChunks<Reduction, kVector>;
-    int64_t parts = CeilDiv(chunks, depth);  // of a leaf
-    size_t bytes = shared;
-    if constexpr (OfOneTensor<Reduction> && kVector > 1) {
-      if (!one_stage) {
-        // As many blocks as there is room for at once, all with as many chunks; or many more.
-        constexpr int64_t kRoom = kFill * kStreamBlocks;
-        const int64_t most = kRoom / (int64_t{part_tiles} * part_leaves);
-        const int64_t rounds = most > 0 ? CeilDiv(parts, most) : 4;
-        parts = CeilDiv(parts, rounds);
-        kernel = StreamChunks<Reduction, kVector>;
-        bytes = (kStages * Reduction::kGroup * sizeof(uint4) + sizeof(Partial<kVector, kPlanes>)) *
-                static_cast<size_t>(width * kLanes * depth);
-        AllowShared(kernel, bytes);
-      }
-    }
-    Launch(q, dim3(part_tiles, static_cast<unsigned>(parts), grid_leaves),
-           dim3(static_cast<unsigned>(width), kLanes, static_cast<unsigned>(depth)), bytes, kernel,
-           reduction, leaves, part, partials);
+    Launch(q, dim3(part_tiles, static_cast<unsigned>(CeilDiv(chunks, depth)), grid_leaves),
+           dim3(static_cast<unsigned>(width), kLanes, static_cast<unsigned>(depth)), shared,
+           ReduceChunks<Reduction, kVector>, reduction, leaves, part, partials);
     if (one_stage) return;
     const int merged = std::min(part.columns, kMergeColumns);
     Launch(q, dim3(static_cast<unsigned>(CeilDiv(part.columns, merged)), grid_leaves),
