@@ -401,13 +401,10 @@ __global__ void __launch_bounds__(GradientTile<kOut, kColumns>::kThreads)
   constexpr int kWidth = kFlat ? 1 : 4;        // of a load of x
   constexpr int kLoads = kColumns / kWidth / kLoaders;
   static_assert(kColumns / kWidth % kLoaders == 0 && kOut / 4 <= kLoaders);
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
-  const int64_t first_row = chunks.begin[leaf];
-  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
-  const int64_t begin = int64_t{chunk} * chunks.places[leaf];
-  if (chunk > 0 && begin >= all) return;
-  const int first = static_cast<int>(begin);
-  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  const OwnChunk mine = ChunkOfBlock(chunks, s.out_places);
+  if (mine.is_none) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first = mine.first, end = mine.end;
+  const int64_t first_row = mine.first_row;
   const int first_out = static_cast<int>(blockIdx.x) / s.column_tiles * kOut;
   const int first_column = static_cast<int>(blockIdx.x) % s.column_tiles * kColumns;
   x += first_row * s.height * s.width * s.in;
@@ -622,14 +619,11 @@ __global__ void __launch_bounds__(256)
     GradientsDirectly(WeightGradient s, Chunks chunks, int groups, const float* __restrict__ x,
                       const float* __restrict__ dy, float* __restrict__ results) {
   WaitForPrevious();
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
-  const int64_t first_row = chunks.begin[leaf];
-  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
-  const int64_t begin = int64_t{chunk} * chunks.places[leaf];
+  const OwnChunk mine = ChunkOfBlock(chunks, s.out_places);
   const int element = static_cast<int>(blockIdx.x * 256 + threadIdx.x);
-  if ((chunk > 0 && begin >= all) || element >= s.out * s.columns) return;
-  const int first = static_cast<int>(begin);
-  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  if (mine.is_none || element >= s.out * s.columns) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first = mine.first, end = mine.end;
+  const int64_t first_row = mine.first_row;
   const int out = element / s.columns;
   uint32_t rest = static_cast<uint32_t>(element % s.columns);
   const int own_in = s.in / groups;

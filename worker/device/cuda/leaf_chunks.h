@@ -18,6 +18,29 @@ struct Chunks {
   int places[kMostLeaves];         // of a chunk
 };
 
+// What a block of {tiles, chunks, leaves} sums: of its leaf, which begins at first_row and has
+// `all` places, those from first to end. Counted in whole `unit`s of a chunk's places, of which a
+// row has of_row.
+struct OwnChunk {
+  int leaf, chunk;
+  int64_t first_row;
+  int all, first, end;
+  bool is_none;  // the leaf has fewer chunks
+};
+__device__ __forceinline__ OwnChunk ChunkOfBlock(const Chunks& chunks, int of_row, int unit = 1) {
+  OwnChunk own;
+  own.leaf = static_cast<int>(blockIdx.z);
+  own.chunk = static_cast<int>(blockIdx.y);
+  own.first_row = chunks.begin[own.leaf];
+  own.all = static_cast<int>(chunks.begin[own.leaf + 1] - own.first_row) * of_row;
+  const int places = unit == 1 ? chunks.places[own.leaf] : chunks.places[own.leaf] / unit;
+  const int64_t first = int64_t{own.chunk} * places;
+  own.is_none = own.chunk > 0 && first >= own.all;
+  own.first = static_cast<int>(first);
+  own.end = own.all - own.first < places ? own.all : own.first + places;
+  return own;
+}
+
 // Memory for the sums of chunks.
 struct PartialSums {
   float* memory;

@@ -47,13 +47,10 @@ __global__ void __launch_bounds__(
   constexpr int kTilesDown = kOut / kDown / 16, kTilesAcross = kColumns / kAcross / 16;
   static_assert(kThreads % kColumnQuads == 0 && kThreads % kOutQuads == 0 && kThreads >= 64 &&
                 kSpan % kPlaces == 0 && kSpan / kPlaces >= 2);
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
-  const int64_t first_row = chunks.begin[leaf];
-  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
-  const int64_t first_of_chunk = int64_t{chunk} * chunks.places[leaf];
-  if (chunk > 0 && first_of_chunk >= all) return;
-  const int first = static_cast<int>(first_of_chunk);
-  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  const OwnChunk mine = ChunkOfBlock(chunks, s.out_places);
+  if (mine.is_none) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first = mine.first, end = mine.end;
+  const int64_t first_row = mine.first_row;
   int tile = static_cast<int>(blockIdx.x);
   const int first_column = tile % s.column_tiles * kColumns;
   tile /= s.column_tiles;
@@ -223,13 +220,11 @@ __global__ void __launch_bounds__(GradientRunTile<kOut, kHalves>::kThreads,
   constexpr int kOutLoads = (kPlaces + kOutApart - 1) / kOutApart;
   constexpr int kPixelLoads = (kPlaces * kPixelQuads + kThreads - 1) / kThreads;
   constexpr int kTilesDown = kOut / 16;
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
-  const int64_t first_row = chunks.begin[leaf];
-  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
-  const int64_t first_of_chunk = int64_t{chunk} * chunks.places[leaf];
-  if (chunk > 0 && first_of_chunk >= all) return;
-  const int first = static_cast<int>(first_of_chunk);
-  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  const OwnChunk mine = ChunkOfBlock(chunks, s.out_places);
+  if (mine.is_none) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first = mine.first, end = mine.end;
+  const int all = mine.all;
+  const int64_t first_row = mine.first_row;
   const int taps = s.kernel * s.kernel;
   const int tap_tiles = (taps + kTapsOfTile - 1) / kTapsOfTile;
   int tile = static_cast<int>(blockIdx.x);

@@ -29,14 +29,11 @@ __device__ __forceinline__ void MultiplyRuns(const WeightGradient& s, const Chun
                                              const StoredBf16* __restrict__ dy,
                                              float* __restrict__ results, const Divisor& by_width,
                                              const Divisor& by_height) {
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
-  const int64_t first_row = chunks.begin[leaf];
+  const OwnChunk mine = ChunkOfBlock(chunks, s.height, s.width);  // of rows of pixels
+  if (mine.is_none) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first_y = mine.first, end_y = mine.end;
+  const int64_t first_row = mine.first_row;
   const int rows = static_cast<int>(chunks.begin[leaf + 1] - first_row);
-  const int own_rows = chunks.places[leaf] / s.width;  // of pixels
-  const int64_t first_of_chunk = static_cast<int64_t>(chunk) * own_rows;
-  if (chunk > 0 && first_of_chunk >= rows * s.height) return;
-  const int first_y = static_cast<int>(first_of_chunk);
-  const int end_y = rows * s.height - first_y < own_rows ? rows * s.height : first_y + own_rows;
   const int width = s.width + 1, reach = width + 1;  // a row, with its zero; from a place to a tap
   const auto begin_of = [&](int y) { return (y + y / s.height) * width; };  // with rows of zeros
   const int first = begin_of(first_y);

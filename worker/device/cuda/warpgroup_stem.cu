@@ -140,16 +140,12 @@ __device__ __forceinline__ void MultiplyRowsOfPlaces(const WeightGradient& s, co
                                                      const float* __restrict__ x,
                                                      const StoredBf16* __restrict__ dy,
                                                      float* __restrict__ results, int out_width) {
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
+  // Rows of the output.
   const int out_height = s.out_places / out_width;
-  const int64_t first_row = chunks.begin[leaf];
-  // Rows of the output, of the whole leaf.
-  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * out_height;
-  const int own_rows = chunks.places[leaf] / out_width;
-  const int64_t first_of_chunk = static_cast<int64_t>(chunk) * own_rows;
-  if (chunk > 0 && first_of_chunk >= all) return;
-  const int first = static_cast<int>(first_of_chunk);
-  const int end = all - first < own_rows ? all : first + own_rows;
+  const OwnChunk mine = ChunkOfBlock(chunks, out_height, out_width);
+  if (mine.is_none) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first = mine.first, end = mine.end;
+  const int64_t first_row = mine.first_row;
   const int first_out = static_cast<int>(blockIdx.x) * 64;
   x += first_row * s.height * s.width * s.in;
   dy += first_row * s.out_places * s.out + first_out;

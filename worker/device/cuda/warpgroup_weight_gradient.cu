@@ -31,13 +31,10 @@ __device__ __forceinline__ void MultiplyPlaces(const WeightGradient& s, const Ch
   constexpr int kOwnColumns = kOut == 128 ? kColumns : kColumns / 2;  // of a warpgroup
   constexpr int kRowsApart = kThreads / 8, kRows = kPlaces / kRowsApart;
   constexpr int kCopied = kStages - 1 - kAhead;  // steps, before they are multiplied
-  const int leaf = static_cast<int>(blockIdx.z), chunk = static_cast<int>(blockIdx.y);
-  const int64_t first_row = chunks.begin[leaf];
-  const int all = static_cast<int>(chunks.begin[leaf + 1] - first_row) * s.out_places;
-  const int64_t first_of_chunk = int64_t{chunk} * chunks.places[leaf];
-  if (chunk > 0 && first_of_chunk >= all) return;
-  const int first = static_cast<int>(first_of_chunk);
-  const int end = all - first < chunks.places[leaf] ? all : first + chunks.places[leaf];
+  const OwnChunk mine = ChunkOfBlock(chunks, s.out_places);
+  if (mine.is_none) return;
+  const int leaf = mine.leaf, chunk = mine.chunk, first = mine.first, end = mine.end;
+  const int64_t first_row = mine.first_row;
   const int first_column = static_cast<int>(blockIdx.x) % s.column_tiles * kColumns;
   const int first_out = static_cast<int>(blockIdx.x) / s.column_tiles * kOut;
   x += first_row * s.height * s.width * s.in;
