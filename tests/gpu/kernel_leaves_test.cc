@@ -28,13 +28,6 @@ using KernelLeavesTest = KernelsTest;
 
 // ---- leaves.
 
-Leaves LeavesOf(const std::vector<int64_t>& rows) {
-  Leaves leaves;
-  leaves.count = static_cast<int>(rows.size());
-  for (size_t l = 0; l < rows.size(); ++l) leaves.begin[l + 1] = leaves.begin[l] + rows[l];
-  return leaves;
-}
-
 // Around the sizes of lanes, chunks and blocks; one of them has many chunks.
 const std::vector<int64_t> kManyRows = {1, 33, 128, 31, 129, 2, 700, 2100, 5};
 const std::vector<int64_t> kFewRows = {1, 33, 16, 31, 129, 2, 64, 5};

@@ -22,6 +22,13 @@ inline std::vector<float> RandomFloats(int64_t size, uint32_t seed, float low = 
   return values;
 }
 
+inline Leaves LeavesOf(const std::vector<int64_t>& rows) {
+  Leaves leaves;
+  leaves.count = static_cast<int>(rows.size());
+  for (size_t l = 0; l < rows.size(); ++l) leaves.begin[l + 1] = leaves.begin[l] + rows[l];
+  return leaves;
+}
+
 // Device memory whose elements begin `lead` behind an aligned address.
 template <class T>
 class Buffer {

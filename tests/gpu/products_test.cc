@@ -282,6 +282,95 @@ TEST(OwnProductsTest, FollowTheRule) {
   EXPECT_FALSE(is_own(with(forward, [](ProductShape& s) { s.a_row = 1023; })));
 }
 
+// A norm that is made with the product, of leaves with a few rows: the bits of two calls.
+TEST_F(ProductsTest, NormsBesideThemHaveTheBitsOfTwoCalls) {
+  constexpr float kEpsilon = 1e-5f;
+  const auto check = [&](Given given, const std::vector<int64_t>& rows, int64_t n, int64_t k,
+                         bool relu, bool joins_forward) {
+    SCOPED_TRACE(absl::StrCat(rows.size(), " leaves from ", rows[0], " rows, relu ", relu));
+    const Leaves leaves = LeavesOf(rows);
+    const int64_t m = leaves.total(), stride = 2 * n + 3;
+    const auto elements = static_cast<size_t>(m * n);
+    const auto records = static_cast<size_t>(stride * leaves.count);
+    const BatchNormShape shape = {n, relu, ElementType::kFp32};
+    const Buffer<float> bias(RandomFloats(n, 21)), weight(RandomFloats(n, 22, 0.5, 1.5)),
+        shift(RandomFloats(n, 23));
+
+    SmallProduct p = ProductOf(false, true, given, m, n, k);
+    SCOPED_TRACE(Describe(p));
+    const Factor x(m * k, 24, p.bf16, p.a_floats), w(n * k, 25, p.bf16, false);
+    Buffer<float> c(elements, kBefore), y(elements, kBefore), apart(elements, kBefore);
+    const Buffer<float> moments(records, kBefore);
+    MultiplySmall(q(), p, x.From(0), w.From(0), bias, c);
+    BatchNormForwardOfLeaves(q(), shape, leaves, c, moments, moments + n, stride, kEpsilon, weight,
+                             shift, nullptr, y);
+    const Buffer<float> own_c(elements, kBefore), own_y(elements, kBefore),
+        own_moments(records, kBefore);
+    ASSERT_EQ(MultiplySmallThenNorm(
+                  q(), p, leaves, x.From(0), w.From(0), bias, own_c,
+                  {relu, kEpsilon, weight, shift, own_moments, own_moments + n, stride, own_y}),
+              joins_forward);
+    if (joins_forward) {
+      EXPECT_TRUE(SameBytes(own_c.Read(), c.Read()));
+      EXPECT_TRUE(SameBytes(own_moments.Read(), moments.Read()));
+      EXPECT_TRUE(SameBytes(own_y.Read(), y.Read()));
+    }
+
+    p = ProductOf(false, false, given, m, n, k);
+    const Factor dy(m * k, 26, p.bf16, p.a_floats), back(k * n, 27, p.bf16, false);
+    const Moments own = {moments, moments + n, stride};
+    const Buffer<float> g(elements, kBefore), dx(elements, kBefore), sums(records, kBefore);
+    MultiplySmall(q(), p, dy.From(0), back.From(0), nullptr, g);
+    BatchNormBackwardOfLeaves(q(), shape, leaves, c, y, g, own, kEpsilon, weight, sums, sums + n,
+                              stride, dx);
+    const std::vector<float> expected = dx.Read(), xs = c.Read(), ys = y.Read();
+    const Buffer<float> own_sums(records, kBefore);
+    for (const auto* to : {&apart, &c, &y}) {  // also over what it reads
+      ASSERT_TRUE(MultiplySmallThenNormBackward(
+          q(), p, leaves, dy.From(0), back.From(0),
+          {c, relu ? +y : nullptr, own, kEpsilon, weight, own_sums, own_sums + n, stride, *to}));
+      EXPECT_TRUE(SameBytes(to->Read(), expected));
+      EXPECT_TRUE(SameBytes(own_sums.Read(), sums.Read()));
+      c.Write(xs), y.Write(ys);
+    }
+  };
+  // Around a tile's rows, columns and leaves, and the slices of a sum; factors not by four.
+  const std::vector<std::vector<int64_t>> leaves = {
+      {16, 16, 16, 14}, {1}, {32, 32, 5}, std::vector<int64_t>(32, 1), {31, 1, 1, 30, 2}, {17, 15}};
+  struct Size {
+    int64_t n, k;
+    bool wide;
+  };
+  const std::vector<Size> sizes = {{4, 4, true}, {36, 10, false}, {68, 300, true}, {16, 1, false}};
+  for (const Given given : {Given::kFp32, Given::kRoundedOnTheWay}) {
+    for (size_t l = 0; l < leaves.size(); ++l) {
+      for (size_t i = 0; i < sizes.size(); ++i) {
+        const auto& [n, k, wide] = sizes[i];
+        check(given, leaves[l], n, k, (i + l) % 2 == 0, wide);
+      }
+    }
+  }
+}
+
+// Leaves of many rows or none, channels not by four, many rows, factors that are rounded before.
+TEST_F(ProductsTest, NormsThatAreNotMadeBesideThem) {
+  const auto joins = [&](Given given, const std::vector<int64_t>& rows, int64_t n) {
+    const Leaves leaves = LeavesOf(rows);
+    const SmallProduct p = ProductOf(false, false, given, leaves.total(), n, 4);
+    const Factor a(leaves.total() * 4, 31, p.bf16, p.a_floats), b(4 * n, 32, p.bf16, false);
+    const Buffer<float> memory(static_cast<size_t>((leaves.total() + 1) * n), 0.0f);
+    return MultiplySmallThenNormBackward(
+        q(), p, leaves, a.From(0), b.From(0),
+        {memory, nullptr, {memory, memory, n}, 1e-5f, memory, memory, memory, n, memory});
+  };
+  EXPECT_TRUE(joins(Given::kFp32, {32, 1}, 8));
+  EXPECT_FALSE(joins(Given::kFp32, {32, 33}, 8));
+  EXPECT_FALSE(joins(Given::kFp32, {2, 0}, 8));
+  EXPECT_FALSE(joins(Given::kFp32, {4, 4}, 7));
+  EXPECT_FALSE(joins(Given::kFp32, std::vector<int64_t>(32, 32), 288));
+  EXPECT_FALSE(joins(Given::kBf16, {4}, 8));
+}
+
 TEST_F(ProductsTest, AreRunThroughTheInterface) {
   const std::unique_ptr<Blas> blas = WithOwnProducts(std::make_unique<NoBlas>());
   constexpr int64_t kM = 5, kN = 6, kK = 7, kStride = 60;

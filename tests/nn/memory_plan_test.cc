@@ -1,8 +1,10 @@
 #include "worker/nn/memory_plan.h"
 
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/nn/cases.h"
 #include "tests/nn/graph_maker.h"
@@ -41,6 +43,10 @@ class Arena {
       for (int64_t i = Begin(out, shard); i < End(out, shard); ++i) owner_.at(i) = {out, shard};
     }
     if (call.out2 >= 0) ExpectHeld(call.out, shard, index);
+    // What a product reads whose norm may be made with it.
+    if (index > 0 && lowering_.calls[index - 1].then_norm && lowering_.calls[index - 1].a >= 0) {
+      ExpectHeld(lowering_.calls[index - 1].a, shard, index);
+    }
     // What a gradient of weights reads beside the calls behind it.
     if (lowering_.weights_beside && call.type == CallType::kLinearBackwardWeight) beside_ = index;
     if (beside_ < 0) return;
@@ -135,6 +141,45 @@ TEST(MemoryPlanTest, EveryReadFindsItsValueInRandomGraphs) {
     SCOPED_TRACE(seed);
     ExpectSound(RandomGraph(seed, 20));
   }
+}
+
+// The layers whose norms may be made with the product before them: in forward, then in backward.
+std::vector<std::string> NormsOfProducts(GraphMaker& m) {
+  const auto program = Program::Compile(m.graph()).value();
+  const Lowering lowering = Lower(*program, true, /*layerwise=*/true);
+  std::vector<std::string> names;
+  for (size_t i = 0; i + 1 < lowering.calls.size(); ++i) {
+    if (!lowering.calls[i].then_norm) continue;
+    EXPECT_TRUE(lowering.calls[i + 1].whole);
+    names.push_back(program->layer(lowering.calls[i + 1].node).name);
+  }
+  return names;
+}
+
+TEST(MemoryPlanTest, ADenseIsFollowedByItsNorm) {
+  GraphMaker m({3, 3, 2}, 5);
+  const auto name = [&](int layer) { return m.graph().layers[layer].name; };
+  m.Conv2d(4, 3, 1, 1);
+  m.BatchNorm(spec::Sync::kShard);  // of a convolution; and its channels are no dense's inputs
+  m.Flatten();
+  m.Dense(8);
+  const int norm = m.BatchNorm(spec::Sync::kShard);
+  m.Relu();
+  m.Dense(8);
+  m.BatchNorm(spec::Sync::kBatch);
+  m.Relu();
+  m.Dense(8);
+  const int read_twice = m.BatchNorm(spec::Sync::kShard);  // backward adds two gradients
+  m.AddLayers({read_twice, m.Dense(8)});
+  m.Dense(5);
+  EXPECT_THAT(NormsOfProducts(m), testing::ElementsAre(name(norm), name(read_twice), name(norm)));
+
+  GraphMaker residual({8}, 5);
+  const int first = residual.Dense(8);
+  residual.Dense(8);
+  residual.AddLayers({residual.BatchNorm(spec::Sync::kShard), first});
+  residual.Dense(5);
+  EXPECT_THAT(NormsOfProducts(residual), testing::IsEmpty());
 }
 
 int64_t Sum(const Lowering& lowering) {

@@ -88,6 +88,17 @@ class Dense {
   // dx = dy W. `dy` is the gradient after the activation's own backward (ReluBackward).
   virtual void BackwardInput(Stream& stream, int64_t rows, const float* dy, float* dx,
                              void* scratch) = 0;
+  // Forward, then the device's BatchNormForwardOfLeaves of y; and BackwardInput, then its
+  // BatchNormBackwardOfLeaves of what that makes, which is kept nowhere: in one pass, with the bits
+  // of both. False, and nothing was done, where there is no such pass: of leaves of many rows.
+  virtual bool ForwardThenNorm(Stream&, const Leaves& /*leaves*/, const float* /*x*/,
+                               const float* /*bias*/, float* /*y*/, const NormForward&) {
+    return false;
+  }
+  virtual bool BackwardInputThenNorm(Stream&, const Leaves& /*leaves*/, const float* /*dy*/,
+                                     const NormBackward&) {
+    return false;
+  }
   // Each leaf's dW = dy^T x in logical layout and db = column sums of dy, folded to dw[part] and
   // db[part] (null without bias). Overwrites. Leaf i has rows[i] samples x[i], dy[i]; memory of the
   // host, read when the call is made. db is computed on a stream of its own, which may be the same.

@@ -235,6 +235,30 @@ struct BatchNormShape {
   ElementType type = ElementType::kFp32;  // of x, y, the residual and gradients of them
 };
 
+// What Device::BatchNormForwardOfLeaves is given behind x, but for a residual; all is fp32.
+struct NormForward {
+  bool relu = false;
+  float epsilon = 0;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  float* mean = nullptr;
+  float* m2 = nullptr;
+  int64_t stride = 0;
+  float* y = nullptr;
+};
+// And BatchNormBackwardOfLeaves, but for dy. y null: there is no relu.
+struct NormBackward {
+  const float* x = nullptr;
+  const float* y = nullptr;
+  Moments moments;
+  float epsilon = 0;
+  const float* weight = nullptr;
+  float* sum_dy = nullptr;
+  float* sum_dy_xhat = nullptr;
+  int64_t stride = 0;
+  float* dx = nullptr;
+};
+
 // For each row: y[to_begin + sum to[d] i[d]] = x[from_begin + sum from[d] i[d]] for all i below
 // size. Rows lie from_row and to_row elements apart. x and y do not overlap.
 struct StridedCopy {

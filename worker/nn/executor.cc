@@ -246,8 +246,8 @@ bool Executor::CanRunTogether(const Call& call, const StepContext& context,
   }
 }
 
-void Executor::RunAll(int index, const StepContext& context, const Merged& merged,
-                      absl::Span<const Frame> frames, const Joint& joint) {
+int Executor::RunAll(int index, const StepContext& context, const Merged& merged,
+                     absl::Span<const Frame> frames, const Joint& joint) {
   const Call& call = lowering_.calls[index];
   if (RunsBeside(call, context)) {
     JoinBeside(context);
@@ -255,11 +255,23 @@ void Executor::RunAll(int index, const StepContext& context, const Merged& merge
     beside_call_ = &call;
     beside_frames_ = frames;
   }
-  if (IsFolded(call, context)) return RunFoldedGradient(call, context, frames);
-  const size_t most = CanRunTogether(call, context, joint) ? device::kMostLeaves : 1;
-  for (size_t at = 0; at < frames.size(); at += most) {
-    RunGroup(call, context, merged, frames.subspan(at, most), joint.leaf_stride);
+  if (IsFolded(call, context)) {
+    RunFoldedGradient(call, context, frames);
+    return 1;
   }
+  const Call* const norm = call.then_norm ? &lowering_.calls[index + 1] : nullptr;
+  const bool together = CanRunTogether(call, context, joint) &&
+                        (norm == nullptr || CanRunTogether(*norm, context, joint));
+  const size_t most = together ? device::kMostLeaves : 1;
+  for (size_t at = 0; at < frames.size(); at += most) {
+    const absl::Span<const Frame> group = frames.subspan(at, most);
+    if (norm == nullptr) {
+      RunGroup(call, context, merged, group, joint.leaf_stride);
+    } else {
+      RunBatchNorm(*norm, context, merged, group, joint.leaf_stride, &call);
+    }
+  }
+  return norm == nullptr ? 1 : 2;
 }
 
 void Executor::JoinBeside(const StepContext& context) {
@@ -353,7 +365,8 @@ void Executor::RunLstm(const Call& call, const StepContext& context, absl::Span<
 }
 
 void Executor::RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
-                            absl::Span<const Frame> frames, int64_t leaf_stride) const {
+                            absl::Span<const Frame> frames, int64_t leaf_stride,
+                            const Call* product) const {
   const Program::Node& node = program_->nodes()[call.node];
   const NodeConstants& c = constants_[call.node];
   const MomentsSlice& slice = program_->moments()[node.moments];
@@ -387,6 +400,18 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     moments.stride = moments_stride;
   }
   if (call.type == CallType::kBatchNormForward || call.type == CallType::kBatchNormAddForward) {
+    if (product != nullptr) {
+      const int64_t at = program_->nodes()[product->node].bias;
+      if (operations_.dense(product->node)
+              ->ForwardThenNorm(stream, leaves, Input(product->a, frame),
+                                at < 0 ? nullptr : context.state->parameters() + at,
+                                Floats(product->out, frame),
+                                {c.norm.relu, c.epsilon, weight, bias, own_mean, own_m2,
+                                 moments_stride, Floats(call.out, frame)})) {
+        return;
+      }
+      RunLinear(*product, context, frames, leaf_stride);
+    }
     if (call.whole) {
       return device_.BatchNormForwardOfLeaves(stream, c.norm, leaves, x, own_mean, own_m2,
                                               moments_stride, c.epsilon, weight, bias,
@@ -413,7 +438,13 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     if (sums_alone) {
       device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Bytes(call.d, frame), moments,
                                 c.epsilon, out, sum_dy, sum_dy_xhat, stride, weight, own_bias);
-    } else {
+    } else if (product == nullptr ||
+               !operations_.dense(product->node)
+                    ->BackwardInputThenNorm(
+                        stream, leaves, Floats(product->a, frame),
+                        {Floats(call.a, frame), Floats(call.b, frame), moments, c.epsilon, weight,
+                         sum_dy, sum_dy_xhat, stride, Floats(call.out, frame)})) {
+      if (product != nullptr) RunLinear(*product, context, frames, leaf_stride);
       device_.BatchNormBackwardOfLeaves(stream, masked, leaves, x, y, dy, moments, c.epsilon,
                                         weight, sum_dy, sum_dy_xhat, stride, out);
     }

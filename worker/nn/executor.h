@@ -75,9 +75,10 @@ class Executor {
     RunGroup(lowering_.calls[call], context, merged, absl::MakeConstSpan(&frame, 1), 0);
   }
   // The call for all shards, in the order of `frames`, which share the arena: in one call of the
-  // device where that gives every row and every leaf the bits that it has alone.
-  void RunAll(int call, const StepContext& context, const Merged& merged,
-              absl::Span<const Frame> frames, const Joint& joint);
+  // device where that gives every row and every leaf the bits that it has alone. Returns how many
+  // calls it ran: a norm behind a product is made with it.
+  int RunAll(int call, const StepContext& context, const Merged& merged,
+             absl::Span<const Frame> frames, const Joint& joint);
   // The stream waits for what is beside it, which is announced. To be called behind a pass's last
   // call, also of one that failed.
   void JoinBeside(const StepContext& context);
@@ -113,8 +114,10 @@ class Executor {
                          absl::Span<const Frame> frames);
   void RunLstm(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
                int64_t leaf_stride) const;
+  // `product`: the call before, of what it reads, which has not been run; null: it has.
   void RunBatchNorm(const Call& call, const StepContext& context, const Merged& merged,
-                    absl::Span<const Frame> frames, int64_t leaf_stride) const;
+                    absl::Span<const Frame> frames, int64_t leaf_stride,
+                    const Call* product = nullptr) const;
   void RunLayerNorm(const Call& call, const StepContext& context, absl::Span<const Frame> frames,
                     int64_t leaf_stride) const;
   void RunEmbedding(const Call& call, const StepContext& context, absl::Span<const Frame> frames,

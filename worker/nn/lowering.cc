@@ -93,6 +93,18 @@ class Lowerer {
   // A norm whose two passes of a direction are one call: a launch where shards are small.
   bool IsWhole(int node) const { return always_layerwise_ && !IsSynchronized(node); }
 
+  // Of the last call, a whole norm of `node` that reads `value`: the one before it may have made
+  // that, of a dense.
+  void JoinToProduct(CallType type, int node, int value) {
+    if (result_.calls.size() < 2) return;
+    Call& product = result_.calls[result_.calls.size() - 2];
+    const std::vector<int64_t>& shape = program_.shape(node);
+    product.then_norm = product.type == type && product.out == value &&
+                        program_.layer(product.node).type == LayerType::kDense &&
+                        spec::ElementCount(shape) == shape.back() &&
+                        TypeOf(node) == device::ElementType::kFp32;
+  }
+
   void Forward(int node) {
     const Program::Node& n = program_.nodes()[node];
     const int x = ValueOf(n.inputs[0]);
@@ -124,7 +136,10 @@ class Lowerer {
           y = Emit(training_ ? CallType::kBatchNormForward : CallType::kBatchNormInference, node,
                    node, x);
         }
-        result_.calls.back().whole = training_ && IsWhole(node);
+        if (training_ && IsWhole(node)) {
+          result_.calls.back().whole = true;
+          if (n.fused_add < 0) JoinToProduct(CallType::kLinearForward, node, x);
+        }
         break;
       case LayerType::kRelu:
         y = Emit(CallType::kReluForward, node, node, x);
@@ -318,6 +333,7 @@ class Lowerer {
         if (NeedsGradient(input)) {
           const int dx = Emit(CallType::kBatchNormBackward, node, input, x, mask, dy);
           result_.calls.back().whole = whole;
+          if (whole && !residual) JoinToProduct(CallType::kLinearBackwardInput, node, dy);
           Contribute(input, dx);
         }
         break;

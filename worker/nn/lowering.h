@@ -92,6 +92,10 @@ struct Call {
   bool whole = false;
   // Of a norm's sums: the call behind reads them.
   bool goes_on = false;
+  // Of a dense's forward or backward of its input: the call behind is a whole norm that alone reads
+  // what this one makes, or with backward. A device may make both at once: what this one reads
+  // stays until then.
+  bool then_norm = false;
 };
 
 enum class Exchange { kNone, kMoments, kSums };

@@ -53,7 +53,7 @@ MemoryPlan PlanMemory(const Lowering& lowering, int64_t shard_rows, int64_t slot
   for (int i = 0; i < calls; ++i) {
     const Call& call = lowering.calls[i];
     for (const int value : {call.a, call.b, call.c, call.d, call.out, call.out2}) {
-      if (value >= 0) last_use[value] = i;
+      if (value >= 0) last_use[value] = std::max(last_use[value], i + (call.then_norm ? 1 : 0));
     }
   }
 

@@ -308,8 +308,8 @@ absl::Status Plan::Impl::RunCalls(Executor& executor, int calls,
     if (segment.begin >= calls) break;
     const int end = std::min(segment.end, calls);
     if (segment.layerwise) {
-      for (int call = segment.begin; call < end && !bound.empty(); ++call) {
-        executor.RunAll(call, context, merged, bound, joint);
+      for (int call = segment.begin; call < end && !bound.empty();) {
+        call += executor.RunAll(call, context, merged, bound, joint);
       }
     } else {
       for (const Frame& frame : bound) {

@@ -54,6 +54,16 @@ class Product {
   virtual void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride,
                         const void* b, int64_t b_stride, float* c, int64_t c_stride,
                         void* workspace) = 0;
+  // Run and a batch norm of what it makes, as Dense::ForwardThenNorm and BackwardInputThenNorm.
+  virtual bool RunThenNorm(const Queue&, const Leaves& /*leaves*/, const void* /*a*/,
+                           const void* /*b*/, const float* /*bias*/, float* /*c*/,
+                           const NormForward&) {
+    return false;
+  }
+  virtual bool RunThenNormBackward(const Queue&, const Leaves& /*leaves*/, const void* /*a*/,
+                                   const void* /*b*/, const NormBackward&) {
+    return false;
+  }
   // Whether it is given what the shape's `floats` offers, and nothing else.
   virtual bool takes_floats() const { return false; }
   // Names the chosen algorithm, for the fingerprint.

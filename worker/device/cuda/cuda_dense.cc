@@ -106,6 +106,20 @@ class CudaDense : public Dense {
     }
   }
 
+  // What rounds its factors by itself is given the floats as they are.
+  bool ForwardThenNorm(Stream& stream, const Leaves& leaves, const float* x, const float* bias,
+                       float* y, const NormForward& norm) override {
+    return !Rounds(*forward_) && leaves.total() <= most_rows_ &&
+           forward_->RunThenNorm(QueueOf(stream), leaves, x, weight_, s_.bias ? bias : nullptr, y,
+                                 norm);
+  }
+
+  bool BackwardInputThenNorm(Stream& stream, const Leaves& leaves, const float* dy,
+                             const NormBackward& norm) override {
+    return !Rounds(*backward_input_) && leaves.total() <= most_rows_ &&
+           backward_input_->RunThenNormBackward(QueueOf(stream), leaves, dy, weight_, norm);
+  }
+
   void BackwardWeight(Stream& stream, Stream& bias_stream, const LeafFold& fold,
                       const int64_t* rows, const float* const* x, const float* const* dy,
                       float* const* dw, float* const* db, void* scratch) override {

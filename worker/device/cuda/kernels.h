@@ -208,6 +208,17 @@ struct SmallProduct {
 };
 void MultiplySmall(const Queue& q, const SmallProduct& product, const void* a, const void* b,
                    const float* bias, float* c);
+// The same of A that is not transposed, whose rows are those of leaves, then
+// BatchNormForwardOfLeaves of C {m, n}; or the product and BatchNormBackwardOfLeaves of it, which
+// is kept nowhere: one launch, with the bits of both. dx may be the norm's x or y. False, and
+// nothing was done: leaves have more rows than a tile, results are not taken by four, nor, where C
+// is what is normalized, factors; or there are so many rows that larger tiles are better.
+bool MultiplySmallThenNorm(const Queue& q, const SmallProduct& product, const Leaves& leaves,
+                           const void* a, const void* b, const float* bias, float* c,
+                           const NormForward& norm);
+bool MultiplySmallThenNormBackward(const Queue& q, const SmallProduct& product,
+                                   const Leaves& leaves, const void* a, const void* b,
+                                   const NormBackward& norm);
 
 // ---- parts of dense layers, convolutions and LSTMs.
 // sums[c] = sum over a leaf's rows of x {leaves.begin[count], columns}; leaf l's at l * stride

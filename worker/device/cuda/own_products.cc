@@ -33,6 +33,19 @@ class OwnProduct : public Product {
     MultiplySmall(queue, p, a, b, has_bias_ ? bias : nullptr, c);
   }
 
+  bool RunThenNorm(const Queue& queue, const Leaves& leaves, const void* a, const void* b,
+                   const float* bias, float* c, const NormForward& norm) override {
+    SmallProduct p = p_;
+    p.m = leaves.total();
+    return MultiplySmallThenNorm(queue, p, leaves, a, b, has_bias_ ? bias : nullptr, c, norm);
+  }
+  bool RunThenNormBackward(const Queue& queue, const Leaves& leaves, const void* a, const void* b,
+                           const NormBackward& norm) override {
+    SmallProduct p = p_;
+    p.m = leaves.total();
+    return MultiplySmallThenNormBackward(queue, p, leaves, a, b, norm);
+  }
+
   void RunBatch(const Queue& queue, int count, const void* a, int64_t a_stride, const void* b,
                 int64_t b_stride, float* c, int64_t c_stride, void*) override {
     SmallProduct p = p_;
