@@ -4,7 +4,9 @@
   - kernels whose time is that of moving bytes read 16 bytes at a time, as the PTX of the newest architecture shows;
   - every kernel waits for the one before it (griddepcontrol.wait) before it branches or touches memory but its
     parameters: it may begin before that one has ended. So says the PTX, and so does the machine code of sm_90, where
-    loads that are said to be of constant memory might stand before the wait.
+    loads that are said to be of constant memory might stand before the wait;
+  - warpgroups' products (wgmma) of sm_90 are begun several at a time: where something looks at their sums too early, or
+    registers are too few, the compiler says in a remark only that it waits for each.
 What the list names and is not there any more fails.
 
     kernel_code.py LIST OBJECT...
@@ -36,6 +38,8 @@ EFFECT = re.compile(r"^\s*(@!?%\w+\s+)?(ld(?!\.param)|st|atom|red|cp|bar|barrier
 # Operations of sm_90: the wait; BRA, BRX, CALL, RET, EXIT, and those that load, store, copy or add in memory.
 SASS_WAIT = 0x82E
 SASS_EFFECTS = {0x947, 0x949, 0x944, 0x950, 0x94D, 0x980, 0x981, 0x984, 0x83B, 0x985, 0x986, 0x388, 0x988, 0xFAE, 0x98E}
+# A warpgroup's product (HGMMA), and where it begins some or waits for some (WARPGROUP).
+SASS_PRODUCT, SASS_PRODUCTS_EDGE = 0x9F0, 0x9C5
 
 
 class Malformed(Exception):
@@ -116,22 +120,20 @@ def frames(contents):
     return kernels, found
 
 
-def hasty(contents):
-    """Kernels of an ELF image of sm_90 that do not begin with waiting."""
-    found = []
+def operations(contents):
+    """Kernels of an ELF image of sm_90, and the operations of each in their order."""
     for name, _, _, data in Elf(contents).sections:
-        if not name.startswith(".text."):
-            continue
-        for word, _ in struct.iter_unpack("<QQ", data):
-            operation = word & 0xFFF
-            if operation == SASS_WAIT:
-                break
-            if operation in SASS_EFFECTS:
-                found.append(name[len(".text."):])
-                break
-        else:
-            found.append(name[len(".text."):])
-    return found
+        if name.startswith(".text."):
+            yield name[len(".text."):], [word & 0xFFF for word, _ in struct.iter_unpack("<QQ", data)]
+
+
+def begins_with_waiting(code):
+    first = next((operation for operation in code if operation == SASS_WAIT or operation in SASS_EFFECTS), None)
+    return first == SASS_WAIT
+
+
+def waits_for_each_product(code):
+    return SASS_PRODUCT in code and code.count(SASS_PRODUCT) < code.count(SASS_PRODUCTS_EDGE)
 
 
 def text_of(contents):
@@ -172,8 +174,11 @@ def check(lines, objects):
                 raise Malformed(f"{path}: no kernel for sm_{architecture}")
             count += len(kernels)
             if architecture == 90:
-                wrong += [f"{source}, sm_90: {name} does something before it waits for the kernel before it"
-                          for name in hasty(contents)]
+                for name, code in operations(contents):
+                    if not begins_with_waiting(code):
+                        wrong.append(f"{source}, sm_90: {name} does something before it waits for the kernel before it")
+                    if waits_for_each_product(code):
+                        wrong.append(f"{source}, sm_90: {name} waits for each of its warpgroups' products")
             for name, size in stacks.items():
                 allowed = [line for line in exceptions if line[1] == f"sm_{architecture}" and line[2] == source
                            and has(name, line[3:-1]) and size <= int(line[-1])]

@@ -80,6 +80,24 @@ TEST_F(StreamTest, WhoWaitsForAPlaceSleeps) {
   EXPECT_EQ(flags_[1], 0);
 }
 
+// The first wait asks again and again; those that follow sleep for as long as it took, and sooner
+// or later notice that waits have become short.
+TEST_F(StreamTest, AWaitIsLikeTheOneBefore) {
+  const auto asked = [&](std::chrono::milliseconds delay) {
+    EXPECT_EQ(emulator::Delay(queue().stream, delay), cudaSuccess);
+    for (int i = 0; i < 2; ++i) cudaStreamQuery(queue().stream);  // the delay begins
+    const int64_t mark = stream_->Mark(), before = emulator::Count().queries;
+    EXPECT_TRUE(stream_->WaitFor(mark).ok());
+    return emulator::Count().queries - before;
+  };
+  EXPECT_GT(asked(std::chrono::milliseconds(40)), 10);
+  EXPECT_LE(asked(std::chrono::milliseconds(40)), 8);
+  for (int i = 0; i < 20; ++i) asked(std::chrono::milliseconds(0));
+  const absl::Time began = absl::Now();
+  asked(std::chrono::milliseconds(0));
+  EXPECT_LT(absl::Now() - began, absl::Milliseconds(20));
+}
+
 TEST_F(StreamTest, WhoWaitsForAllSleeps) {
   ASSERT_EQ(emulator::Delay(queue().stream, kLong), cudaSuccess);
   Set(0);

@@ -108,6 +108,7 @@ struct Counters {
   int64_t graph_relaunches = 0;  // of an executable whose launch before has not run
   int64_t allocations = 0;       // of any memory, that succeeded
   int64_t waits = 0;             // calls that wait for work
+  int64_t queries = 0;           // of an event
   int64_t live_allocations = 0;
   size_t live_bytes = 0;  // of devices
   uint64_t read = 0;      // a hash of what each copy brought to pageable memory, in any order

@@ -194,6 +194,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   int device;
   {
     const Lock lock(e.mutex);
+    ++e.counters.queries;
     const auto event = e.events.find(handle);
     if (event == e.events.end()) return Return(cudaErrorInvalidResourceHandle);
     device = event->second->device;

@@ -61,13 +61,13 @@ CudaStream::~CudaStream() {
 // A thread that waits sleeps for a part of the time that it has waited so far before it asks again,
 // and so is late by no larger part of the whole.
 struct CudaStream::Patience {
-  absl::Duration awake;     // at first it asks without sleeping
-  absl::Duration shortest;  // of its sleeps
+  absl::Duration awake;              // at first it asks without sleeping
+  absl::Duration first;              // its first sleep, at least
+  absl::Duration shortest, longest;  // of its sleeps
   int part;
 };
 
 absl::Status CudaStream::Await(const Patience& patience, absl::FunctionRef<cudaError_t()> ask) {
-  constexpr absl::Duration kLongest = absl::Milliseconds(1);
   // Ends of sleeps are put off by it, by 50 us where nobody says otherwise.
   constexpr unsigned long kTimerSlack = 2000;  // NOLINT: nanoseconds, in the type of prctl
   [[maybe_unused]] thread_local const int slack = prctl(PR_SET_TIMERSLACK, kTimerSlack);
@@ -77,10 +77,13 @@ absl::Status CudaStream::Await(const Patience& patience, absl::FunctionRef<cudaE
   if (launch == cudaErrorNotReady) launch = cudaSuccess;
   const absl::Time began = absl::Now();
   cudaError_t error;
+  bool slept = false;
   while ((error = ask()) == cudaErrorNotReady) {
     const absl::Duration waited = absl::Now() - began;
     if (waited < patience.awake) continue;
-    absl::SleepFor(std::clamp(waited / patience.part, patience.shortest, kLongest));
+    const absl::Duration part =
+        std::clamp(waited / patience.part, patience.shortest, patience.longest);
+    absl::SleepFor(std::exchange(slept, true) ? part : std::max(part, patience.first));
   }
   static_cast<void>(cudaGetLastError());
   if (error == cudaSuccess) error = launch;
@@ -90,7 +93,8 @@ absl::Status CudaStream::Await(const Patience& patience, absl::FunctionRef<cudaE
 
 // Nothing is behind what is waited for: the device idles until the thread wakes.
 absl::Status CudaStream::Synchronize() {
-  constexpr Patience kPrompt = {absl::Microseconds(20), absl::Microseconds(20), 32};
+  constexpr Patience kPrompt = {absl::Microseconds(20), absl::ZeroDuration(),
+                                absl::Microseconds(20), absl::Milliseconds(1), 32};
   return Await(kPrompt, [this] { return cudaStreamQuery(queue().stream); });
 }
 
@@ -100,10 +104,19 @@ int64_t CudaStream::Mark() {
   return marks_++;
 }
 
-// Who waits for a place is ahead: the device has as much work behind it (RunAhead) as before it.
+// Who waits for a place is ahead: the device has as much work behind it (RunAhead) as before it. As
+// steps are alike, so are waits: most of what the last one took is slept through at once. A sleep
+// that was too long makes the next one shorter.
 absl::Status CudaStream::WaitFor(int64_t mark) {
-  constexpr Patience kAhead = {absl::ZeroDuration(), absl::Microseconds(50), 2};
-  return Await(kAhead, [this, mark] { return cudaEventQuery(places_[mark % kMarks]); });
+  constexpr absl::Duration kLongestFirst = absl::Milliseconds(50);
+  const Patience ahead = {absl::ZeroDuration(), std::min(last_wait_ * 3 / 4, kLongestFirst),
+                          absl::Microseconds(50), std::max(absl::Milliseconds(1), last_wait_ / 8),
+                          2};
+  const absl::Time began = absl::Now();
+  const absl::Status status =
+      Await(ahead, [this, mark] { return cudaEventQuery(places_[mark % kMarks]); });
+  last_wait_ = absl::Now() - began;
+  return status;
 }
 
 cudaError_t CudaStream::Follow(CudaStream& ahead) {

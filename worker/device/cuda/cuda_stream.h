@@ -10,6 +10,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "worker/device/cuda/launch.h"
 #include "worker/device/device.h"
 
@@ -46,6 +47,7 @@ class CudaStream : public Stream {
   cudaEvent_t place_ = nullptr;      // in this stream
   cudaEvent_t places_[kMarks] = {};  // of marks, mark m at m % kMarks
   int64_t marks_ = 0;
+  absl::Duration last_wait_;  // of WaitFor
 };
 
 // Where a call of the device enqueues; `stream` is one of its own.
