@@ -18,6 +18,7 @@
 #include "tests/gpu/kernels_fixture.h"
 #include "worker/collective/tree.h"
 #include "worker/device/cuda/kernels.h"
+#include "worker/device/cuda/warpgroup.h"
 
 namespace lockstep::device::cuda {
 namespace {
@@ -185,6 +186,25 @@ TEST_F(KernelLeavesTest, NormsOfLeavesHaveTheBitsOfTwoPasses) {
                                   whole_sums + c, stride, over);
         EXPECT_TRUE(SameBytes(whole_sums.Read(), sums.Read()));
         EXPECT_TRUE(SameBytes(over.Read(), dx.Read()));
+        if (relu && adds && type == ElementType::kBf16 && c % 8 == 0 && lead == 0) {
+          // Where y is above 0, is said by forward.
+          const Buffer<uint8_t> above(elements / 8, 0xA5), whole_above(elements / 8, 0x5A);
+          BatchNormForward(q(), shape, leaves, x, own, kEpsilon, weight, bias, residual, y, above);
+          BatchNormForwardOfLeaves(q(), shape, leaves, x, whole_moments, whole_moments + c, stride,
+                                   kEpsilon, weight, bias, residual, in_place, whole_above);
+          EXPECT_TRUE(SameBytes(whole_above.Read(), above.Read()));
+          EXPECT_TRUE(SameBytes(in_place.Read(), y.Read()));
+          for (T* const second : {static_cast<T*>(nullptr), +more}) {
+            const Buffer<T> g(elements, T(), lead), said_g(gradients, lead);
+            const Buffer<float> said_sums(records, -1.0f);
+            BatchNormGradient(q(), shape, leaves, x, y, dy, second, own, kEpsilon, g, sums,
+                              sums + c, stride);
+            BatchNormGradient(q(), shape, leaves, x, nullptr, said_g, second, own, kEpsilon, said_g,
+                              said_sums, said_sums + c, stride, nullptr, nullptr, above);
+            EXPECT_TRUE(SameBytes(said_g.Read(), g.Read()));
+            EXPECT_TRUE(SameBytes(said_sums.Read(), sums.Read()));
+          }
+        }
         if (!relu || adds) continue;
         // Where y is above 0, is computed again.
         const Buffer<T> again(elements, T(), lead), g(elements, T(), lead),
@@ -341,6 +361,13 @@ class Convolution {
   void BackwardInput(int64_t rows, const float* dy, float* dx) {
     if (tensor_) return TensorConvolutionBackwardInput(q_, s_, rows, dy, packed_, dx);
     ConvolutionBackwardInput(q_, s_, rows, dy, w_, dx);
+  }
+  void BackwardInput(int64_t rows, const uint16_t* dy, uint16_t* dx) {
+    TensorConvolutionBackwardInput(q_, s_, rows, dy, packed_, dx);
+  }
+  bool BackwardInputInto(int64_t rows, const uint16_t* dy, const uint16_t* more,
+                         const uint8_t* above, uint16_t* g) {
+    return TensorConvolutionBackwardInputInto(q_, s_, rows, dy, packed_, more, above, g);
   }
   void BackwardWeight(const Leaves& leaves, const float* x, const float* dy, float* dw,
                       int64_t stride) {
@@ -743,6 +770,58 @@ TEST_F(KernelLeavesTest, PartsAreSummedByTheCanonicalTree) {
         EXPECT_TRUE(SameBytes(over.Read(), expected)) << "over a part";
       }
     }
+  }
+}
+
+// A gradient that goes into another, and through a relu, on the way: the bits of two calls.
+TEST_F(KernelLeavesTest, GradientsGoIntoOthersAsTheyDoInTwoCalls) {
+  struct Case {
+    int64_t size, in, out, kernel, stride, padding, rows;
+    bool joins;
+  };
+  const bool warpgroups = WarpgroupProcessors() > 0;
+  // Tiles of 64 and of 128 features, one step and several; phases, of which some have no taps;
+  // tiles that are not full; what warpgroups do not take.
+  for (const Case& c : std::initializer_list<Case>{{7, 64, 64, 1, 1, 0, 5, warpgroups},
+                                                   {5, 128, 64, 1, 1, 0, 6, warpgroups},
+                                                   {6, 192, 128, 1, 2, 0, 3, warpgroups},
+                                                   {5, 64, 64, 3, 1, 1, 2, warpgroups},
+                                                   {5, 128, 64, 3, 2, 1, 2, warpgroups},
+                                                   {4, 256, 320, 1, 1, 0, 2, warpgroups},
+                                                   {5, 40, 64, 1, 1, 0, 2, false}}) {
+    Conv2dShape s = {c.size, c.size, c.in, c.out, c.kernel, c.stride, c.padding};
+    s.precision = Precision::kBf16;
+    s.x_type = s.y_type = ElementType::kBf16;
+    SCOPED_TRACE(Describe(s));
+    const ConvolutionSizes sizes = SizesOf(s);
+    const auto n = static_cast<size_t>(c.rows * sizes.x);
+    const auto rounded = [](const std::vector<float>& floats) {
+      std::vector<uint16_t> bits;
+      for (const float value : floats) {
+        bits.push_back(static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16));
+      }
+      return bits;
+    };
+    const Buffer<float> w(RandomFloats(sizes.w, 31));
+    const Buffer<uint16_t> dy(rounded(RandomFloats(c.rows * sizes.y, 32)));
+    const std::vector<uint16_t> others = rounded(RandomFloats(static_cast<int64_t>(n), 33, -8, 8));
+    std::vector<uint8_t> bits(n / 8);
+    std::mt19937 generator(34);
+    for (uint8_t& byte : bits) byte = static_cast<uint8_t>(generator());
+    const Buffer<uint8_t> above(bits);
+    const Buffer<uint16_t> dx(n, uint16_t{0}), sum(n, uint16_t{0}), more(others), g(n, uint16_t{7});
+    Convolution convolution(q(), s, w);
+    convolution.BackwardInput(c.rows, dy, dx);
+    Add(q(), static_cast<int64_t>(n), more, dx, sum, ElementType::kBf16);
+    std::vector<uint16_t> expected = sum.Read();
+    for (size_t i = 0; i < n; ++i) {
+      if ((bits[i / 8] >> i % 8 & 1) == 0) expected[i] = 0;
+    }
+    ASSERT_EQ(convolution.BackwardInputInto(c.rows, dy, more, above, g), c.joins);
+    if (!c.joins) continue;
+    EXPECT_TRUE(SameBytes(g.Read(), expected));
+    ASSERT_TRUE(convolution.BackwardInputInto(c.rows, dy, more, above, more));  // over it
+    EXPECT_TRUE(SameBytes(more.Read(), expected));
   }
 }
 

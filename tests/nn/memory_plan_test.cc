@@ -182,6 +182,43 @@ TEST(MemoryPlanTest, ADenseIsFollowedByItsNorm) {
   EXPECT_THAT(NormsOfProducts(residual), testing::IsEmpty());
 }
 
+TEST(MemoryPlanTest, AConvolutionsGradientGoesIntoThatOfANorm) {
+  for (const int64_t channels : {8, 4}) {
+    GraphMaker m({6, 6, channels}, 5);
+    const auto block = [&](int from) {
+      m.Conv2d(channels, 3, 1, 1, true, from);
+      const int norm = m.BatchNorm(spec::Sync::kShard);
+      m.AddLayers({norm, from});
+      m.Relu();
+      return norm;
+    };
+    m.Conv2d(channels, 3, 1, 1);
+    m.BatchNorm(spec::Sync::kShard);  // its relu is computed again
+    const int begin = m.Relu();
+    const int first = block(begin);
+    block(m.Last());  // whose output goes into no convolution
+    m.GlobalAveragePool();
+    m.Dense(5);
+    m.graph().precision = spec::Precision::kBf16;
+    const auto program = Program::Compile(m.graph()).value();
+    const Lowering lowering = Lower(*program, true, /*layerwise=*/true, /*stores_bf16=*/true);
+    std::vector<std::string> joined, told;
+    for (size_t i = 0; i < lowering.calls.size(); ++i) {
+      const Call& call = lowering.calls[i];
+      if (call.then_norm) joined.push_back(program->layer(lowering.calls[i + 1].node).name);
+      if (call.above) told.push_back(program->layer(call.node).name);
+    }
+    const std::string name = m.graph().layers[first].name;
+    if (channels == 8) {
+      EXPECT_THAT(joined, testing::ElementsAre(name));
+      EXPECT_THAT(told, testing::ElementsAre(testing::Ne(name), name));
+    } else {  // no bytes of bits
+      EXPECT_THAT(joined, testing::IsEmpty());
+      EXPECT_THAT(told, testing::IsEmpty());
+    }
+  }
+}
+
 int64_t Sum(const Lowering& lowering) {
   int64_t bytes = 0;
   for (const int64_t b : lowering.value_bytes) bytes += b * kRows;

@@ -117,6 +117,13 @@ class Conv2d {
                        void* scratch) = 0;
   virtual void BackwardInput(Stream& stream, int64_t rows, const void* dy, void* dx,
                              void* scratch) = 0;
+  // BackwardInput, then the device's BatchNormGradient of what that makes, which is kept nowhere:
+  // g = dx + more where `above` says so (BatchNormForward), else 0, but for its sums; the bits of
+  // both. g may be `more`. False, and nothing was done, where there is no such pass.
+  virtual bool BackwardInputInto(Stream&, int64_t /*rows*/, const void* /*dy*/,
+                                 const void* /*more*/, const uint8_t* /*above*/, void* /*g*/) {
+    return false;
+  }
   virtual void BackwardWeight(Stream& stream, int64_t rows, const void* x, const void* dy,
                               float* dw, float* db, void* scratch) = 0;
 
@@ -323,31 +330,35 @@ class Device {
                             const float* m2_b, float* mean, float* m2) = 0;
   // inv_std = 1 / sqrt(spread / n + epsilon); y = (x - mean) * inv_std * weight + bias, plus
   // residual (null: none), then relu where shape says so. y may alias x or residual. Inference is
-  // the same with the running averages for moments, and 1 for their divisor.
+  // the same with the running averages for moments, and 1 for their divisor. `above` (null: not
+  // wanted) takes where y is above 0: of element i, bit i % 8 of byte i / 8. Only of a relu behind
+  // a residual, of bf16 with channels by 8, where tensors are aligned to 16 bytes.
   virtual void BatchNormForward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                 const void* x, const Moments& moments, float epsilon,
                                 const float* weight, const float* bias, const void* residual,
-                                void* y) = 0;
+                                void* y, uint8_t* above = nullptr) = 0;
   // BatchNormMoments, then BatchNormForward by each leaf's own: the same bits.
   virtual void BatchNormForwardOfLeaves(Stream& stream, const BatchNormShape& shape,
                                         const Leaves& leaves, const void* x, float* mean, float* m2,
                                         int64_t stride, float epsilon, const float* weight,
-                                        const float* bias, const void* residual, void* y) {
+                                        const float* bias, const void* residual, void* y,
+                                        uint8_t* above = nullptr) {
     BatchNormMoments(stream, shape, leaves, x, mean, m2, stride);
     BatchNormForward(stream, shape, leaves, x, {mean, m2, stride}, epsilon, weight, bias, residual,
-                     y);
+                     y, above);
   }
   // g = dy + more (null: none), masked by y > 0 where shape.relu: what reaches the residual, and
   // the dy of BatchNormBackward with a shape without relu. g null: not wanted. In the same pass
   // sum_dy[c] = sum g, sum_dy_xhat[c] = sum g * xhat, of g as it is stored. g may alias an input.
   // weight and bias (null: not told) are told where y is BatchNormForward's by them and the same
   // moments, without a residual: a device may then compute again where it is above 0, rather than
-  // read it.
+  // read it. Nor is it read where forward has said it: `above` (null: it has not).
   virtual void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                  const void* x, const void* y, const void* dy, const void* more,
                                  const Moments& moments, float epsilon, void* g, float* sum_dy,
                                  float* sum_dy_xhat, int64_t stride = 0,
-                                 const float* weight = nullptr, const float* bias = nullptr) = 0;
+                                 const float* weight = nullptr, const float* bias = nullptr,
+                                 const uint8_t* above = nullptr) = 0;
   // dx = weight * inv_std * (dy - sum_dy / n - xhat * sum_dy_xhat / n), n that of the moments, dy
   // masked by y > 0 where shape.relu. dx may alias x, y or dy. bias (null: not told) as above.
   virtual void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,

@@ -400,6 +400,7 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     moments.stride = moments_stride;
   }
   if (call.type == CallType::kBatchNormForward || call.type == CallType::kBatchNormAddForward) {
+    uint8_t* const above = Bytes(call.out2, frame);
     if (product != nullptr) {
       const int64_t at = program_->nodes()[product->node].bias;
       if (operations_.dense(product->node)
@@ -415,12 +416,13 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
     if (call.whole) {
       return device_.BatchNormForwardOfLeaves(stream, c.norm, leaves, x, own_mean, own_m2,
                                               moments_stride, c.epsilon, weight, bias,
-                                              InputBytes(call.b, frame), out);
+                                              InputBytes(call.b, frame), out, above);
     }
     return device_.BatchNormForward(stream, c.norm, leaves, x, moments, c.epsilon, weight, bias,
-                                    InputBytes(call.b, frame), out);
+                                    InputBytes(call.b, frame), out, above);
   }
-  const void* y = Bytes(call.b, frame);
+  const uint8_t* const above = call.above ? Bytes(call.b, frame) : nullptr;
+  const void* y = call.above ? nullptr : Bytes(call.b, frame);
   const void* dy = Bytes(call.c, frame);
   const device::BatchNormShape masked = {c.channels, call.b != kNoValue, c.norm.type};
   const float* const own_bias = node.fused_add < 0 ? bias : nullptr;
@@ -435,9 +437,17 @@ void Executor::RunBatchNorm(const Call& call, const StepContext& context, const 
   const bool sums_alone =
       call.type == CallType::kBatchNormBackwardSums || call.type == CallType::kBatchNormGradient;
   if (sums_alone || call.whole) {
-    if (sums_alone) {
+    if (product != nullptr && sums_alone &&
+        operations_.conv2d(product->node)
+            ->BackwardInputInto(stream, RowsOf(frames), InputBytes(product->a, frame), dy, above,
+                                out)) {
+      device_.BatchNormGradient(stream, {c.channels, false, c.norm.type}, leaves, x, nullptr, out,
+                                nullptr, moments, c.epsilon, nullptr, sum_dy, sum_dy_xhat, stride);
+    } else if (sums_alone) {
+      if (product != nullptr) RunLinear(*product, context, frames, leaf_stride);
       device_.BatchNormGradient(stream, masked, leaves, x, y, dy, Bytes(call.d, frame), moments,
-                                c.epsilon, out, sum_dy, sum_dy_xhat, stride, weight, own_bias);
+                                c.epsilon, out, sum_dy, sum_dy_xhat, stride, weight, own_bias,
+                                above);
     } else if (product == nullptr ||
                !operations_.dense(product->node)
                     ->BackwardInputThenNorm(

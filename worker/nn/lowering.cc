@@ -105,6 +105,22 @@ class Lowerer {
                         TypeOf(node) == device::ElementType::kFp32;
   }
 
+  // Of the last call, a norm's gradient that adds `value`: the one before it may have made that, of
+  // a convolution.
+  void JoinToConvolution(int value) {
+    Call& product = result_.calls[result_.calls.size() - 2];
+    product.then_norm = product.type == CallType::kLinearBackwardInput && product.out == value &&
+                        program_.layer(product.node).type == LayerType::kConv2d;
+  }
+
+  // Whether a norm's forward writes where its relu lets through, a bit an element, for a backward
+  // that would else read all of y: where it adds a residual, so that it is not computed again.
+  bool KeepsAbove(int node) const {
+    const Program::Node& n = program_.nodes()[node];
+    return training_ && n.fused_add >= 0 && n.fused_relu >= 0 && NeedsGradient(n.inputs[1]) &&
+           TypeOf(node) == device::ElementType::kBf16 && program_.shape(node).back() % 8 == 0;
+  }
+
   void Forward(int node) {
     const Program::Node& n = program_.nodes()[node];
     const int x = ValueOf(n.inputs[0]);
@@ -136,6 +152,8 @@ class Lowerer {
           y = Emit(training_ ? CallType::kBatchNormForward : CallType::kBatchNormInference, node,
                    node, x);
         }
+        if (KeepsAbove(node))
+          extra_[node] = result_.calls.back().out2 = NewBytes(Elements(node) / 8);
         if (training_ && IsWhole(node)) {
           result_.calls.back().whole = true;
           if (n.fused_add < 0) JoinToProduct(CallType::kLinearForward, node, x);
@@ -318,8 +336,12 @@ class Lowerer {
         const bool residual = n.fused_add >= 0 && NeedsGradient(n.inputs[1]);
         bool whole = false;
         if (more_[node] != kNoValue || (residual && mask != kNoValue)) {
-          const int masked = Emit(CallType::kBatchNormGradient, node, node, x, mask, dy);
+          const bool above = KeepsAbove(node);
+          const int masked =
+              Emit(CallType::kBatchNormGradient, node, node, x, above ? extra_[node] : mask, dy);
+          result_.calls.back().above = above;
           result_.calls.back().d = more_[node];
+          if (above) JoinToConvolution(more_[node]);
           dy = masked;
           mask = kNoValue;
         } else if (IsWhole(node) && NeedsGradient(input)) {
@@ -415,8 +437,9 @@ class Lowerer {
   Lowering result_;
   bool layerwise_ = false;                // of the segment being made
   std::vector<int> outputs_, gradients_;  // by node
-  std::vector<int> extra_;                // by node: a max pool's argmax, a layer norm's statistics
-  std::vector<int> more_;  // by node: a second gradient, which a batch_norm adds itself
+  std::vector<int> extra_;  // by node: a max pool's argmax, a layer norm's statistics, where a
+                            // norm's relu lets through
+  std::vector<int> more_;   // by node: a second gradient, which a batch_norm adds itself
   std::vector<std::vector<int>> prefixes_;  // by node: of a multiply, products of its first inputs
   std::vector<std::vector<int>> lstm_inputs_, reserves_;  // by node and layer of an lstm
 };

@@ -37,10 +37,10 @@ enum class CallType {
   kBatchNormBackwardSums,  // a = x, b = y with a fused relu, c = dy; into the shard's sums and its
                            // leaf
   kBatchNormBackward,      // a, b, c the same
-  kBatchNormAddForward,    // b = residual
+  kBatchNormAddForward,    // b = residual; out2 = where y is above 0, where backward reads that
   kBatchNormAddInference,
   kBatchNormGradient,  // as kBatchNormBackwardSums, d = more of dy or none; out = the gradient
-                       // behind the relu, of which the sums are
+                       // behind the relu, of which the sums are; b may be where y is above 0
   // a copied by Executor's table for the node and the part; out is zeroed before where parts do not
   // fill it
   kCopyForward,
@@ -92,9 +92,12 @@ struct Call {
   bool whole = false;
   // Of a norm's sums: the call behind reads them.
   bool goes_on = false;
+  // Of a norm's gradient: b is not y.
+  bool above = false;
   // Of a dense's forward or backward of its input: the call behind is a whole norm that alone reads
-  // what this one makes, or with backward. A device may make both at once: what this one reads
-  // stays until then.
+  // what this one makes, or with backward. Of the latter of a convolution: it is a norm's gradient
+  // with b where y is above 0, and d what this one makes. A device may make both at once: what this
+  // one reads stays until then.
   bool then_norm = false;
 };
 

@@ -172,7 +172,7 @@ class CpuDevice : public Device {
   }
   void BatchNormForward(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
                         const Moments& moments, float epsilon, const float* weight,
-                        const float* bias, const void* residual, void* y) override {
+                        const float* bias, const void* residual, void* y, uint8_t*) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
       const float* mean = moments.mean + l * moments.stride;
@@ -190,7 +190,7 @@ class CpuDevice : public Device {
   void BatchNormGradient(Stream&, const BatchNormShape& shape, const Leaves& leaves, const void* x,
                          const void* y, const void* dy, const void* more, const Moments& moments,
                          float epsilon, void* g, float* sum_dy, float* sum_dy_xhat, int64_t stride,
-                         const float*, const float*) override {
+                         const float*, const float*, const uint8_t*) override {
     ForEachLeaf(leaves, [&](int l, int64_t begin, int64_t n) {
       const int64_t at = begin * shape.channels;
       const float* mean = moments.mean + l * moments.stride;

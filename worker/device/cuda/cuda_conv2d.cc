@@ -87,6 +87,13 @@ class CudaConv2d : public Conv2d {
     plans->backward_input->Run(q, dy, weight_, Floats(dx), scratch);
   }
 
+  bool BackwardInputInto(Stream& stream, int64_t rows, const void* dy, const void* more,
+                         const uint8_t* above, void* g) override {
+    return kernels_ == Kernels::kTensor &&
+           TensorConvolutionBackwardInputInto(QueueOf(stream), s_, rows, dy, packed_->data(), more,
+                                              above, g);
+  }
+
   void BackwardWeight(Stream& stream, int64_t rows, const void* x, const void* dy, float* dw,
                       float* db, void* scratch) override {
     if (kernels_ != Kernels::kLibrary) {

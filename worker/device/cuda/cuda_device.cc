@@ -256,16 +256,16 @@ class CudaDevice : public Device {
   }
   void BatchNormForward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                         const void* x, const Moments& moments, float epsilon, const float* weight,
-                        const float* bias, const void* residual, void* y) override {
+                        const float* bias, const void* residual, void* y, uint8_t* above) override {
     cuda::BatchNormForward(QueueOf(stream), shape, leaves, x, moments, epsilon, weight, bias,
-                           residual, y);
+                           residual, y, above);
   }
   void BatchNormForwardOfLeaves(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                 const void* x, float* mean, float* m2, int64_t stride,
                                 float epsilon, const float* weight, const float* bias,
-                                const void* residual, void* y) override {
+                                const void* residual, void* y, uint8_t* above) override {
     cuda::BatchNormForwardOfLeaves(QueueOf(stream), shape, leaves, x, mean, m2, stride, epsilon,
-                                   weight, bias, residual, y);
+                                   weight, bias, residual, y, above);
   }
   void BatchNormBackwardOfLeaves(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                                  const void* x, const void* y, const void* dy,
@@ -278,10 +278,10 @@ class CudaDevice : public Device {
   void BatchNormGradient(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                          const void* x, const void* y, const void* dy, const void* more,
                          const Moments& moments, float epsilon, void* g, float* sum_dy,
-                         float* sum_dy_xhat, int64_t stride, const float* weight,
-                         const float* bias) override {
+                         float* sum_dy_xhat, int64_t stride, const float* weight, const float* bias,
+                         const uint8_t* above) override {
     cuda::BatchNormGradient(QueueOf(stream), shape, leaves, x, y, dy, more, moments, epsilon, g,
-                            sum_dy, sum_dy_xhat, stride, weight, bias);
+                            sum_dy, sum_dy_xhat, stride, weight, bias, above);
   }
   void BatchNormBackward(Stream& stream, const BatchNormShape& shape, const Leaves& leaves,
                          const void* x, const void* y, const void* dy, const Moments& moments,

@@ -41,15 +41,15 @@ void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
                       float* mean, float* m2, int64_t stride,
                       ElementType type = ElementType::kFp32);
 // inv_std = 1 / sqrt(spread / divisor + epsilon); y = (x - mean) * inv_std * weight + bias, plus
-// residual (null: none), then relu. y may alias x or residual.
+// residual (null: none), then relu. y may alias x or residual. `above` as device.h says.
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                       const void* x, const Moments& moments, float epsilon, const float* weight,
-                      const float* bias, const void* residual, void* y);
+                      const float* bias, const void* residual, void* y, uint8_t* above = nullptr);
 // BatchNormMoments, and BatchNormForward by each leaf's own, in one launch where leaves are small.
 void BatchNormForwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                               const void* x, float* mean, float* m2, int64_t stride, float epsilon,
-                              const float* weight, const float* bias, const void* residual,
-                              void* y);
+                              const float* weight, const float* bias, const void* residual, void* y,
+                              uint8_t* above = nullptr);
 // g = dy + more (null: none), masked by y > 0 where shape.relu. In the same pass each leaf's
 // sum_dy[c] = sum g and sum_dy_xhat[c] = sum g * xhat, of g as it is stored, leaf l's at l * stride
 // behind. `g` null: not written. g may alias an input.
@@ -57,7 +57,7 @@ void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves
                        const void* x, const void* y, const void* dy, const void* more,
                        const Moments& moments, float epsilon, void* g, float* sum_dy,
                        float* sum_dy_xhat, int64_t stride, const float* weight = nullptr,
-                       const float* bias = nullptr);
+                       const float* bias = nullptr, const uint8_t* above = nullptr);
 // dx = weight * inv_std * (dy - sum_dy / divisor - xhat * sum_dy_xhat / divisor), dy masked by y >
 // 0 where shape.relu. Leaf l's sums are at l * sums_stride behind. dx may alias x, y or dy.
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
@@ -185,6 +185,10 @@ void TensorConvolutionForward(const Queue& q, const Conv2dShape& s, int64_t rows
                               const void* packed, const float* bias, bool relu, void* y);
 void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_t rows,
                                     const void* dy, const void* packed, void* dx);
+// g = dx + more where `above` says so, else 0, as Conv2d::BackwardInputInto says; all are bf16.
+bool TensorConvolutionBackwardInputInto(const Queue& q, const Conv2dShape& s, int64_t rows,
+                                        const void* dy, const void* packed, const void* more,
+                                        const uint8_t* above, void* g);
 size_t TensorScratchBytes(const Conv2dShape& s);
 void TensorConvolutionBackwardWeight(const Queue& q, const Conv2dShape& s, const Leaves& leaves,
                                      const void* x, const void* dy, float* dw, int64_t stride,

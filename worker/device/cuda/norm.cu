@@ -212,6 +212,9 @@ void RunGradient(const Queue& q, const Leaves& leaves,
                  const GradientReduction<kMask, kMore, T>& r) {
   bool aligned = TakenWide(r.channels, r.x, r.dy, r.g);
   if constexpr (kMask == Mask::kRead) aligned = aligned && IsAligned16(r.y);
+  if (kMask == Mask::kSaid && !aligned) {
+    Fail(q, "a batch norm was told where it is above 0, of what is not taken by eight");
+  }
   if constexpr (kMore) aligned = aligned && IsAligned16(r.more);
   ReduceRows<kWideLanes<T>>(q, r, leaves, r.channels, aligned, kGradientChunks);
 }
@@ -232,12 +235,22 @@ void WithKind(const BatchNormShape& shape, bool adds, const Run& run) {
 template <class Run>
 void WithForwardMap(const BatchNormShape& shape, const void* x, const Moments& moments,
                     float epsilon, const float* weight, const float* bias, const void* residual,
-                    void* y, const Run& run) {
+                    void* y, uint8_t* above, const Run& run) {
   const auto with = [&]<bool kRelu, bool kResidual, class T>() {
     run(ForwardMap<kRelu, kResidual, T>{static_cast<const T*>(x), moments, epsilon, weight, bias,
-                                        static_cast<const T*>(residual), static_cast<T*>(y)});
+                                        static_cast<const T*>(residual), static_cast<T*>(y),
+                                        above});
   };
   WithKind(shape, residual != nullptr, with);
+}
+
+template <bool kRelu, bool kResidual, class T>
+bool IsWide(const Queue& q, const ForwardMap<kRelu, kResidual, T>& map, int64_t channels) {
+  const bool wide = TakenWide(channels, map.x, map.residual, map.y);
+  if (map.above != nullptr && !(wide && kRelu && kResidual && kWideLanes<T> == 8)) {
+    Fail(q, "a batch norm was asked where it is above 0, of what is not taken by eight");
+  }
+  return wide;
 }
 
 // Calls run<mask, type of the elements>(); bias null: y is read.
@@ -281,44 +294,50 @@ void BatchNormMoments(const Queue& q, int64_t channels, const Leaves& leaves, co
 
 void BatchNormForward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                       const void* x, const Moments& moments, float epsilon, const float* weight,
-                      const float* bias, const void* residual, void* y) {
-  WithForwardMap(shape, x, moments, epsilon, weight, bias, residual, y, [&](const auto& map) {
-    RunMap(q, shape.channels, leaves, TakenWide(shape.channels, map.x, map.residual, map.y), map);
-  });
+                      const float* bias, const void* residual, void* y, uint8_t* above) {
+  WithForwardMap(shape, x, moments, epsilon, weight, bias, residual, y, above,
+                 [&](const auto& map) {
+                   RunMap(q, shape.channels, leaves, IsWide(q, map, shape.channels), map);
+                 });
 }
 
 void BatchNormForwardOfLeaves(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                               const void* x, float* mean, float* m2, int64_t stride, float epsilon,
-                              const float* weight, const float* bias, const void* residual,
-                              void* y) {
+                              const float* weight, const float* bias, const void* residual, void* y,
+                              uint8_t* above) {
   const Moments moments = {mean, m2, stride};
-  WithForwardMap(shape, x, moments, epsilon, weight, bias, residual, y, [&](const auto& map) {
-    using T = typename std::decay_t<decltype(map)>::Element;
-    const int64_t c = shape.channels;
-    if (!AreOneChunk<T>(leaves)) {
-      BatchNormMoments(q, c, leaves, x, mean, m2, stride, shape.type);
-      return RunMap(q, c, leaves, TakenWide(c, map.x, map.residual, map.y), map);
-    }
-    RunReduceAndMap(q, c, leaves, TakenWide(c, map.x, map.residual, map.y),
-                    MomentsReduction<T>{map.x, c, mean, m2, stride}, map);
-  });
+  const int64_t c = shape.channels;
+  WithForwardMap(shape, x, moments, epsilon, weight, bias, residual, y, above,
+                 [&](const auto& map) {
+                   using T = typename std::decay_t<decltype(map)>::Element;
+                   if (!AreOneChunk<T>(leaves)) {
+                     BatchNormMoments(q, c, leaves, x, mean, m2, stride, shape.type);
+                     return RunMap(q, c, leaves, IsWide(q, map, c), map);
+                   }
+                   RunReduceAndMap(q, c, leaves, IsWide(q, map, c),
+                                   MomentsReduction<T>{map.x, c, mean, m2, stride}, map);
+                 });
 }
 
 void BatchNormGradient(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,
                        const void* x, const void* y, const void* dy, const void* more,
                        const Moments& moments, float epsilon, void* g, float* sum_dy,
-                       float* sum_dy_xhat, int64_t stride, const float* weight, const float* bias) {
-  WithMask(shape, bias, [&]<Mask kMask, class T>() {
+                       float* sum_dy_xhat, int64_t stride, const float* weight, const float* bias,
+                       const uint8_t* above) {
+  const auto with = [&]<Mask kMask, class T>() {
     const auto elements = [](const void* p) { return static_cast<const T*>(p); };
     const auto run = [&]<bool kMore>() {
-      RunGradient(
-          q, leaves,
-          GradientReduction<kMask, kMore, T>{elements(x), elements(y), elements(dy), elements(more),
-                                             shape.channels, moments, epsilon, static_cast<T*>(g),
-                                             sum_dy, sum_dy_xhat, stride, weight, bias});
+      using Reduction = GradientReduction<kMask, kMore, T>;
+      const void* const output = kMask == Mask::kSaid ? above : y;
+      RunGradient(q, leaves,
+                  Reduction{elements(x), static_cast<const typename Reduction::Output*>(output),
+                            elements(dy), elements(more), shape.channels, moments, epsilon,
+                            static_cast<T*>(g), sum_dy, sum_dy_xhat, stride, weight, bias});
     };
     more != nullptr ? run.template operator()<true>() : run.template operator()<false>();
-  });
+  };
+  if (above == nullptr) return WithMask(shape, bias, with);
+  with.template operator()<Mask::kSaid, StoredBf16>();
 }
 
 void BatchNormBackward(const Queue& q, const BatchNormShape& shape, const Leaves& leaves,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "worker/device/cuda/lanes.h"
 #include "worker/device/cuda/row_reduction.h"
@@ -175,8 +176,9 @@ struct MomentsReduction {
 
 // ---- what backward sums.
 
-// Where dy goes on: everywhere, where y is above 0, or where y would be if it were computed again.
-enum class Mask { kNone, kRead, kComputed };
+// Where dy goes on: everywhere, where y is above 0, where y would be if it were computed again, or
+// where forward has said that it is.
+enum class Mask { kNone, kRead, kComputed, kSaid };
 // Below it, what is above 0 is stored as 0.
 template <class T>
 constexpr float kStoredAsZero = sizeof(T) == sizeof(float) ? 0.0f : 0x1p-134f;
@@ -188,10 +190,11 @@ struct GradientReduction {
   static constexpr int kMostThreads = Order::kFloat ? 512 : 640;
   static constexpr bool kComputes = kMask == Mask::kComputed;
   // Rows whose loads are in flight.
-  static constexpr int kGroup = kMask != Mask::kNone && kMore ? 2 : 4;
+  static constexpr int kGroup = kMask == Mask::kNone || !kMore ? 4 : kMask == Mask::kSaid ? 3 : 2;
+  using Output = std::conditional_t<kMask == Mask::kSaid, uint8_t, T>;
 
   const T* x;
-  const T* y;
+  const Output* y;  // or where it is above 0
   const T* dy;
   const T* more;
   int64_t channels;
@@ -215,6 +218,7 @@ struct GradientReduction {
                                           const Known<kVector>& known,
                                           Partial<kVector, 2>* sum) const {
     Held<T, kVector> row[kGroup], gradient[kGroup], second[kGroup], output[kGroup];
+    [[maybe_unused]] uint32_t above[kGroup];
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       if (k >= count) continue;
@@ -222,6 +226,7 @@ struct GradientReduction {
       gradient[k].Load(dy + at + k * step);
       if constexpr (kMore) second[k].Load(more + at + k * step);
       if constexpr (kMask == Mask::kRead) output[k].Load(y + at + k * step);
+      if constexpr (kMask == Mask::kSaid) above[k] = y[(at + k * step) / 8];
     }
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
@@ -233,6 +238,7 @@ struct GradientReduction {
         if constexpr (kMore) value = AsStored<T>(value + second[k].At(v));
         const float centred = row[k].At(v) - known.centre.at[v];
         if constexpr (kMask == Mask::kRead) value = ReluGradient(output[k].At(v), value);
+        if constexpr (kMask == Mask::kSaid) value = above[k] >> v & 1 ? value : 0.0f;
         if constexpr (kComputes) {
           const float y = Fma(centred, known.scale.at[v], known.shift.at[v]);
           value = y > kStoredAsZero<T> ? value : 0.0f;
@@ -315,6 +321,7 @@ struct ForwardMap {
   const float* bias;
   const T* residual;
   T* y;
+  uint8_t* above;  // of rows that are taken by eight; null: not wanted
 
   __device__ __forceinline__ void Read(int leaf, int column, float (&known)[kInputs]) const {
     const int64_t at = leaf * moments.stride + column;
@@ -347,6 +354,13 @@ struct ForwardMap {
         y.at[v] = value;
       }
       StoreLanes<kVector>(map.y + at, y);
+      if constexpr (kRelu && kResidual && kVector == 8) {
+        if (map.above == nullptr) return;
+        uint32_t bits = 0;
+#pragma unroll
+        for (int v = 0; v < 8; ++v) bits |= y.at[v] > kStoredAsZero<T> ? 1u << v : 0;
+        map.above[at / 8] = static_cast<uint8_t>(bits);
+      }
     }
   };
 };

@@ -794,4 +794,16 @@ void TensorConvolutionBackwardInput(const Queue& q, const Conv2dShape& s, int64_
               false, dx);
 }
 
+bool TensorConvolutionBackwardInputInto(const Queue& q, const Conv2dShape& s, int64_t rows,
+                                        const void* dy, const void* packed, const void* more,
+                                        const uint8_t* above, void* g) {
+  const Packing packing = PackingOf(s, true);
+  if (packing.way != Way::kWarpgroups || s.x_type != ElementType::kBf16) return false;
+  const void* const weights = static_cast<const char*>(packed) + BackwardAt(s);
+  return MultiplyAllIntoByWarpgroups(q, packing.windows, rows, static_cast<const StoredBf16*>(dy),
+                                     static_cast<const uint4*>(weights),
+                                     static_cast<const StoredBf16*>(more), above,
+                                     static_cast<StoredBf16*>(g));
+}
+
 }  // namespace lockstep::device::cuda

@@ -162,6 +162,11 @@ void PackForWarpgroups(const Queue& q, const Windows& s, bool backward, const ui
 void MultiplyAllByWarpgroups(const Queue& q, Windows s, bool backward, int64_t rows,
                              const StoredBf16* source, const uint4* weights, const float* bias,
                              bool relu, void* result);
+// dx into another gradient: g = dx + more where `above` says so (Conv2d::BackwardInputInto), which
+// may be `more`. False, and nothing was done: they do not lie on 16 bytes.
+bool MultiplyAllIntoByWarpgroups(const Queue& q, Windows s, int64_t rows, const StoredBf16* source,
+                                 const uint4* weights, const StoredBf16* more, const uint8_t* above,
+                                 StoredBf16* g);
 // The same of y of images, with a stride of 2 (warpgroup_stem.cu).
 bool GoesAsStem(const Conv2dShape& s);
 int64_t StemWeightBytes(const Conv2dShape& s);

@@ -68,6 +68,14 @@ __global__ void __launch_bounds__(256)
 
 // ---- y and dx.
 
+// Where dx goes into another gradient: that, where a relu lets both through, and what they come to
+// (device.h, Conv2d::BackwardInputInto).
+struct Into {
+  const StoredBf16* more;
+  const uint8_t* above;
+  StoredBf16* g;
+};
+
 // A block makes kPlaces x kFeatures, half of the places by each warpgroup. kAhead: how many steps'
 // products may be under way when a step's are begun.
 constexpr int kPlaces = 128;
@@ -77,12 +85,44 @@ struct WarpgroupTile {
   static constexpr size_t kBytes = kSwizzledAlignment + kStages * kStage + kPlaces * sizeof(int4);
 };
 
-template <int kFeatures, int kStages, int kAhead>
+// Writes a lane's sums, with what they go into: places of features, whose pieces are turned as
+// those of matrices are.
+template <int kTiles>
+__device__ __forceinline__ void FinishInto(int first_feature, const char* __restrict__ more,
+                                           const uint8_t* __restrict__ masks, const int4* places,
+                                           StoredBf16* result, const float (&sums)[kTiles][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp * 16 + half * 8 + lane / 4, at = places[row].z;
+    if (at < 0) continue;
+#pragma unroll
+    for (int j = 0; j < kTiles; j += 4) {
+      const int piece = j + lane % 4;
+      const uint32_t mask = masks[row * 16 + piece];
+      Held<StoredBf16, 8> other;
+      other.Load(
+          reinterpret_cast<const StoredBf16*>(more + (row * kTiles + (piece ^ (row & 7))) * 16));
+      Lanes<8> g;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float dx = AsStored<StoredBf16>(sums[j + n / 2][2 * half + n % 2]);
+        const float sum = AsStored<StoredBf16>(other.At(n) + dx);
+        g.at[n] = mask >> n & 1 ? sum : 0.0f;
+      }
+      StoreLanes<8>(result + (at + first_feature + piece * 8), g);
+    }
+  }
+}
+
+// kInto: dx goes into another gradient, which is copied to a stage as if it were one step more.
+template <int kFeatures, int kStages, int kAhead, bool kInto = false>
 __device__ __forceinline__ void MultiplyTile(const Windows& s, bool backward, const Slots& slots,
                                              const StoredBf16* __restrict__ source,
                                              const uint4* __restrict__ weights,
                                              const float* __restrict__ bias, bool relu,
-                                             void* __restrict__ result) {
+                                             void* __restrict__ result, Into into = {}) {
   using Tile = WarpgroupTile<kFeatures, kStages>;
   constexpr int kRowsApart = kThreads / 8;
   constexpr int kRows = kPlaces / kRowsApart;        // a piece of which a thread copies
@@ -162,10 +202,37 @@ __device__ __forceinline__ void MultiplyTile(const Windows& s, bool backward, co
     block += kTerms;
   };
 
+  constexpr int kPieces = kFeatures / 8;  // of a place's features
+  static_assert(!kInto || kFeatures * 2 * kPlaces <= Tile::kStage);
+  const auto copy_into = [&](int step) {
+    char* const to = stage_of(step);
+#pragma unroll
+    for (int i = 0; i < kPlaces * kPieces / kThreads; ++i) {
+      const int row = (thread + i * kThreads) / kPieces, piece = thread % kPieces;
+      const int at = places[row].z;
+      if (at < 0) continue;
+      CopyInBackground(to + (row * kPieces + (piece ^ (row & 7))) * 16,
+                       into.more + (at + first_feature + piece * 8));
+    }
+  };
+  // On their way while products are made: a place's bits.
+  uint2 above[kFeatures / 64] = {};
+  if constexpr (kInto) {
+    const int at = thread < kPlaces ? places[thread].z : -1;
+#pragma unroll
+    for (int i = 0; i < kFeatures / 64 && at >= 0; ++i) {
+      above[i] = *reinterpret_cast<const uint2*>(into.above + (at + first_feature) / 8 + i * 8);
+    }
+  }
+
   float sums[kFeatures / 8][4] = {};
 #pragma unroll
   for (int step = 0; step < kCopied; ++step) {
-    if (step < steps) copy_places(step);
+    if (step < steps) {
+      copy_places(step);
+    } else if (kInto && step == steps) {
+      copy_into(step);
+    }
     CommitCopies();
   }
   KeepSums(sums);
@@ -185,6 +252,8 @@ __device__ __forceinline__ void MultiplyTile(const Windows& s, bool backward, co
     if (step + kCopied < steps) {
       copy_weights(step + kCopied);
       copy_places(step + kCopied);
+    } else if (kInto && step + kCopied == steps) {
+      copy_into(step + kCopied);
     }
     CommitCopies();
     WaitForProducts<kAhead>();
@@ -192,10 +261,23 @@ __device__ __forceinline__ void MultiplyTile(const Windows& s, bool backward, co
   WaitForProducts<0>();
   KeepSums(sums);
 
+  if constexpr (kInto) {
+    // Nothing else is there, nor has been read there since the last barrier.
+    uint2* const bits = reinterpret_cast<uint2*>(stage_of(steps + 1));
+    if (thread < kPlaces) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int at = places[warp * 16 + half * 8 + lane / 4].z;
-    if (at >= 0) FinishPlace(s, first_feature, bias, relu, result, sums, half, at);
+      for (int i = 0; i < kFeatures / 64; ++i) bits[thread * 2 + i] = above[i];
+    }
+    WaitForGroups<0>();
+    __syncthreads();
+    const auto* const masks = reinterpret_cast<const uint8_t*>(bits);
+    FinishInto(first_feature, stage_of(steps), masks, places, into.g, sums);
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = places[warp * 16 + half * 8 + lane / 4].z;
+      if (at >= 0) FinishPlace(s, first_feature, bias, relu, result, sums, half, at);
+    }
   }
 }
 
@@ -208,6 +290,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if constexpr (kHasWarpgroups) {
     MultiplyTile<kFeatures, kStages, kAhead>(s, backward, slots, source, weights, bias, relu,
                                              result);
+  }
+}
+
+template <int kFeatures, int kStages, int kAhead, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    MultiplyIntoByWarpgroups(Windows s, Slots slots, const StoredBf16* __restrict__ source,
+                             const uint4* __restrict__ weights, Into into) {
+  WaitForPrevious();
+  if constexpr (kHasWarpgroups) {
+    MultiplyTile<kFeatures, kStages, kAhead, true>(s, true, slots, source, weights, nullptr, false,
+                                                   nullptr, into);
   }
 }
 
@@ -247,21 +340,48 @@ void PackForWarpgroups(const Queue& q, const Windows& s, bool backward, const ui
          dim3(256), 0, PackRows, slots, w, static_cast<uint4*>(packed));
 }
 
-// Any number of rows.
-void MultiplyAllByWarpgroups(const Queue& q, Windows s, bool backward, int64_t rows,
-                             const StoredBf16* source, const uint4* weights, const float* bias,
-                             bool relu, void* result) {
-  const int64_t source_row = int64_t{s.source_height} * s.source_width * s.channels;
-  const int64_t result_row = int64_t{s.height} * s.width * s.features;
-  const int steps = SlotsOf(s, backward).steps();
-  s.wide = IsAligned16(source);
-  s.wide_result = IsAligned16(result);
-  const int64_t most = std::max<int64_t>(1, kPartElements / std::max(source_row, result_row));
+namespace {
+
+int64_t SourceRow(const Windows& s) {
+  return int64_t{s.source_height} * s.source_width * s.channels;
+}
+int64_t ResultRow(const Windows& s) { return int64_t{s.height} * s.width * s.features; }
+
+// Calls launch(windows, first row, tiles of places) for any number of rows, in parts.
+template <class Launch>
+void ForEachPart(Windows s, int64_t rows, const Launch& launch) {
+  const int64_t most = std::max<int64_t>(1, kPartElements / std::max(SourceRow(s), ResultRow(s)));
   for (int64_t row = 0; row < rows; row += most) {
     s.rows = static_cast<int>(std::min(most, rows - row));
     // Of the first phase, the largest.
-    const int64_t tiles = CeilDiv(
-        int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases), kPlaces);
+    const int64_t places =
+        int64_t{s.rows} * CeilDiv(s.height, s.phases) * CeilDiv(s.width, s.phases);
+    launch(s, row, CeilDiv(places, kPlaces));
+  }
+}
+
+template <int kFeatures, int kBlocks>
+void LaunchInto(const Queue& q, const Windows& s, int64_t tiles_of_places, const StoredBf16* source,
+                const uint4* weights, const Into& into) {
+  constexpr int kStages = 3;
+  constexpr size_t kBytes = WarpgroupTile<kFeatures, kStages>::kBytes;
+  const auto tiles = static_cast<uint32_t>(tiles_of_places * (s.features / kFeatures));
+  const uint32_t phases = static_cast<uint32_t>(s.phases);
+  const auto kernel = MultiplyIntoByWarpgroups<kFeatures, kStages, 0, kBlocks>;
+  AllowShared(kernel, kBytes);
+  Launch(q, dim3(tiles, phases, phases), dim3(kThreads), kBytes, kernel, s, SlotsOf(s, true),
+         source, weights, into);
+}
+
+}  // namespace
+
+void MultiplyAllByWarpgroups(const Queue& q, Windows s, bool backward, int64_t rows,
+                             const StoredBf16* source, const uint4* weights, const float* bias,
+                             bool relu, void* result) {
+  const int steps = SlotsOf(s, backward).steps();
+  s.wide = IsAligned16(source);
+  s.wide_result = IsAligned16(result);
+  ForEachPart(s, rows, [&](const Windows& part, int64_t row, int64_t tiles) {
     // Of many terms it is what comes to shared memory that takes the time, which is less for a wide
     // tile; but each multiprocessor is to have two.
     const bool wide = s.features % 256 == 0 && steps >= 16 &&
@@ -269,9 +389,25 @@ void MultiplyAllByWarpgroups(const Queue& q, Windows s, bool backward, int64_t r
     const auto launch = s.features % 128 != 0 ? LaunchTiles<64, 3, 0, 3>
                         : wide                ? LaunchTiles<256, 4, 1, 1>
                                               : LaunchTiles<128, 3, 0, 2>;
-    launch(q, s, backward, tiles, source + row * source_row, weights, bias, relu,
-           static_cast<char*>(result) + row * result_row * ElementBytes(s.result_type));
+    launch(q, part, backward, tiles, source + row * SourceRow(s), weights, bias, relu,
+           static_cast<char*>(result) + row * ResultRow(s) * ElementBytes(s.result_type));
+  });
+}
+
+bool MultiplyAllIntoByWarpgroups(const Queue& q, Windows s, int64_t rows, const StoredBf16* source,
+                                 const uint4* weights, const StoredBf16* more, const uint8_t* above,
+                                 StoredBf16* g) {
+  if (!IsAligned16(more) || !IsAligned16(g) || reinterpret_cast<uintptr_t>(above) % 8 != 0) {
+    return false;
   }
+  s.wide = IsAligned16(source);
+  ForEachPart(s, rows, [&](const Windows& part, int64_t row, int64_t tiles) {
+    const int64_t at = row * ResultRow(s);
+    const auto launch = s.features % 128 != 0 ? LaunchInto<64, 3> : LaunchInto<128, 2>;
+    launch(q, part, tiles, source + row * SourceRow(s), weights,
+           {more + at, above + at / 8, g + at});
+  });
+  return true;
 }
 
 }  // namespace lockstep::device::cuda
