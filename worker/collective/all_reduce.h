@@ -80,6 +80,9 @@ class CanonicalAllReduce {
   // (Device::Record): EndPass is the last of them, and Repeated says that all were made again. Both
   // say nothing where there are several passes.
   virtual void EndPass(int /*slot*/, device::Stream& /*stream*/) {}
+  // What is enqueued on the stream next, runs behind the buckets that are being exchanged beside
+  // it. To be called before the members exchange something else on the stream.
+  virtual void JoinExchanges(device::Stream& /*stream*/) {}
   virtual void Repeated(int /*slot*/) {}
   // Completes all buckets. Afterwards result() holds the sum, the same bits in every member; a slot
   // may read all of it. On a device it does so in the order of the stream, and where the

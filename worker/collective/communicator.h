@@ -17,8 +17,11 @@
 // order of that stream, also while it is being recorded: Wait has nothing to do for them.
 // EnqueueExchange is a group of ncclSend and ncclRecv of chunks into staging memory of the
 // Communicator, to which `views` point at once, until the next exchange on the stream;
-// EnqueueGather is ncclAllGather (equal chunks) or such a group. What is given no stream is between
-// the hosts, as on CPUs.
+// EnqueueGather is ncclAllGather (equal chunks) or such a group. There lanes are no reason for two
+// operations to run at the same time: a GPU need not run what two streams have, nor in one order
+// (NCCL user guide, "Using multiple NCCL communicators concurrently"), so whoever enqueues makes
+// one follow the other, the same on all members. What is given no stream is between the hosts, as
+// on CPUs.
 //
 // Thread safety: one thread at a time per lane; Abort from any thread, any number of times.
 #pragma once

@@ -104,8 +104,10 @@ class DeviceAllReduce : public CanonicalAllReduce, private SmallExchange {
   void EndPass(int slot, device::Stream& stream) override {
     if (!overlaps_) return;
     ExchangeComplete(slots_[slot], stream);  // where that has waited for the end
-    if (beside_) device_.Follow(stream, *side_);
-    beside_ = false;
+    JoinExchanges(stream);
+  }
+  void JoinExchanges(device::Stream& stream) override {
+    if (std::exchange(beside_, false)) device_.Follow(stream, *side_);
   }
   void Repeated(int) override {
     if (overlaps_) next_ = -1;

@@ -52,6 +52,7 @@ struct StepLoop::Slot final : nn::GradientSink, nn::MomentExchange {
       bounds.push_back(std::min(member.front(), batch.shards.count) * static_cast<int64_t>(bytes));
     }
     bounds.push_back(batch.shards.count * static_cast<int64_t>(bytes));
+    loop->parts_.all_reduce->JoinExchanges(*stream);
     return loop->parts_.communicator
         ->EnqueueGatherBlocks(*stream, collective::Lane::kMoments, records, bounds)
         .status();
