@@ -285,6 +285,25 @@ TEST_F(EmulatedCluster, AJobKeepsItsAlgorithms) {
                     "job's algorithm, in reverse"));
 }
 
+// What goes on elsewhere has the bits of the undisturbed run, or says that it has not.
+TEST_F(EmulatedCluster, ACheckpointGoesOnOnItsKindOfDevice) {
+  const std::string spec = Spec("mlp", "steps: 8");
+  const nlohmann::json whole = Result(spec, "whole");
+  const std::string from = Out("whole") + "/checkpoints/step-00000003";
+  const std::vector<std::string> go_on = {"--resume", from};
+  ExpectSameResult(Result(spec, "same", go_on), whole);
+  const auto refused = AllOf(HasSubstr(from), HasSubstr("computes otherwise (cuda sm_90"));
+  EXPECT_THAT(Failure(spec, "cpu", {"--resume", from, "--set", "resources.device=cpu"}),
+              AllOf(refused, HasSubstr("use the same kind of device;")));
+  setenv(kFaults, "architecture=8.0", 1);
+  EXPECT_THAT(Failure(spec, "older", go_on), AllOf(refused, HasSubstr("train.exact: false")));
+  const nlohmann::json inexact =
+      Result(spec, "inexact", {"--resume", from, "--set", "train.exact=false"});
+  unsetenv(kFaults);
+  EXPECT_EQ(inexact["state"], "SUCCEEDED");
+  EXPECT_NEAR(inexact["train"]["loss"].get<double>(), whole["train"]["loss"].get<double>(), 1e-4);
+}
+
 TEST_F(EmulatedCluster, ALibrarysSumsAreNearTheTrees) {
   const std::string spec = Spec("mlp");
   setenv(kGpus, "3", 1);

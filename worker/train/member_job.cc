@@ -478,6 +478,14 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       return train.precision().empty() ? std::string("fp32") : train.precision();
     };
     RETURN_IF_ERROR(differs("train.precision", precision(then), precision(now)));
+    const std::string here = device_->fingerprint(program_->precision());
+    if (now.exact() && manifest.fingerprint() != here) {
+      const bool allowed = spec_.resources().device() == "cuda";
+      return absl::FailedPreconditionError(absl::StrCat(
+          "cannot go on from ", loaded_->path, ": it is of a device that computes otherwise (",
+          manifest.fingerprint(), ") than this worker's (", here, "); use the same kind of device",
+          allowed ? ", or train.exact: false, whose bits are another run's" : ""));
+    }
     // Both are complete: what a field is by default is written there.
     const auto same = [&](const char* part, const google::protobuf::Message& a,
                           const google::protobuf::Message& b) -> absl::Status {
