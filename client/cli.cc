@@ -51,7 +51,13 @@ void AddSpec(CLI::App* command, std::string* spec, std::vector<std::string>* ove
       ->add_option_function<std::string>(
           "--device",
           [overrides](const std::string& device) {
-            overrides->push_back("resources.device=" + device);
+            const std::string own = "resources.device=" + device;
+            for (const std::string& other : *overrides) {
+              if (other.starts_with("resources.device=") && other != own) {
+                throw CLI::ValidationError("--device " + device + ", but --set " + other);
+              }
+            }
+            overrides->push_back(own);
           },
           "What to compute on: cpu or cuda (short for --set resources.device=...)")
       ->type_name("KIND");

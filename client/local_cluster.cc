@@ -55,7 +55,7 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(
                        "--die-with-parent"};
     // One worker has all GPUs; several share them.
     if (options.workers > 1) {
-      spawn.arguments.insert(spawn.arguments.end(), {"--gpu", absl::StrCat(i)});
+      spawn.arguments.insert(spawn.arguments.end(), {"--gpu", absl::StrCat(i), "--gpu-in-turn"});
     }
     spawn.log_path = JoinPath(options.folder, absl::StrCat("logs/", name, ".log"));
     ASSIGN_OR_RETURN(Child child, Child::Spawn(spawn));

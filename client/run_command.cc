@@ -219,7 +219,8 @@ absl::StatusOr<v1::JobSpec> LoadSpec(const RunOptions& options) {
   } else if (resources.slots() > slots_offered) {
     return absl::InvalidArgumentError(absl::StrCat(
         "resources.slots is ", resources.slots(), ", but this run has ", slots_offered,
-        "; accepted: at most --workers times --slots (more slots than cores are allowed)"));
+        "; accepted: at most --workers times --slots",
+        spec.resources().device() == "cuda" ? "" : " (more slots than cores are allowed)"));
   }
   return spec;
 }
@@ -285,14 +286,16 @@ std::string Closing(const RunOptions& options, const v1::Job& job, const std::st
     }
     next.emplace_back(resume, anew ? "twice as long, from the start" : "go on from it");
   }
-  next.emplace_back(
-      absl::StrCat(RunAgain(options, folder), " --set train.seed=", job.spec().train().seed() + 1),
-      "another seed");
+  if (job.result().steps() > 0) {
+    next.emplace_back(absl::StrCat(RunAgain(options, folder),
+                                   " --set train.seed=", job.spec().train().seed() + 1),
+                      "another seed");
+  }
   if (job.state() == v1::SUCCEEDED) {
     next.emplace_back("lockstep diff " + Quoted(shown) + " OTHER_RUN",
                       "compare two runs bit by bit");
   }
-  return text + "\n" + ListText("Try next", next, terminal);
+  return next.empty() ? text : text + "\n" + ListText("Try next", next, terminal);
 }
 
 }  // namespace

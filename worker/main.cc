@@ -48,6 +48,7 @@ struct Flags {
   std::string collective = "auto";
   int64_t flip_bit_at_step = 0;
   int gpu = -1;  // all
+  bool gpu_in_turn = false;
   bool insecure = false;
   bool explain = false;
   bool probe = false;
@@ -84,18 +85,23 @@ struct Share {
 };
 
 // `slots` spread over GPU `wanted`, or over all that can be used: one each, or where there are
-// fewer GPUs, streams of them.
-absl::StatusOr<std::vector<Share>> ShareGpus(int wanted, int slots) {
+// fewer GPUs, streams of them. `in_turn`: behind the last GPU comes the first again.
+absl::StatusOr<std::vector<Share>> ShareGpus(int wanted, bool in_turn, int slots) {
   ASSIGN_OR_RETURN(const lockstep::device::CudaModule* module, lockstep::device::LoadCudaModule());
   const lockstep::device::CudaReport report = module->report();
   if (report.gpus.empty()) return absl::FailedPreconditionError(report.problem);
   std::vector<lockstep::device::GpuInfo> gpus;
+  const int count = static_cast<int>(report.gpus.size());
+  if (wanted >= count && !in_turn) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("there is no GPU ", wanted, "; accepted: --gpu 0 to ", count - 1));
+  }
   if (wanted >= 0) {
-    const int chosen = wanted % static_cast<int>(report.gpus.size());
-    if (chosen != wanted) {
-      spdlog::warn("there is no GPU {}; this worker shares GPU {} with another", wanted, chosen);
+    if (wanted >= count) {
+      spdlog::warn("there is no GPU {}; this worker shares GPU {} with another", wanted,
+                   wanted % count);
     }
-    gpus = {report.gpus[chosen]};
+    gpus = {report.gpus[wanted % count]};
   } else {
     for (const lockstep::device::GpuInfo& gpu : report.gpus) {
       if (gpu.cannot_use.empty()) {
@@ -108,7 +114,8 @@ absl::StatusOr<std::vector<Share>> ShareGpus(int wanted, int slots) {
   }
   if (!gpus.front().cannot_use.empty()) {
     return absl::FailedPreconditionError(
-        absl::StrCat(gpus.front().cannot_use, "; use another GPU, or the CPU (--device cpu)"));
+        absl::StrCat(gpus.front().cannot_use,
+                     "; use another GPU, or the CPU (here --slots cpu:1, for a job --device cpu)"));
   }
   if (slots == kEveryGpu) slots = static_cast<int>(gpus.size());
   const int shares = std::min(slots, static_cast<int>(gpus.size()));
@@ -274,6 +281,9 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--gpu", flags.gpu, "the only GPU to use (default: all)")
       ->check(CLI::Range(0, 1023));
+  app.add_flag(
+      "--gpu-in-turn", flags.gpu_in_turn,
+      "--gpu counts on behind the last GPU from the first: of several workers on a machine");
   app.add_option("--name", flags.name, "unique among the workers of a coordinator")
       ->capture_default_str();
   app.add_option("--host-id", flags.host_id,
@@ -312,7 +322,9 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
+    if (error.get_exit_code() == 0) return app.exit(error);  // help, or the version
+    std::cerr << "lockstep-worker: " << error.what() << "; see lockstep-worker --help\n";
+    return 2;
   }
   if (flags.die_with_parent) {
     const pid_t parent = getppid();
@@ -363,7 +375,7 @@ int main(int argc, char** argv) {
   }
   std::vector<Share> shares = {{slots, std::nullopt}};
   if (device == "cuda") {
-    absl::StatusOr<std::vector<Share>> shared = ShareGpus(flags.gpu, slots);
+    absl::StatusOr<std::vector<Share>> shared = ShareGpus(flags.gpu, flags.gpu_in_turn, slots);
     if (!shared.ok()) {
       std::cerr << "lockstep-worker: --slots " << flags.slots << ": " << shared.status().message()
                 << std::endl;

@@ -41,10 +41,8 @@ std::vector<MemberPlacement> Core::PlaceJob(const JobEntry& job, std::string* wa
   std::vector<FreeSlots> free;
   int free_count = 0;
   int exist = 0;
-  bool connected = false;
   for (const auto& [name, worker] : workers_) {
     if (worker.state == WorkerState::kLost) continue;
-    connected = true;
     if (worker.info.device() != device) continue;
     FreeSlots& slots = free.emplace_back();
     slots.worker = name;
@@ -58,11 +56,10 @@ std::vector<MemberPlacement> Core::PlaceJob(const JobEntry& job, std::string* wa
   const bool given = spec.resources().has_slots() && spec.resources().slots() > 0;
   const int wanted = std::min(shards, given ? spec.resources().slots() : std::max(1, free_count));
   if (free_count >= wanted) return Place(std::move(free), wanted, shards);
-  if (!connected) {
-    *waits_for = "waits for a worker: none is connected";
-  } else if (exist == 0) {
-    *waits_for = absl::StrCat("waits for a worker of device ", device,
-                              ": none is connected; start one with --slots ", device, ":1");
+  if (exist == 0) {
+    *waits_for =
+        absl::StrCat("waits for a worker of device ", device,
+                     ": none is connected; start one: lockstep-worker --slots ", device, ":1");
   } else {
     *waits_for = absl::StrCat("waits for ", given ? absl::StrCat(wanted) : "at least 1",
                               wanted == 1 ? " slot" : " slots", " of device ", device, "; ",

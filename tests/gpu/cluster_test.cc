@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "tests/cluster/programs.h"
+#include "tests/cluster/shell.h"
 
 namespace lockstep {
 namespace {
@@ -285,6 +286,44 @@ TEST_F(EmulatedCluster, AJobKeepsItsAlgorithms) {
                     "job's algorithm, in reverse"));
 }
 
+// What is set by hand and cannot be is refused, with what is accepted.
+TEST_F(EmulatedCluster, WrongSettingsOfAMachineAreSaidInOneLine) {
+  const std::string spec = Spec("mlp");
+  const auto failure = [&](const char* name, const char* value) {
+    setenv(name, value, 1);
+    const std::string line = Failure(spec, absl::StrCat("with-", name));
+    unsetenv(name);
+    return line;
+  };
+  EXPECT_THAT(failure("LOCKSTEP_COLLECTIVE", "banana"),
+              HasSubstr("banana not in {auto,nccl,host}"));
+  EXPECT_THAT(failure("LOCKSTEP_CUDA_EARLY_LAUNCH", "banana"),
+              HasSubstr("LOCKSTEP_CUDA_EARLY_LAUNCH is banana; accepted: 0 or 1"));
+  EXPECT_THAT(failure("LOCKSTEP_CUDA_LIBS", "/nowhere"),
+              HasSubstr("LOCKSTEP_CUDA_LIBS names /nowhere, which is no folder"));
+  const Programs::Result both =
+      Run(spec, "both", {"--device", "cuda", "--set", "resources.device=cpu"});
+  EXPECT_EQ(both.code, 2);
+  EXPECT_THAT(both.err, HasSubstr("--device cuda, but --set resources.device=cpu"));
+
+  setenv(kGpus, "2", 1);
+  EXPECT_THAT(OutputOf(LOCKSTEP_BIN_DIR "/lockstep-worker --slots cuda:1 --gpu 5 2>&1 || true"),
+              HasSubstr("there is no GPU 5; accepted: --gpu 0 to 1"));
+  setenv(kGpus, "1", 1);
+
+  Result(spec, "whole");
+  const auto evaluation = [&](const char* faults) {
+    setenv(kFaults, faults, 1);
+    const Programs::Result result = programs_.Lockstep({"evaluate", Out("whole")});
+    unsetenv(kFaults);
+    EXPECT_EQ(result.code, 1);
+    return result.err;
+  };
+  EXPECT_THAT(evaluation("driver=0"), HasSubstr("there is no NVIDIA driver; install one"));
+  EXPECT_THAT(evaluation("driver=12040"),
+              HasSubstr("it serves CUDA 12.4, needed is 13.0 or later; update the driver"));
+}
+
 // What goes on elsewhere has the bits of the undisturbed run, or says that it has not.
 TEST_F(EmulatedCluster, ACheckpointGoesOnOnItsKindOfDevice) {
   const std::string spec = Spec("mlp", "steps: 8");
@@ -409,7 +448,7 @@ TEST_F(EmulatedCluster, AJobForGpusWaitsWhereThereAreNone) {
   programs_.StartWorker("w0", 2);
   programs_.WaitForWorkers(1);
   const std::string job = programs_.Submit(Spec("mlp"));
-  const std::string reason = "waits for a worker of device cuda: none is connected; start one with";
+  const std::string reason = "waits for a worker of device cuda: none is connected; start one: ";
   EXPECT_EQ(programs_.Job(job)["state"], "QUEUED");
   EXPECT_THAT(programs_.Job(job)["reason"].get<std::string>(), HasSubstr(reason));
   EXPECT_THAT(programs_.Lockstep({"describe", job}).out, HasSubstr(reason));

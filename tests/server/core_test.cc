@@ -26,7 +26,9 @@ TEST_F(CoreTest, ASubmissionIsAnsweredWhenItIsStored) {
   ASSERT_TRUE(replies.at(call).ok());
   EXPECT_EQ(replies.at(call)->id(), "fashion-1");
   EXPECT_EQ(replies.at(call)->state(), v1::QUEUED);
-  EXPECT_EQ(replies.at(call)->reason(), "waits for a worker: none is connected");
+  EXPECT_EQ(replies.at(call)->reason(),
+            "waits for a worker of device cpu: none is connected; start one: lockstep-worker "
+            "--slots cpu:1");
   EXPECT_EQ(disk.at(1).record.job.id(), "fashion-1");
 }
 
@@ -74,7 +76,8 @@ TEST_F(CoreTest, AJobForAGpuWaitsForAWorkerThatHasOne) {
   Persist();
   EXPECT_EQ(job("job-1").state(), v1::QUEUED);
   EXPECT_EQ(job("job-1").reason(),
-            "waits for a worker of device cuda: none is connected; start one with --slots cuda:1");
+            "waits for a worker of device cuda: none is connected; start one: lockstep-worker "
+            "--slots cuda:1");
   v1::Gpu gpu;
   gpu.set_name("NVIDIA H200");
   gpu.set_memory_bytes(uint64_t{139} << 30);

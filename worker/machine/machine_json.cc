@@ -87,6 +87,8 @@ Problem NoModule(const ModuleFacts& module) {
       return {message.substr(0, message.find("; searched: ")),
               "name a module that is there in LOCKSTEP_CUDA_MODULE, or build it again against the "
               "libraries of this machine"};
+    case absl::StatusCode::kInvalidArgument:
+      return {message.substr(0, message.rfind("; ")), message.substr(message.rfind("; ") + 2)};
     default:
       return {message.substr(0, message.rfind("; ")),
               "install lockstep-worker and liblockstep_cuda.so of one build"};

@@ -515,14 +515,38 @@ class CudaDevice : public Device {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
-  int count = 0;
-  cudaError_t error = cudaGetDeviceCount(&count);
+absl::StatusOr<int> CountGpus() {
+  const auto text = [](int version) {
+    return absl::StrCat(version / 1000, ".", version % 1000 / 10);
+  };
+  int driver = 0, runtime = 0, count = 0;
+  const bool has_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver != 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  if (!has_driver) {
+    return absl::FailedPreconditionError(
+        "there is no NVIDIA driver; install one (nvidia-smi shows it), or in a container start it "
+        "with its GPUs");
+  }
+  if (error == cudaErrorInsufficientDriver && cudaRuntimeGetVersion(&runtime) == cudaSuccess) {
+    return absl::FailedPreconditionError(absl::StrCat("the driver is too old: it serves CUDA ",
+                                                      text(driver), ", needed is ", text(runtime),
+                                                      " or later; update the driver"));
+  }
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
+    return absl::FailedPreconditionError(
+        "the driver shows no GPU; see CUDA_VISIBLE_DEVICES and nvidia-smi");
+  }
   if (error != cudaSuccess) return ToStatus(error, "looking for GPUs");
+  return count;
+}
+
+absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal) {
+  ASSIGN_OR_RETURN(const int count, CountGpus());
   if (ordinal < 0 || ordinal >= count) {
     return absl::NotFoundError(absl::StrCat("there is no GPU ", ordinal, "; GPUs here: ", count));
   }
-  error = UseGpu(ordinal);
+  cudaError_t error = UseGpu(ordinal);
   if (error != cudaSuccess) return ToStatus(error, absl::StrCat("using GPU ", ordinal));
   cudaDeviceProp properties;
   error = cudaGetDeviceProperties(&properties, ordinal);

@@ -11,6 +11,9 @@
 
 namespace lockstep::device::cuda {
 
+// How many GPUs the driver shows; fails with what to do where it shows none.
+absl::StatusOr<int> CountGpus();
+
 // Device `ordinal` of the process. Fails where there is no such GPU, its architecture is older than
 // any that the kernels were built for (FailedPrecondition), or a library cannot be used.
 absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(int ordinal);

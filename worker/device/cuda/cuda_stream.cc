@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/memory/memory.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "worker/device/cuda/cuda_status.h"
@@ -31,6 +32,10 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t
     error = cudaStreamCreateWithFlags(&stream->queue_.stream, cudaStreamNonBlocking);
   }
   const char* const early = std::getenv("LOCKSTEP_CUDA_EARLY_LAUNCH");
+  if (early != nullptr && std::string_view(early) != "0" && std::string_view(early) != "1") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("LOCKSTEP_CUDA_EARLY_LAUNCH is ", early, "; accepted: 0 or 1"));
+  }
   stream->queue_.early =
       error == cudaSuccess && KernelsWait() && (early == nullptr || std::string_view(early) != "0");
   if (error == cudaSuccess && workspace_bytes > 0) {

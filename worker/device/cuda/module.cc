@@ -64,23 +64,10 @@ CudaReport Report() {
   CudaReport report;
   int version = 0;
   if (cudaDriverGetVersion(&version) == cudaSuccess) report.driver = CudaVersion(version);
-  const int driver = version;
   if (cudaRuntimeGetVersion(&version) == cudaSuccess) report.runtime = CudaVersion(version);
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  cudaGetLastError();
-  if (driver == 0) {
-    report.problem =
-        "there is no NVIDIA driver; install one (nvidia-smi shows it), or in a container start it "
-        "with its GPUs";
-  } else if (error == cudaErrorInsufficientDriver) {
-    report.problem = absl::StrCat("the driver is too old: it serves CUDA ", report.driver,
-                                  ", needed is ", report.runtime, " or later; update the driver");
-  } else if (error != cudaSuccess) {
-    report.problem = std::string(ToStatus(error, "looking for GPUs").message());
-  } else if (count == 0) {
-    report.problem = "the driver shows no GPU; see CUDA_VISIBLE_DEVICES and nvidia-smi";
-  }
+  const absl::StatusOr<int> gpus = CountGpus();
+  if (!gpus.ok()) report.problem = std::string(gpus.status().message());
+  const int count = gpus.value_or(0);
   for (int i = 0; i < count; ++i) report.gpus.push_back(DescribeGpu(i, count));
   if (count > 0) {
     if (const auto blas = MakeBlas(); blas.ok()) report.cublaslt = (*blas)->version();

@@ -2,6 +2,7 @@
 #include <glob.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -29,9 +30,14 @@ std::string Environment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
+// Once, by whatever name.
 void AddFolder(const fs::path& folder, std::vector<std::string>* folders) {
   std::error_code error;
-  if (fs::is_directory(folder, error)) folders->push_back(folder.string());
+  if (!fs::is_directory(folder, error)) return;
+  const bool known = std::any_of(folders->begin(), folders->end(), [&](const std::string& other) {
+    return fs::equivalent(folder, other, error);
+  });
+  if (!known) folders->push_back(folder.string());
 }
 
 // The folder that holds a torch that python3 imports, or "".
@@ -105,6 +111,13 @@ absl::StatusOr<const CudaModule*> Load() {
         "liblockstep_cuda.so is neither beside this program nor in ../lib; build with "
         "LOCKSTEP_CUDA=ON, or name it in LOCKSTEP_CUDA_MODULE");
   }
+  for (absl::string_view folder :
+       absl::StrSplit(Environment("LOCKSTEP_CUDA_LIBS"), ':', absl::SkipEmpty())) {
+    std::error_code error;
+    if (fs::is_directory(std::string(folder), error)) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "LOCKSTEP_CUDA_LIBS names ", folder, ", which is no folder; name folders that are there"));
+  }
   search.folders = Folders();
   std::vector<std::string> missing;
   for (const char* name : kLibraries) {
@@ -117,8 +130,8 @@ absl::StatusOr<const CudaModule*> Load() {
     return absl::NotFoundError(absl::StrCat(
         path, " cannot be loaded: ", why == nullptr ? "" : why,
         missing.empty() ? "" : absl::StrCat("; not found: ", absl::StrJoin(missing, ", ")),
-        "; searched: ", absl::StrJoin(search.folders, ", "),
-        ", and where the system looks. Name their folders in LOCKSTEP_CUDA_LIBS"));
+        "; searched: ", absl::StrJoin(search.folders, ", "), search.folders.empty() ? "" : ", and ",
+        "where the system looks. Name their folders in LOCKSTEP_CUDA_LIBS"));
   }
   auto* symbol = dlsym(handle, kCudaModuleSymbol);
   if (symbol == nullptr) {
