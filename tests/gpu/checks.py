@@ -516,9 +516,10 @@ def main():
     try:
         machine, why = first_line(checks)
         checks.write(machine)
-        print(f"{machine['device']}, driver {machine['driver']}, {machine['libraries']}, revision "
-              f"{machine['revision']}", flush=True)
-        if why:
+        if not why:
+            print(f"{machine['device']}, driver {machine['driver']}, {machine['libraries']}, revision "
+                  f"{machine['revision']}", flush=True)
+        else:
             checks.check("machine", "lockstep doctor --device cuda", lambda: (_ for _ in ()).throw(Wrong(why)))
             return 1
         work = {"digests": checks.digest_checks}
