@@ -19,11 +19,14 @@ extern char** environ;
 namespace lockstep::collective {
 namespace {
 
+constexpr unsigned kMostSeconds = 200;  // of a member: one that hangs fails its test, no other
+
 std::string Encode(const Scenario& s) {
   std::ostringstream out;
   out << s.size << ' ' << s.bucket_bytes << ' ' << s.steps << ' ' << static_cast<int>(s.presence)
       << ' ' << s.exact << ' ' << s.seed << ' ' << s.victim << ' ' << s.signal << ' '
-      << s.victim_step << ' ' << s.deadline_ms << ' ' << s.gpus << ' ' << s.members.size();
+      << s.victim_step << ' ' << s.deadline_ms << ' ' << s.most_abort_ms << ' ' << s.gpus << ' '
+      << s.members.size();
   for (const ScenarioMember& member : s.members) {
     out << ' ' << member.host << ' ' << member.gpu << ' ' << member.address << ' '
         << member.bounds.size();
@@ -38,7 +41,7 @@ Scenario Decode(const std::string& text) {
   int presence = 0;
   size_t members = 0, bounds = 0;
   in >> s.size >> s.bucket_bytes >> s.steps >> presence >> s.exact >> s.seed >> s.victim >>
-      s.signal >> s.victim_step >> s.deadline_ms >> s.gpus >> members;
+      s.signal >> s.victim_step >> s.deadline_ms >> s.most_abort_ms >> s.gpus >> members;
   s.presence = static_cast<Presence>(presence);
   s.members.resize(members);
   for (ScenarioMember& member : s.members) {
@@ -130,6 +133,7 @@ Child Start(const std::string& encoded, int rank) {
 
 int MemberMain(const std::string& encoded, int rank) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // also when it is stopped and the test has failed
+  alarm(kMostSeconds);
   const Scenario s = Decode(encoded);
   const int size = static_cast<int>(s.members.size());
   RendezvousOptions options;
@@ -139,6 +143,7 @@ int MemberMain(const std::string& encoded, int rank) {
                                s.gpus ? s.members[member].gpu : ""});
   }
   options.gradients = GradientPath::kNccl;
+  options.most_abort = absl::Milliseconds(s.most_abort_ms);
   options.staging_bytes = CanonicalAllReduce::StagingBytes(s.placement(), rank, s.size);
   options.address = s.members[rank].address;
   options.slots = static_cast<int>(s.members[rank].bounds.size()) - 1;
@@ -184,8 +189,10 @@ std::vector<Outcome> RunProcesses(const Scenario& s) {
     int status = 0;
     waitpid(children[rank].pid, &status, 0);
     if (rank != s.victim && status != 0) {
-      outcomes[rank].status =
-          absl::InternalError("the process ended with status " + std::to_string(status));
+      outcomes[rank].status = absl::InternalError(
+          WIFEXITED(status)
+              ? "the process ended with exit code " + std::to_string(WEXITSTATUS(status))
+              : "the process was ended by signal " + std::to_string(WTERMSIG(status)));
     }
   }
   return outcomes;

@@ -37,6 +37,7 @@ struct Scenario {
   // `deadline_ms` (else a minute).
   int victim = -1, signal = 0, victim_step = 0;
   int deadline_ms = 60000;
+  int most_abort_ms = 30000;  // RendezvousOptions::most_abort
   // Members have GPUs that the CUDA module shows, one each or all the same, and exchange over NCCL;
   // RunProcesses only. From the second step on, a slot's computation and exchange are recorded once
   // and repeated, where all leaves are there.

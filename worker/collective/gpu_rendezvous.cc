@@ -90,6 +90,7 @@ class GpuRendezvous : public Rendezvous {
     nccl.gpu = options_.gpu;
     nccl.memory_bytes = options_.shared_bytes;
     nccl.staging_bytes = options_.staging_bytes;
+    nccl.most_abort = options_.most_abort;
     return nccl_.connect(nccl, std::move(host), absl::Now() + kNcclConnectTimeout);
   }
 

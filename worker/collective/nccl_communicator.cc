@@ -21,7 +21,6 @@ namespace {
 
 constexpr absl::Duration kPoll = absl::Milliseconds(50);
 constexpr absl::Duration kGrace = absl::Seconds(3);         // to find out who is missing
-constexpr absl::Duration kMostAbort = absl::Seconds(30);    // that an abort may take
 constexpr absl::Duration kMostFarewell = absl::Seconds(5);  // that a finish may take
 // Of tickets whose operation is in its stream's order.
 constexpr uint64_t kInStream = uint64_t{1} << 63;
@@ -31,6 +30,35 @@ constexpr int kRegisters = static_cast<int>(Lane::kGradients);
 std::string VersionText(int version) {
   return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
 }
+
+// Ends the process unless it is gone in time. It takes no lock and makes no call that what it
+// watches may hang in.
+class Watchdog {
+ public:
+  explicit Watchdog(absl::Duration most) : thread_([this, most] { Watch(most); }) {}
+  ~Watchdog() {
+    {
+      absl::MutexLock lock(&mutex_);
+      done_ = true;
+    }
+    thread_.join();
+  }
+
+ private:
+  void Watch(absl::Duration most) {
+    absl::MutexLock lock(&mutex_);
+    if (mutex_.AwaitWithTimeout(absl::Condition(&done_), most)) return;
+    std::fprintf(stderr,
+                 "NCCL's abort has not come back in %g s: this process ends, so that its GPU is "
+                 "free again\n",
+                 absl::ToDoubleSeconds(most));
+    _exit(70);
+  }
+
+  absl::Mutex mutex_;
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread thread_;  // the last, which uses the others
+};
 
 }  // namespace
 
@@ -90,22 +118,7 @@ NcclCommunicator::~NcclCommunicator() {
     absl::MutexLock lock(&mutex_);
     closing_ = true;
   }
-  if (watcher_.joinable()) {
-    bool watched;
-    {
-      absl::MutexLock lock(&mutex_);
-      mutex_.AwaitWithTimeout(absl::Condition(&watched_), kMostAbort);
-      watched = watched_;
-    }
-    if (!watched) {
-      std::fprintf(stderr,
-                   "NCCL's abort has not come back in %g s: this process ends, so that its GPU is "
-                   "free again\n",
-                   absl::ToDoubleSeconds(kMostAbort));
-      _exit(70);
-    }
-    watcher_.join();
-  }
+  if (watcher_.joinable()) watcher_.join();
   device::cuda::UseGpu(options_.gpu);
   absl::MutexLock lock(&calls_);
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -120,7 +133,12 @@ NcclCommunicator::~NcclCommunicator() {
       absl::SleepFor(absl::Milliseconds(1));
       if (api_.CommGetAsyncError(comm, &result) != ncclSuccess) break;
     }
-    result == ncclSuccess ? api_.CommDestroy(comm) : api_.CommAbort(comm);
+    if (result == ncclSuccess) {
+      api_.CommDestroy(comm);
+    } else {
+      const Watchdog watchdog(options_.most_abort);
+      api_.CommAbort(comm);
+    }
   }
   for (const auto& [memory, handle] : registered_) api_.MemFree(memory);
 }
@@ -442,12 +460,13 @@ void NcclCommunicator::Watch() {
     }
     if (expected == absl::InfiniteFuture()) continue;
     ncclResult_t state = ncclSuccess;
-    {
-      absl::MutexLock lock(&calls_);
+    // A call that hangs must not keep the deadline from passing.
+    if (calls_.TryLock()) {
       for (const ncclComm_t comm : comms_) {
         if (comm == nullptr) continue;
         if (state == ncclSuccess || state == ncclInProgress) state = AskFor(comm);
       }
+      calls_.Unlock();
     }
     if (state != ncclSuccess && state != ncclInProgress) {
       Fail(NameMissing(ToStatus(state, "exchanging gradients")));
@@ -455,25 +474,26 @@ void NcclCommunicator::Watch() {
       Fail(NameMissing(absl::DeadlineExceededError("an exchange over NCCL has not ended in time")));
     }
   }
-  if (!failure().ok()) {
-    Comms comms;
-    {
-      absl::MutexLock lock(&calls_);
-      comms = std::exchange(comms_, {});
-    }
-    // Together: one waits for its kernels, which may be behind another's on a stream.
-    std::vector<std::thread> aborts;
-    for (const ncclComm_t comm : comms) {
-      if (comm == nullptr) continue;
-      aborts.emplace_back([this, comm] {
-        device::cuda::UseGpu(options_.gpu);
-        api_.CommAbort(comm);
-      });
-    }
-    for (std::thread& abort : aborts) abort.join();
+  if (!failure().ok()) AbortAll();
+}
+
+void NcclCommunicator::AbortAll() {
+  const Watchdog watchdog(options_.most_abort);
+  Comms comms;
+  {
+    absl::MutexLock lock(&calls_);
+    comms = std::exchange(comms_, {});
   }
-  absl::MutexLock lock(&mutex_);
-  watched_ = true;
+  // Together: one waits for its kernels, which may be behind another's on a stream.
+  std::vector<std::thread> aborts;
+  for (const ncclComm_t comm : comms) {
+    if (comm == nullptr) continue;
+    aborts.emplace_back([this, comm] {
+      device::cuda::UseGpu(options_.gpu);
+      api_.CommAbort(comm);
+    });
+  }
+  for (std::thread& abort : aborts) abort.join();
 }
 
 // ---- the module.

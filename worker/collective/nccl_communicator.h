@@ -5,8 +5,9 @@
 // something is expected; where one fails, a deadline passes, or Abort is called, in this order
 // (NCCL 2.28's rules): the gate is poisoned and nothing more is enqueued, the watching thread
 // aborts NCCL's communicators, by which what waits on a stream for other members ends, so that
-// streams can be synchronized and graphs destroyed, and the destructor joins. An abort that hangs
-// ends the process, since nothing else frees the GPU.
+// streams can be synchronized and graphs destroyed, and the destructor joins. An abort that takes
+// longer than NcclOptions::most_abort ends the process: its owner may wait on a stream meanwhile,
+// and nothing else frees the GPU.
 //
 // Destroy what recorded its operations (graphs) before it.
 #pragma once
@@ -76,6 +77,7 @@ class NcclCommunicator : public Communicator {
   using Comms = std::array<ncclComm_t, kLanes>;
   absl::Status ToStatus(ncclResult_t result, absl::string_view what);
   void Watch();
+  void AbortAll();
   // Who does not answer, after `problem`.
   absl::Status NameMissing(const absl::Status& problem);
   void Fail(const absl::Status& failure);
@@ -99,7 +101,6 @@ class NcclCommunicator : public Communicator {
   uint32_t* poison_ ABSL_GUARDED_BY(mutex_) = nullptr;
   absl::Time expected_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool watched_ ABSL_GUARDED_BY(mutex_) = false;  // the thread is done
   std::thread watcher_;
 };
 

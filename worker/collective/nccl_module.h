@@ -20,6 +20,8 @@ struct NcclOptions {
   int gpu = 0;
   size_t memory_bytes = 0;   // that Allocate gives in all
   size_t staging_bytes = 0;  // of what one exchange brings from others
+  // Of an abort; one that takes longer hangs, and ends the process.
+  absl::Duration most_abort = absl::Seconds(30);
 };
 
 struct NcclModule {

@@ -39,6 +39,8 @@ struct RendezvousOptions {
   int gpu = 0;  // ours, of the process's
   GradientPath gradients = GradientPath::kAutomatic;
   size_t staging_bytes = 0;  // over NCCL: at least what an exchange brings from other members
+  // Of NCCL's communicators; one that takes longer hangs, and ends the process.
+  absl::Duration most_abort = absl::Seconds(30);
 };
 
 class Rendezvous {

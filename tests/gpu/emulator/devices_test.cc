@@ -179,7 +179,7 @@ TEST_F(EmulatorTest, TakesOptionsFromTheEnvironment) {
       {"LOCKSTEP_EMULATED_GPUS", "3"},
       {"LOCKSTEP_EMULATOR_FAULTS",
        "driver=0, memory=1000 architecture=8.6 lost-at=9 gpu=2 error=cudaErrorECCUncorrectable "
-       "sums=reversed"},
+       "sums=reversed nccl=hangs-aborting"},
       {"LOCKSTEP_EMULATOR_ORDER", "17"},
       {"LOCKSTEP_EMULATOR_PROTECT", "0"}};
   for (const auto& [name, value] : variables) setenv(name, value, 1);
@@ -196,6 +196,7 @@ TEST_F(EmulatorTest, TakesOptionsFromTheEnvironment) {
   EXPECT_EQ(options.lost_gpu, 2);
   EXPECT_EQ(options.lost_with, cudaErrorECCUncorrectable);
   EXPECT_EQ(options.sums, Sums::kReversed);
+  EXPECT_EQ(options.nccl, NcclFault::kHangsAborting);
 }
 
 TEST_F(EmulatorTest, RefusesWhatItDoesNotUnderstandInTheEnvironment) {
@@ -210,6 +211,7 @@ TEST_F(EmulatorTest, RefusesWhatItDoesNotUnderstandInTheEnvironment) {
   EXPECT_DEATH(options_with(faults, "architecture=7"), "accepted: a compute capability");
   EXPECT_DEATH(options_with(faults, "error=cudaErrorNone"), "cudaErrorNone; accepted: a name such");
   EXPECT_DEATH(options_with(faults, "sums=sideways"), "is sideways; accepted: in-order, rev");
+  EXPECT_DEATH(options_with(faults, "nccl=late"), "is late; accepted: hangs-aborting");
   EXPECT_DEATH(options_with("LOCKSTEP_EMULATED_GPUS", "two"), "is two; accepted: a number");
   EXPECT_DEATH(options_with("LOCKSTEP_EMULATOR_FAULT", "x"),
                "no variable LOCKSTEP_EMULATOR_FAULT;");

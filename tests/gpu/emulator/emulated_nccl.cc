@@ -254,6 +254,8 @@ ncclResult_t Add(ncclComm_t comm, cudaStream_t stream, std::vector<Transfer> tra
 }  // namespace lockstep::emulator
 
 using lockstep::emulator::Add;
+using lockstep::emulator::CurrentNcclFault;
+using lockstep::emulator::NcclFault;
 using lockstep::emulator::SizeOf;
 using lockstep::emulator::ThreadGroup;
 using lockstep::emulator::Transfer;
@@ -314,6 +316,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
 }
 
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
+  while (CurrentNcclFault() == NcclFault::kHangsAborting) pause();
   comm->link->aborted = true;
   if (comm->connecting.joinable()) comm->connecting.join();
   delete comm;

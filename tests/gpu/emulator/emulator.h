@@ -43,6 +43,9 @@ struct Order {
 // How the reference libraries add up: what they propose, and whether they could do otherwise.
 enum class Sums { kInOrder, kReversed, kOnlyInOrder };
 
+// What NCCL does instead of working.
+enum class NcclFault { kNone, kHangsAborting };
+
 struct Options {
   int devices = 1;
   size_t memory = size_t{4} << 30;  // bytes of each device
@@ -57,13 +60,14 @@ struct Options {
   cudaError_t lost_with = cudaErrorIllegalAddress;
   int fail_allocation = 0;  // FailAllocation; 0: none
   Sums sums = Sums::kInOrder;
+  NcclFault nccl = NcclFault::kNone;
 };
 
 // What the environment says, with which the emulator begins:
 //   LOCKSTEP_EMULATED_GPUS=2
 //   LOCKSTEP_EMULATOR_FAULTS="driver=12040 memory=BYTES architecture=7.0 allocation=NTH
 //                             lost-at=LAUNCH gpu=1 error=cudaErrorECCUncorrectable
-//                             sums=in-order|reversed|only-in-order"
+//                             sums=in-order|reversed|only-in-order nccl=hangs-aborting"
 //   LOCKSTEP_EMULATOR_ORDER=natural|reversed|SEED
 //   LOCKSTEP_EMULATOR_PROTECT=0|1
 // Other names and values end the process, which says what is accepted.
@@ -74,6 +78,7 @@ void Configure(const Options& options);
 // Of what runs from now on.
 void SetOrder(Order order);
 Sums CurrentSums();
+NcclFault CurrentNcclFault();
 
 // ---- faults.
 // The nth cudaMalloc from now (1: the next) fails once.

@@ -27,7 +27,7 @@ constexpr char kKnown[] =
     "that fails), "
     "lost-at=LAUNCH (from 0), gpu=ORDINAL (that is "
     "lost), error=cudaErrorIllegalAddress (that it is lost with), sums=in-order, reversed or "
-    "only-in-order";
+    "only-in-order, nccl=hangs-aborting";
 
 [[noreturn]] void Refuse(const std::string& name, const std::string& value, const char* accepted) {
   Fatal(name + " is " + value + "; accepted: " + accepted);
@@ -87,6 +87,12 @@ void TakeFault(const std::string& key, const std::string& value, Options* option
       options->sums = Sums::kOnlyInOrder;
     } else {
       Refuse(name, value, "in-order, reversed, only-in-order");
+    }
+  } else if (key == "nccl") {
+    if (value == "hangs-aborting") {
+      options->nccl = NcclFault::kHangsAborting;
+    } else {
+      Refuse(name, value, "hangs-aborting");
     }
   } else {
     Refuse(kFaults, key + "=" + value, kKnown);

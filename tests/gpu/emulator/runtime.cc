@@ -362,6 +362,12 @@ Sums CurrentSums() {
   return e.options.sums;
 }
 
+NcclFault CurrentNcclFault() {
+  Emulator& e = E();
+  const std::lock_guard<std::mutex> lock(e.mutex);
+  return e.options.nccl;
+}
+
 void FailAllocation(int nth, cudaError_t error) {
   Emulator& e = E();
   const std::lock_guard<std::mutex> lock(e.mutex);

@@ -1,0 +1,46 @@
+// What the canonical all-reduce over NCCL does where NCCL itself does not do its part: faults that
+// only the emulator has.
+#include <signal.h>
+#include <stdlib.h>
+
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/collective/scenario.h"
+
+namespace lockstep::collective {
+namespace {
+
+using ::testing::HasSubstr;
+
+class NcclFaults : public testing::Test {
+ protected:
+  void TearDown() override { unsetenv("LOCKSTEP_EMULATOR_FAULTS"); }
+
+  static std::vector<Outcome> RunWith(const char* fault, const Scenario& scenario) {
+    setenv("LOCKSTEP_EMULATOR_FAULTS", fault, 1);
+    return RunProcesses(scenario);
+  }
+};
+
+Scenario TwoOnGpus() {
+  Scenario scenario = EvenScenario(8, 2, 1, 20000);
+  scenario.gpus = true;
+  return scenario;
+}
+
+// Its slot waits on a stream for a member that is gone, and only the abort would end that.
+TEST_F(NcclFaults, AnAbortThatHangsEndsTheProcess) {
+  Scenario scenario = TwoOnGpus();
+  scenario.victim = 1;
+  scenario.signal = SIGKILL;
+  scenario.deadline_ms = 2000;
+  scenario.most_abort_ms = 500;
+  const std::vector<Outcome> outcomes = RunWith("nccl=hangs-aborting", scenario);
+  EXPECT_THAT(std::string(outcomes[0].status.message()), HasSubstr("exit code 70"));
+}
+
+}  // namespace
+}  // namespace lockstep::collective
