@@ -260,12 +260,13 @@ void Core::On(const AlarmFired&) {
     for (const Member& member : job.generation->members) {
       if (!member.left) stuck.push_back(member.place.worker);
     }
-    const std::string cause = absl::StrCat("it did not leave job ", job.record.job.id(), " within ",
-                                           absl::FormatDuration(options_.end_timeout));
+    const std::string late = absl::StrCat(" did not leave job ", job.record.job.id(), " within ",
+                                          absl::FormatDuration(options_.end_timeout));
     for (const std::string& name : stuck) {
       Worker& worker = workers_.at(name);
-      actions_.emplace_back(CloseStream{worker.stream, absl::DeadlineExceededError(cause)});
-      LoseWorker(worker, cause);
+      actions_.emplace_back(CloseStream{
+          worker.stream, absl::DeadlineExceededError(absl::StrCat("this worker", late))});
+      LoseWorker(worker, absl::StrCat("it", late));
     }
   }
 }

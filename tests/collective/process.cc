@@ -25,8 +25,8 @@ std::string Encode(const Scenario& s) {
   std::ostringstream out;
   out << s.size << ' ' << s.bucket_bytes << ' ' << s.steps << ' ' << static_cast<int>(s.presence)
       << ' ' << s.exact << ' ' << s.seed << ' ' << s.victim << ' ' << s.signal << ' '
-      << s.victim_step << ' ' << s.deadline_ms << ' ' << s.most_abort_ms << ' ' << s.gpus << ' '
-      << s.members.size();
+      << s.victim_step << ' ' << s.deadline_ms << ' ' << s.most_abort_ms << ' ' << s.abort_ms << ' '
+      << s.gpus << ' ' << s.members.size();
   for (const ScenarioMember& member : s.members) {
     out << ' ' << member.host << ' ' << member.gpu << ' ' << member.address << ' '
         << member.bounds.size();
@@ -41,7 +41,8 @@ Scenario Decode(const std::string& text) {
   int presence = 0;
   size_t members = 0, bounds = 0;
   in >> s.size >> s.bucket_bytes >> s.steps >> presence >> s.exact >> s.seed >> s.victim >>
-      s.signal >> s.victim_step >> s.deadline_ms >> s.most_abort_ms >> s.gpus >> members;
+      s.signal >> s.victim_step >> s.deadline_ms >> s.most_abort_ms >> s.abort_ms >> s.gpus >>
+      members;
   s.presence = static_cast<Presence>(presence);
   s.members.resize(members);
   for (ScenarioMember& member : s.members) {
@@ -157,7 +158,12 @@ int MemberMain(const std::string& encoded, int rank) {
   }
   outcome.status = rendezvous.status();
   if (rendezvous.ok()) {
-    auto communicator = (*rendezvous)->Connect(all, absl::Now() + absl::Minutes(1));
+    const absl::Time abort =
+        s.abort_ms < 0 ? absl::InfiniteFuture() : absl::Now() + absl::Milliseconds(s.abort_ms);
+    const auto aborted = [abort] {
+      return absl::Now() < abort ? absl::OkStatus() : absl::AbortedError("the job is over");
+    };
+    auto communicator = (*rendezvous)->Connect(all, absl::Now() + absl::Minutes(1), aborted);
     outcome.status = communicator.status();
     if (communicator.ok()) outcome = RunMember(s, rank, communicator->get());
   }

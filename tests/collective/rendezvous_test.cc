@@ -46,6 +46,17 @@ TEST_P(Hosts, SilentMemberIsNamed) {
   EXPECT_THAT(std::string(joined.status().message()), HasSubstr("member 1 (worker-b)"));
 }
 
+TEST_P(Hosts, AnAbortEndsConnecting) {
+  auto a = Open(Options(0, GetParam())), b = Open(Options(1, GetParam()));
+  const absl::Time began = absl::Now();
+  const auto joined = a->Connect({a->bytes(), b->bytes()}, Soon(), [began] {
+    return absl::Now() < began + absl::Milliseconds(100) ? absl::OkStatus()
+                                                         : absl::AbortedError("the job is over");
+  });
+  EXPECT_EQ(joined.status(), absl::AbortedError("the job is over"));
+  EXPECT_LT(absl::Now() - began, absl::Seconds(10));
+}
+
 TEST_P(Hosts, MemberThatIsGoneIsNamed) {
   for (const int gone : {0, 1}) {  // whichever end connects and whichever listens
     std::string bytes[2];

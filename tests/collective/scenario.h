@@ -38,6 +38,7 @@ struct Scenario {
   int victim = -1, signal = 0, victim_step = 0;
   int deadline_ms = 60000;
   int most_abort_ms = 30000;  // RendezvousOptions::most_abort
+  int abort_ms = -1;          // so long after their connecting began, members abort it; -1: never
   // Members have GPUs that the CUDA module shows, one each or all the same, and exchange over NCCL;
   // RunProcesses only. From the second step on, a slot's computation and exchange are recorded once
   // and repeated, where all leaves are there.

@@ -26,6 +26,7 @@ using ::testing::AllOf;
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 using ::testing::MatchesRegex;
+using ::testing::Not;
 
 constexpr char kFaults[] = "LOCKSTEP_EMULATOR_FAULTS";
 constexpr char kGpus[] = "LOCKSTEP_EMULATED_GPUS";
@@ -404,6 +405,23 @@ TEST_F(EmulatedCluster, AKilledWorkerCostsNoBit) {
   const std::string again = programs_.Submit(
       spec, {"--set", "resources.slots=1", "--out", Out("run"), "--resume", Out("run")});
   ExpectSameResult(programs_.End(again), whole);
+}
+
+// The other leaves the job at once, and serves the next.
+TEST_F(EmulatedCluster, AWorkerThatDiesWhileNcclConnectsKeepsNobody) {
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("w0", "cuda:1", {"--gpu", "0"});
+  programs_.StartWorker("w1", "cuda:1", {"--gpu", "1"},
+                        {absl::StrCat(kFaults, "=nccl=dies-connecting")});
+  programs_.WaitForWorkers(2);
+  const std::string spec = Spec("mlp");
+  const nlohmann::json end = programs_.End(programs_.Submit(spec, {"--set", "resources.slots=2"}));
+  EXPECT_EQ(end["state"], "FAILED");
+  EXPECT_THAT(end["reason"].get<std::string>(), HasSubstr("worker w1 (slot 0) lost at step 0"));
+  const std::string next = programs_.Submit(spec, {"--set", "resources.slots=1"});
+  EXPECT_EQ(programs_.End(next)["state"], "SUCCEEDED");
+  EXPECT_THAT(Content(programs_.WorkerLog("w0")), Not(HasSubstr("did not leave")));
 }
 
 TEST_F(EmulatedCluster, ShowsItsGpus) {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/collective/scenario.h"
@@ -29,6 +30,16 @@ Scenario TwoOnGpus() {
   Scenario scenario = EvenScenario(8, 2, 1, 20000);
   scenario.gpus = true;
   return scenario;
+}
+
+TEST_F(NcclFaults, MembersThatConnectLeaveWhenTheyAreAborted) {
+  Scenario scenario = TwoOnGpus();
+  scenario.abort_ms = 300;
+  const absl::Time began = absl::Now();
+  for (const Outcome& outcome : RunWith("nccl=hangs-connecting", scenario)) {
+    EXPECT_EQ(outcome.status, absl::AbortedError("the job is over"));
+  }
+  EXPECT_LT(absl::Now() - began, absl::Seconds(30));  // NCCL's own deadline is a minute
 }
 
 // Its slot waits on a stream for a member that is gone, and only the abort would end that.

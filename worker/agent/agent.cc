@@ -114,8 +114,10 @@ class Agent::Impl {
         }
       } else if (absl::Now() - complained > kComplaintInterval) {
         complained = absl::Now();
-        spdlog::warn("no coordinator at {}: {}; trying again", options_.coordinator,
-                     std::string(status.message()));
+        spdlog::warn(
+            "{} {}: {}; trying again",
+            registered ? "the connection has ended to the coordinator at" : "no coordinator at",
+            options_.coordinator, std::string(status.message()));
       }
       absl::MutexLock lock(&mutex_);
       mutex_.AwaitWithTimeout(absl::Condition(&stopping_), backoff);

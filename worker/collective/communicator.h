@@ -32,6 +32,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -60,6 +61,10 @@ struct Ticket {
 struct Traffic {
   uint64_t exchange_bytes = 0, gather_bytes = 0, small_bytes = 0, broadcast_bytes = 0;
 };
+
+// Asked now and then while members connect: what is not OK ends that, and is returned.
+using Aborted = absl::FunctionRef<absl::Status()>;
+inline absl::Status NeverAborted() { return absl::OkStatus(); }
 
 class Communicator {
  public:

@@ -33,6 +33,7 @@ constexpr std::chrono::milliseconds kForever = std::chrono::hours(1000);
 constexpr auto kGoodbyePatience = std::chrono::milliseconds(100);
 constexpr absl::Duration kPartingPatience = absl::Seconds(1);
 // How often a wait looks whether its connection still stands.
+constexpr absl::Duration kPoll = absl::Milliseconds(50);  // of what may have been aborted
 constexpr absl::Duration kProbePeriod = absl::Milliseconds(100);
 
 // Above every slot that an operation may use.
@@ -254,7 +255,8 @@ std::string GlooPeers::AddressFor(int member) const {
 }
 
 absl::Status GlooPeers::Connect(const std::vector<std::string>& addresses,
-                                const std::vector<uint64_t>& nonces, absl::Time deadline) {
+                                const std::vector<uint64_t>& nonces, absl::Time deadline,
+                                Aborted aborted) {
   State& s = *state_;
   // Gloo's connect blocks without a deadline of its own: one thread per peer, and closing the pairs
   // is what ends those that are late.
@@ -287,13 +289,15 @@ absl::Status GlooPeers::Connect(const std::vector<std::string>& addresses,
       }
     });
   }
-  {
+  const auto settled = [&attempts]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(attempts.mutex) {
+    return attempts.left == 0 || attempts.failed;
+  };
+  absl::Status cause;
+  for (bool done = false; !done && (cause = aborted()).ok();) {
     absl::MutexLock lock(&attempts.mutex);
-    const auto settled = [&attempts]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(attempts.mutex) {
-      return attempts.left == 0 || attempts.failed;
-    };
-    attempts.mutex.AwaitWithDeadline(absl::Condition(&settled), deadline);
-    attempts.closing = attempts.left > 0;
+    const absl::Time until = std::min(deadline, absl::Now() + kPoll);
+    done = attempts.mutex.AwaitWithDeadline(absl::Condition(&settled), until) ||
+           absl::Now() >= deadline;
   }
   const auto close_all = [&s] {
     for (const int member : s.remote) {
@@ -304,11 +308,12 @@ absl::Status GlooPeers::Connect(const std::vector<std::string>& addresses,
     bool closing;
     {
       absl::MutexLock lock(&attempts.mutex);
-      closing = attempts.closing;
+      closing = attempts.closing = attempts.left > 0;
     }
     if (closing) close_all();
   }
   for (std::thread& thread : threads) thread.join();
+  if (!cause.ok()) return cause;
   {
     absl::MutexLock lock(&attempts.mutex);
     if (!attempts.missing.empty()) {

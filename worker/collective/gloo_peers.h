@@ -50,7 +50,7 @@ class GlooPeers {
   std::string AddressFor(int member) const;
   // addresses[m], nonces[m] of member m. Unavailable names the members that did not answer.
   absl::Status Connect(const std::vector<std::string>& addresses,
-                       const std::vector<uint64_t>& nonces, absl::Time deadline);
+                       const std::vector<uint64_t>& nonces, absl::Time deadline, Aborted aborted);
 
   const std::vector<int>& peers() const;
 

@@ -56,7 +56,8 @@ class GpuRendezvous : public Rendezvous {
   std::string bytes() const override { return bytes_; }
 
   absl::StatusOr<std::unique_ptr<Communicator>> Connect(const std::vector<std::string>& by_rank,
-                                                        absl::Time deadline) override {
+                                                        absl::Time deadline,
+                                                        Aborted aborted) override {
     NcclOptions nccl;
     std::vector<std::string> host_bytes;
     for (size_t rank = 0; rank < by_rank.size(); ++rank) {
@@ -84,14 +85,15 @@ class GpuRendezvous : public Rendezvous {
       if (rank == 0) nccl.unique_id = id;
       host_bytes.emplace_back(bytes);
     }
-    ASSIGN_OR_RETURN(std::unique_ptr<Communicator> host, host_->Connect(host_bytes, deadline));
+    ASSIGN_OR_RETURN(std::unique_ptr<Communicator> host,
+                     host_->Connect(host_bytes, deadline, aborted));
     nccl.rank = options_.rank;
     for (const MemberInfo& member : options_.members) nccl.names.push_back(member.name);
     nccl.gpu = options_.gpu;
     nccl.memory_bytes = options_.shared_bytes;
     nccl.staging_bytes = options_.staging_bytes;
     nccl.most_abort = options_.most_abort;
-    return nccl_.connect(nccl, std::move(host), absl::Now() + kNcclConnectTimeout);
+    return nccl_.connect(nccl, std::move(host), absl::Now() + kNcclConnectTimeout, aborted);
   }
 
  private:

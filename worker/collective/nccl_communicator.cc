@@ -67,20 +67,23 @@ NcclCommunicator::NcclCommunicator(const NcclApi& api, NcclOptions options,
     : api_(api), options_(std::move(options)), host_(std::move(host)) {}
 
 absl::StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Connect(
-    const NcclOptions& options, std::unique_ptr<Communicator> host, absl::Time deadline) {
+    const NcclOptions& options, std::unique_ptr<Communicator> host, absl::Time deadline,
+    Aborted aborted) {
   ASSIGN_OR_RETURN(const NcclApi* api, FindNccl());
   auto communicator = absl::WrapUnique(new NcclCommunicator(*api, options, std::move(host)));
-  RETURN_IF_ERROR(communicator->Initialize(deadline));
+  RETURN_IF_ERROR(communicator->Initialize(deadline, aborted));
   return communicator;
 }
 
-absl::Status NcclCommunicator::Initialize(absl::Time deadline) {
+absl::Status NcclCommunicator::Initialize(absl::Time deadline, Aborted aborted) {
   RETURN_IF_ERROR(
       device::cuda::ToStatus(device::cuda::UseGpu(options_.gpu), "connecting over NCCL"));
   if (options_.unique_id.size() != kLanes * sizeof(ncclUniqueId)) {
     return absl::InvalidArgumentError("the identifiers of NCCL's communicators are damaged");
   }
+  const absl::Time began = absl::Now();
   ncclResult_t result = ncclSuccess;
+  absl::Status cause;
   for (int lane = 0; lane < kLanes && result == ncclSuccess; ++lane) {
     ncclUniqueId id;
     const char* const bytes = options_.unique_id.data() + lane * sizeof(id);
@@ -91,21 +94,23 @@ absl::Status NcclCommunicator::Initialize(absl::Time deadline) {
       absl::MutexLock lock(&calls_);
       result = api_.CommInitRankConfig(&comms_[lane], size(), id, rank(), &config);
     }
-    while (result == ncclInProgress && absl::Now() < deadline) {
+    while (result == ncclInProgress && absl::Now() < deadline && (cause = aborted()).ok()) {
       absl::SleepFor(absl::Milliseconds(1));
       absl::MutexLock lock(&calls_);
       result = AskFor(comms_[lane]);
     }
   }
   watcher_ = std::thread([this] { Watch(); });
-  if (result != ncclSuccess) {
-    const absl::Status problem =
+  if (result != ncclSuccess && cause.ok()) {
+    cause = NameMissing(
         result == ncclInProgress
-            ? absl::UnavailableError("NCCL did not connect the members in time")
-            : ToStatus(result, "connecting");
-    const absl::Status failure = NameMissing(problem);
-    Fail(failure);
-    return failure;
+            ? absl::UnavailableError(absl::StrCat("NCCL did not connect the members within ",
+                                                  absl::ToInt64Seconds(absl::Now() - began), " s"))
+            : ToStatus(result, "connecting"));
+  }
+  if (!cause.ok()) {
+    Fail(cause);
+    return cause;
   }
   ASSIGN_OR_RETURN(float* const memory, TakeMemory(options_.memory_bytes));
   memory_ = reinterpret_cast<std::byte*>(memory);

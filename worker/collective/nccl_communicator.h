@@ -31,7 +31,8 @@ class NcclCommunicator : public Communicator {
  public:
   static absl::StatusOr<std::unique_ptr<Communicator>> Connect(const NcclOptions& options,
                                                                std::unique_ptr<Communicator> host,
-                                                               absl::Time deadline);
+                                                               absl::Time deadline,
+                                                               Aborted aborted);
   ~NcclCommunicator() override;
 
   int rank() const override { return options_.rank; }
@@ -63,7 +64,7 @@ class NcclCommunicator : public Communicator {
  private:
   NcclCommunicator(const NcclApi& api, NcclOptions options, std::unique_ptr<Communicator> host);
 
-  absl::Status Initialize(absl::Time deadline);
+  absl::Status Initialize(absl::Time deadline, Aborted aborted);
   // Takes memory of the device that other members' GPUs may reach; zeroed.
   absl::StatusOr<float*> TakeMemory(size_t bytes);
   // Enqueues a group of calls, which together make one operation.

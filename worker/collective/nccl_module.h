@@ -36,7 +36,7 @@ struct NcclModule {
   // Communicator of the same members. Unavailable: no connection by the deadline.
   absl::StatusOr<std::unique_ptr<Communicator>> (*connect)(const NcclOptions& options,
                                                            std::unique_ptr<Communicator> host,
-                                                           absl::Time deadline);
+                                                           absl::Time deadline, Aborted aborted);
 };
 
 }  // namespace lockstep::collective

@@ -3,6 +3,7 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include <algorithm>
 #include <random>
 #include <utility>
 
@@ -94,6 +95,8 @@ bool Decode(const std::string& bytes, size_t members, Announcement* a) {
   return at == end;
 }
 
+constexpr absl::Duration kPoll = absl::Milliseconds(50);  // of what may have been aborted
+
 class MeshRendezvous : public Rendezvous {
  public:
   static absl::StatusOr<std::unique_ptr<Rendezvous>> Open(const RendezvousOptions& options) {
@@ -139,7 +142,8 @@ class MeshRendezvous : public Rendezvous {
   std::string bytes() const override { return bytes_; }
 
   absl::StatusOr<std::unique_ptr<Communicator>> Connect(const std::vector<std::string>& by_rank,
-                                                        absl::Time deadline) override {
+                                                        absl::Time deadline,
+                                                        Aborted aborted) override {
     if (segment_ == nullptr) {
       return absl::FailedPreconditionError("a rendezvous connects once; open another one");
     }
@@ -168,9 +172,9 @@ class MeshRendezvous : public Rendezvous {
         threads += announcements[member].slots;
       }
     }
-    RETURN_IF_ERROR(JoinShared(segments, deadline));
+    RETURN_IF_ERROR(JoinShared(segments, deadline, aborted));
     own->CloseDescriptor();
-    if (gloo != nullptr) RETURN_IF_ERROR(gloo->Connect(addresses, nonces, deadline));
+    if (gloo != nullptr) RETURN_IF_ERROR(gloo->Connect(addresses, nonces, deadline, aborted));
     return std::make_unique<MeshCommunicator>(options_.rank, options_.members, std::move(segments),
                                               SpinRounds(static_cast<int>(threads)),
                                               std::move(gloo));
@@ -227,7 +231,7 @@ class MeshRendezvous : public Rendezvous {
 
   // Until all peers of our host have attached to everybody.
   absl::Status JoinShared(const std::vector<std::shared_ptr<Segment>>& segments,
-                          absl::Time deadline) const {
+                          absl::Time deadline, Aborted aborted) const {
     std::atomic<uint32_t>& joined = segments[options_.rank]->control().joined;
     joined.store(1);
     FutexWakeAll(joined, /*shared=*/true);
@@ -235,7 +239,9 @@ class MeshRendezvous : public Rendezvous {
     for (size_t member = 0; member < segments.size(); ++member) {
       if (segments[member] == nullptr) continue;
       std::atomic<uint32_t>& word = segments[member]->control().joined;
-      while (word.load() == 0 && FutexWait(word, 0, deadline, /*shared=*/true)) {
+      while (word.load() == 0 && absl::Now() < deadline) {
+        RETURN_IF_ERROR(aborted());
+        FutexWait(word, 0, std::min(deadline, absl::Now() + kPoll), /*shared=*/true);
       }
       if (word.load() != 0) continue;
       absl::StrAppend(&missing, missing.empty() ? "" : ", ", Name(static_cast<int>(member)));

@@ -50,9 +50,10 @@ class Rendezvous {
   virtual std::string bytes() const = 0;
   // Joins; by_rank[r] is member r's bytes. Once. Unavailable names the members that did not answer;
   // FailedPrecondition the one whose bytes are of another rendezvous, InvalidArgument the one whose
-  // bytes are damaged.
+  // bytes are damaged. NCCL connects behind the hosts, and has a deadline of its own.
   virtual absl::StatusOr<std::unique_ptr<Communicator>> Connect(
-      const std::vector<std::string>& by_rank, absl::Time deadline) = 0;
+      const std::vector<std::string>& by_rank, absl::Time deadline,
+      Aborted aborted = NeverAborted) = 0;
 };
 
 // InvalidArgument; ResourceExhausted (shared memory); Unavailable (the address is not ours);

@@ -558,9 +558,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
   }
 
   absl::Status Train(const v1::Start& start) {
+    const auto aborted = [this] {
+      absl::MutexLock lock(&mutex_);
+      return failure_;
+    };
     ASSIGN_OR_RETURN(communicator_,
                      rendezvous_->Connect({start.rendezvous().begin(), start.rendezvous().end()},
-                                          absl::Now() + kConnectTimeout));
+                                          absl::Now() + kConnectTimeout, aborted));
     {
       absl::MutexLock lock(&mutex_);
       connected_ = communicator_.get();

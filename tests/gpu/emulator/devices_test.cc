@@ -211,7 +211,7 @@ TEST_F(EmulatorTest, RefusesWhatItDoesNotUnderstandInTheEnvironment) {
   EXPECT_DEATH(options_with(faults, "architecture=7"), "accepted: a compute capability");
   EXPECT_DEATH(options_with(faults, "error=cudaErrorNone"), "cudaErrorNone; accepted: a name such");
   EXPECT_DEATH(options_with(faults, "sums=sideways"), "is sideways; accepted: in-order, rev");
-  EXPECT_DEATH(options_with(faults, "nccl=late"), "is late; accepted: hangs-aborting");
+  EXPECT_DEATH(options_with(faults, "nccl=late"), "is late; accepted: dies-connecting");
   EXPECT_DEATH(options_with("LOCKSTEP_EMULATED_GPUS", "two"), "is two; accepted: a number");
   EXPECT_DEATH(options_with("LOCKSTEP_EMULATOR_FAULT", "x"),
                "no variable LOCKSTEP_EMULATOR_FAULT;");

@@ -9,6 +9,7 @@
 // operations that is enqueued: the number of its communicator.
 #include <nccl.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -281,6 +282,7 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank,
                                     ncclConfig_t* config) {
   if (rank < 0 || rank >= ranks || config->blocking != 0) return ncclInvalidArgument;
+  if (CurrentNcclFault() == NcclFault::kDiesConnecting) raise(SIGKILL);
   id.internal[NCCL_UNIQUE_ID_BYTES - 1] = '\0';
   auto* made = new ncclComm;
   made->link = std::make_shared<Link>();
@@ -289,10 +291,11 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id
   static std::atomic<int> made_before{0};
   made->link->number = made_before++;
   made->link->peers.assign(ranks, -1);
+  *comm = made;
+  if (CurrentNcclFault() == NcclFault::kHangsConnecting) return ncclInProgress;
   made->connecting = std::thread([link = made->link, name = std::string(id.internal)] {
     link->state = lockstep::emulator::Join(*link, name) ? ncclSuccess : ncclRemoteError;
   });
-  *comm = made;
   return ncclInProgress;
 }
 

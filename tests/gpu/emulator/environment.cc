@@ -27,7 +27,7 @@ constexpr char kKnown[] =
     "that fails), "
     "lost-at=LAUNCH (from 0), gpu=ORDINAL (that is "
     "lost), error=cudaErrorIllegalAddress (that it is lost with), sums=in-order, reversed or "
-    "only-in-order, nccl=hangs-aborting";
+    "only-in-order, nccl=dies-connecting, hangs-connecting or hangs-aborting";
 
 [[noreturn]] void Refuse(const std::string& name, const std::string& value, const char* accepted) {
   Fatal(name + " is " + value + "; accepted: " + accepted);
@@ -89,10 +89,14 @@ void TakeFault(const std::string& key, const std::string& value, Options* option
       Refuse(name, value, "in-order, reversed, only-in-order");
     }
   } else if (key == "nccl") {
-    if (value == "hangs-aborting") {
+    if (value == "dies-connecting") {
+      options->nccl = NcclFault::kDiesConnecting;
+    } else if (value == "hangs-connecting") {
+      options->nccl = NcclFault::kHangsConnecting;
+    } else if (value == "hangs-aborting") {
       options->nccl = NcclFault::kHangsAborting;
     } else {
-      Refuse(name, value, "hangs-aborting");
+      Refuse(name, value, "dies-connecting, hangs-connecting, hangs-aborting");
     }
   } else {
     Refuse(kFaults, key + "=" + value, kKnown);
