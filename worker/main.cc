@@ -46,6 +46,7 @@ struct Flags {
   std::string evaluate;
   std::string log_level = "info";
   std::string collective = "auto";
+  int collective_timeout = 600;  // seconds
   int64_t flip_bit_at_step = 0;
   int gpu = -1;  // all
   bool gpu_in_turn = false;
@@ -213,6 +214,7 @@ int Serve(const Flags& flags, char** arguments, const std::string& device,
       member.data_path = flags.data;
       member.gpu = gpu;
       member.gradients = PathOf(flags.collective);
+      member.collective_timeout = absl::Seconds(flags.collective_timeout);
       member.flip_bit_at_step = flags.flip_bit_at_step;
       member.send = [&outbox](lockstep::v1::WorkerMessage message) {
         outbox.Send(std::move(message));
@@ -302,6 +304,12 @@ int main(int argc, char** argv) {
          "NCCL where no two workers share a GPU")
       ->check(CLI::IsMember({"auto", "nccl", "host"}))
       ->envname("LOCKSTEP_COLLECTIVE")
+      ->capture_default_str();
+  app.add_option("--collective-timeout", flags.collective_timeout,
+                 "seconds that a worker waits in an exchange for the others of a job, which then "
+                 "fails")
+      ->check(CLI::Range(1, 86400))
+      ->envname("LOCKSTEP_COLLECTIVE_TIMEOUT")
       ->capture_default_str();
   app.add_flag("--insecure", flags.insecure,
                "allow a coordinator that is not on loopback, without encryption");

@@ -30,6 +30,7 @@ using ::testing::Not;
 
 constexpr char kFaults[] = "LOCKSTEP_EMULATOR_FAULTS";
 constexpr char kGpus[] = "LOCKSTEP_EMULATED_GPUS";
+constexpr char kTimeout[] = "LOCKSTEP_COLLECTIVE_TIMEOUT";
 // Of a member's process: more than the probe and some steps make, far fewer than kManySteps.
 constexpr char kLost[] = "lost-at=400";
 constexpr char kManySteps[] = "steps: 60, digest_every: 0";
@@ -38,7 +39,7 @@ class EmulatedCluster : public ::testing::Test {
  protected:
   void SetUp() override { setenv("LOCKSTEP_CUDA_MODULE", LOCKSTEP_EMULATED_MODULE, 1); }
   void TearDown() override {
-    for (const char* name : {"LOCKSTEP_CUDA_MODULE", kFaults, kGpus}) unsetenv(name);
+    for (const char* name : {"LOCKSTEP_CUDA_MODULE", kFaults, kGpus, kTimeout}) unsetenv(name);
   }
 
   // 6 steps an epoch, the last of 30 samples: 10 rows a shard, then three shards of 10 and three
@@ -405,6 +406,24 @@ TEST_F(EmulatedCluster, AKilledWorkerCostsNoBit) {
   const std::string again = programs_.Submit(
       spec, {"--set", "resources.slots=1", "--out", Out("run"), "--resume", Out("run")});
   ExpectSameResult(programs_.End(again), whole);
+}
+
+TEST_F(EmulatedCluster, HowLongAnExchangeMayTakeIsTheUsers) {
+  setenv(kGpus, "2", 1);
+  setenv(kFaults, "nccl=hangs-exchanging", 1);
+  setenv(kTimeout, "2", 1);
+  const std::string failure = Failure(Spec("mlp"), "run", {"--set", "resources.slots=2"});
+  EXPECT_THAT(failure, HasSubstr("the exchange of gradients or moments over NCCL has not ended "
+                                 "within 2 s; all members answer; look at the members' GPUs"));
+  EXPECT_THAT(failure, HasSubstr("lockstep-worker's --collective-timeout"));
+  for (const char* wrong : {"0", "soon", "86401"}) {
+    const std::string worker = absl::StrCat(LOCKSTEP_BIN_DIR, "/lockstep-worker");
+    const Programs::Result refused = programs_.Execute({worker, "--collective-timeout", wrong});
+    EXPECT_EQ(refused.code, 2) << wrong;
+    EXPECT_THAT(refused.err, HasSubstr("--collective-timeout")) << wrong;
+    setenv(kTimeout, wrong, 1);
+    EXPECT_EQ(programs_.Execute({worker}).code, 2) << wrong;
+  }
 }
 
 // The other leaves the job at once, and serves the next.

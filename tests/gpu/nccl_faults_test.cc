@@ -14,6 +14,7 @@
 namespace lockstep::collective {
 namespace {
 
+using ::testing::Contains;
 using ::testing::HasSubstr;
 
 class NcclFaults : public testing::Test {
@@ -40,6 +41,22 @@ TEST_F(NcclFaults, MembersThatConnectLeaveWhenTheyAreAborted) {
     EXPECT_EQ(outcome.status, absl::AbortedError("the job is over"));
   }
   EXPECT_LT(absl::Now() - began, absl::Seconds(30));  // NCCL's own deadline is a minute
+}
+
+TEST_F(NcclFaults, AnExchangeThatHangsSaysWhatHasTakenHowLong) {
+  Scenario scenario = TwoOnGpus();
+  scenario.victim_step = 0;  // from which on the deadline holds
+  scenario.victim = 2;       // nobody
+  scenario.deadline_ms = 2000;
+  const auto all_answer = HasSubstr(
+      "the exchange of gradients over NCCL has not ended within 2 s; all members answer; look at "
+      "the members' GPUs");
+  std::vector<std::string> messages;
+  for (const Outcome& outcome : RunWith("nccl=hangs-exchanging", scenario)) {
+    EXPECT_EQ(outcome.digests.size(), 0u);
+    messages.emplace_back(outcome.status.message());
+  }
+  EXPECT_THAT(messages, Contains(all_answer));
 }
 
 // Its slot waits on a stream for a member that is gone, and only the abort would end that.

@@ -4,7 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
@@ -199,6 +199,7 @@ ncclResult_t NcclCommunicator::AskFor(ncclComm_t comm) {
 absl::Status NcclCommunicator::Group(Lane lane, absl::FunctionRef<ncclResult_t(ncclComm_t)> calls) {
   RETURN_IF_ERROR(failure());
   const auto at = static_cast<size_t>(lane);
+  if (lane == Lane::kMoments) moments_.store(true, std::memory_order_relaxed);
   ncclResult_t result;
   {
     absl::MutexLock lock(&calls_);
@@ -385,6 +386,7 @@ absl::Status NcclCommunicator::Wait(const Ticket& ticket, absl::Time deadline) {
 void NcclCommunicator::Expect(absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   expected_ = deadline;
+  expected_since_ = absl::Now();
 }
 
 absl::Status NcclCommunicator::Settle() {
@@ -438,6 +440,19 @@ absl::Status NcclCommunicator::failure() const {
   return failure_;
 }
 
+// Which of the lanes it is only the devices know.
+absl::Status NcclCommunicator::TimedOut(absl::Duration waited) {
+  const absl::Status failure = NameMissing(absl::DeadlineExceededError(absl::StrCat(
+      "the exchange of gradients", moments_.load(std::memory_order_relaxed) ? " or moments" : "",
+      " over NCCL has not ended within ", std::llround(absl::ToDoubleSeconds(waited)), " s")));
+  return absl::Status(
+      failure.code(),
+      absl::StrCat(failure.message(),
+                   "; look at the members' GPUs and the links between them (NCCL_DEBUG=INFO tells "
+                   "what NCCL does), or allow more time with lockstep-worker's "
+                   "--collective-timeout"));
+}
+
 absl::Status NcclCommunicator::NameMissing(const absl::Status& problem) {
   const char here = 1;
   std::string all(size(), '\0');
@@ -457,11 +472,12 @@ void NcclCommunicator::Watch() {
     return closing_ || !failure_.ok();
   };
   for (;;) {
-    absl::Time expected;
+    absl::Time expected, since;
     {
       absl::MutexLock lock(&mutex_);
       if (mutex_.AwaitWithTimeout(absl::Condition(&ended), kPoll)) break;
       expected = expected_;
+      since = expected_since_;
     }
     if (expected == absl::InfiniteFuture()) continue;
     ncclResult_t state = ncclSuccess;
@@ -476,7 +492,7 @@ void NcclCommunicator::Watch() {
     if (state != ncclSuccess && state != ncclInProgress) {
       Fail(NameMissing(ToStatus(state, "exchanging gradients")));
     } else if (absl::Now() > expected) {
-      Fail(NameMissing(absl::DeadlineExceededError("an exchange over NCCL has not ended in time")));
+      Fail(TimedOut(expected - since));
     }
   }
   if (!failure().ok()) AbortAll();

@@ -15,6 +15,7 @@
 #include <nccl.h>
 
 #include <array>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
@@ -79,6 +80,8 @@ class NcclCommunicator : public Communicator {
   absl::Status ToStatus(ncclResult_t result, absl::string_view what);
   void Watch();
   void AbortAll();
+  // Of what is on streams, after `waited`.
+  absl::Status TimedOut(absl::Duration waited);
   // Who does not answer, after `problem`.
   absl::Status NameMissing(const absl::Status& problem);
   void Fail(const absl::Status& failure);
@@ -96,11 +99,13 @@ class NcclCommunicator : public Communicator {
 
   absl::Mutex calls_;                         // held during a call of NCCL on a communicator
   Comms comms_ ABSL_GUARDED_BY(calls_) = {};  // by lane
+  std::atomic<bool> moments_{false};          // have been exchanged, maybe in a recording
 
   mutable absl::Mutex mutex_;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
   uint32_t* poison_ ABSL_GUARDED_BY(mutex_) = nullptr;
   absl::Time expected_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
+  absl::Time expected_since_ ABSL_GUARDED_BY(mutex_);
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread watcher_;
 };

@@ -38,7 +38,6 @@ namespace lockstep::train {
 namespace {
 
 constexpr absl::Duration kConnectTimeout = absl::Seconds(8);
-constexpr absl::Duration kShareTimeout = absl::Minutes(5);
 
 // Peers' failures reach us as these codes from the collectives; what we do wrong ourselves has
 // others.
@@ -611,7 +610,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     ASSIGN_OR_RETURN(const collective::Ticket ticket,
                      communicator_->EnqueueAllGather(nullptr, collective::Lane::kGradients, &here,
                                                      sizeof(here), all.data()));
-    return communicator_->Wait(ticket, absl::Now() + kShareTimeout);
+    return communicator_->Wait(ticket, absl::Now() + options_.collective_timeout);
   }
 
   void RunSlot(int slot) {
@@ -671,7 +670,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     if (device_->host_addressable()) return Broadcast(source, values, bytes);
     if (communicator_->on_device()) {
       if (bytes == 0) return absl::OkStatus();
-      communicator_->Expect(absl::Now() + kShareTimeout);
+      communicator_->Expect(absl::Now() + options_.collective_timeout);
       RETURN_IF_ERROR(
           communicator_
               ->EnqueueBroadcast(stream_.get(), collective::Lane::kGradients, source, values, bytes)
@@ -692,7 +691,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     ASSIGN_OR_RETURN(const collective::Ticket ticket,
                      communicator_->EnqueueBroadcast(nullptr, collective::Lane::kGradients, source,
                                                      data, bytes));
-    return communicator_->Wait(ticket, absl::Now() + kShareTimeout);
+    return communicator_->Wait(ticket, absl::Now() + options_.collective_timeout);
   }
 
   absl::Status MakeLoop(const v1::CheckpointManifest& from) {
@@ -722,6 +721,7 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     o.clip_norm = spec_.optimizer().clip_norm();
     o.evaluate_only = options_.evaluate_only;
     o.flip_bit_at_step = options_.flip_bit_at_step;
+    o.collective_timeout = options_.collective_timeout;
 
     if (o.rank == 0 && !options_.evaluate_only) {
       RETURN_IF_ERROR(MakeDirectories(JoinPath(output_dir_, "checkpoints")));

@@ -16,6 +16,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "lockstep/v1/worker.pb.h"
 #include "worker/collective/rendezvous.h"
 
@@ -31,7 +32,8 @@ struct MemberOptions {
   std::string version;
   std::string data_path;  // replaces the spec's where not empty
   int gpu = 0;            // which of the machine's, for a spec with resources.device cuda
-  GradientPath gradients = GradientPath::kAutomatic;  // between members with GPUs
+  GradientPath gradients = GradientPath::kAutomatic;      // between members with GPUs
+  absl::Duration collective_timeout = absl::Minutes(10);  // that members wait for each other
   bool evaluate_only =
       false;  // Run evaluates the checkpoint of prepare.resume_from and trains nothing
   int64_t flip_bit_at_step = 0;  // fault injection, see StepLoop

@@ -213,7 +213,8 @@ void Run(Link& link, const std::vector<Transfer>& transfers) {
       ranks.push_back(peer);
     }
     if (polled.empty()) return;
-    if (link.state != ncclSuccess) {  // until somebody aborts it
+    // Until somebody aborts it.
+    if (link.state != ncclSuccess || CurrentNcclFault() == NcclFault::kHangsExchanging) {
       Pause();
       continue;
     }

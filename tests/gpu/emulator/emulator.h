@@ -44,7 +44,7 @@ struct Order {
 enum class Sums { kInOrder, kReversed, kOnlyInOrder };
 
 // What NCCL does instead of working.
-enum class NcclFault { kNone, kDiesConnecting, kHangsConnecting, kHangsAborting };
+enum class NcclFault { kNone, kDiesConnecting, kHangsConnecting, kHangsExchanging, kHangsAborting };
 
 struct Options {
   int devices = 1;
@@ -68,7 +68,8 @@ struct Options {
 //   LOCKSTEP_EMULATOR_FAULTS="driver=12040 memory=BYTES architecture=7.0 allocation=NTH
 //                             lost-at=LAUNCH gpu=1 error=cudaErrorECCUncorrectable
 //                             sums=in-order|reversed|only-in-order
-//                             nccl=dies-connecting|hangs-connecting|hangs-aborting"
+//                             nccl=dies-connecting|hangs-connecting|hangs-exchanging|
+//                                  hangs-aborting"
 //   LOCKSTEP_EMULATOR_ORDER=natural|reversed|SEED
 //   LOCKSTEP_EMULATOR_PROTECT=0|1
 // Other names and values end the process, which says what is accepted.

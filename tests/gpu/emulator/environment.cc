@@ -27,7 +27,8 @@ constexpr char kKnown[] =
     "that fails), "
     "lost-at=LAUNCH (from 0), gpu=ORDINAL (that is "
     "lost), error=cudaErrorIllegalAddress (that it is lost with), sums=in-order, reversed or "
-    "only-in-order, nccl=dies-connecting, hangs-connecting or hangs-aborting";
+    "only-in-order, nccl=dies-connecting, hangs-connecting, hangs-exchanging or "
+    "hangs-aborting";
 
 [[noreturn]] void Refuse(const std::string& name, const std::string& value, const char* accepted) {
   Fatal(name + " is " + value + "; accepted: " + accepted);
@@ -93,10 +94,12 @@ void TakeFault(const std::string& key, const std::string& value, Options* option
       options->nccl = NcclFault::kDiesConnecting;
     } else if (value == "hangs-connecting") {
       options->nccl = NcclFault::kHangsConnecting;
+    } else if (value == "hangs-exchanging") {
+      options->nccl = NcclFault::kHangsExchanging;
     } else if (value == "hangs-aborting") {
       options->nccl = NcclFault::kHangsAborting;
     } else {
-      Refuse(name, value, "dies-connecting, hangs-connecting, hangs-aborting");
+      Refuse(name, value, "dies-connecting, hangs-connecting, hangs-exchanging, hangs-aborting");
     }
   } else {
     Refuse(kFaults, key + "=" + value, kKnown);
