@@ -380,7 +380,13 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     return absl::OkStatus();
   }
 
-  JobCut Cut() const { return {length_.batch, evaluation_.batch, shards_, accumulate_, bounds_}; }
+  JobCut Cut() const {
+    JobCut cut{length_.batch, evaluation_.batch, shards_, accumulate_, {}, options_.prepare.rank()};
+    for (const v1::Member& member : options_.prepare.members()) {
+      cut.members.emplace_back(member.bounds().begin(), member.bounds().end());
+    }
+    return cut;
+  }
 
   // Of a job that does not fit beside what else is on the GPU, says what would.
   absl::Status CheckMemory() {
@@ -392,21 +398,17 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     facts.evaluation_samples = evaluation_.samples;
     facts.optimizer_vectors =
         static_cast<int>(optim::SlotNames(MakeCoefficients(spec_.optimizer()).type).size());
-    facts.slots = static_cast<int>(bounds_.size()) - 1;
-    facts.members = options_.prepare.members_size();
     facts.training = !options_.evaluate_only;
     facts.exchanges_on_gpu = collective::UsesNccl(Rendezvous());
     facts.stream_bytes = static_cast<int64_t>(device_->stream_bytes());
-    const int64_t data_bytes = static_cast<int64_t>(train_set_->data_bytes());
-    facts.sample_bytes = data_bytes / std::max<int64_t>(train_set_->samples(), 1);
+    facts.data_bytes = static_cast<int64_t>(train_set_->data_bytes());
     facts.scratch = [this](const std::vector<int64_t>& rows, int most) -> absl::StatusOr<int64_t> {
       ASSIGN_OR_RETURN(const auto operations, nn::Operations::Make(program_, *device_, rows, most));
       return static_cast<int64_t>(operations->scratch_bytes());
     };
-    ASSIGN_OR_RETURN(MemoryNeed need, NeedOf(Cut(), facts));
     const auto free = static_cast<int64_t>(room.free);
+    ASSIGN_OR_RETURN(const MemoryNeed need, NeedWithin(Cut(), facts, free));
     spare_bytes_ = static_cast<size_t>(need.behind_data + need.staging);
-    if (data_bytes > free - need.total) need.total += need.staging;
     if (need.total <= free) return absl::OkStatus();
     std::vector<std::string> parts;
     for (const MemoryNeed::Part& part : need.parts) {
@@ -414,12 +416,12 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
       parts.push_back(absl::StrCat(part.what, " ", SizeText(part.bytes)));
     }
     const std::string fits = WhatFits(Cut(), facts, free);
-    return absl::ResourceExhaustedError(
-        absl::StrCat(device_->name(), " has not enough memory: this needs ", SizeText(need.total),
-                     ", ", SizeText(free), " of ", SizeText(static_cast<int64_t>(room.total)),
-                     " are free; most is ", absl::StrJoin(parts, ", "), "; ",
-                     fits.empty() ? "no smaller batch would fit: use a GPU with more memory"
-                                  : absl::StrCat("what fits: ", fits)));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        device_->name(), " has not enough memory: this needs ", SizeText(need.total), ", ",
+        SizeText(free), " of ", SizeText(static_cast<int64_t>(room.total)), " are free; most is ",
+        absl::StrJoin(parts, ", "), "; ",
+        fits.empty() ? "no smaller batch would fit, on more GPUs either: use GPUs with more memory"
+                     : absl::StrCat("what fits: ", fits)));
   }
 
   // A synchronized norm needs the moments of all shards' microbatches before any goes on.

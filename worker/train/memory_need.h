@@ -20,7 +20,10 @@ namespace lockstep::train {
 struct JobCut {
   int64_t batch = 0, evaluation_batch = 0;
   int shards = 1, accumulate = 1;
-  std::vector<int> bounds;  // slot i of the member has shards [bounds[i], bounds[i + 1])
+  // Slot i of member m has shards [members[m][i], members[m][i + 1]).
+  std::vector<std::vector<int>> members;
+  int rank = 0;  // of the member whose memory it is
+  const std::vector<int>& bounds() const { return members[rank]; }
 };
 
 // And what stays.
@@ -28,11 +31,10 @@ struct MemoryFacts {
   const nn::Program* program = nullptr;
   int64_t samples = 0, evaluation_samples = 0;  // of the data sets
   int optimizer_vectors = 0;                    // of the parameters' size
-  int slots = 1, members = 1;                   // of this member; of the job
   bool training = true;
   bool exchanges_on_gpu = false;  // members' gradients go over NCCL
   int64_t stream_bytes = 0;
-  int64_t sample_bytes = 0;  // as the data set has it
+  int64_t data_bytes = 0;  // of the training set
   // Operations::scratch_bytes of those for these rows and shards of a slot.
   std::function<absl::StatusOr<int64_t>(const std::vector<int64_t>& rows, int most_shards)> scratch;
 };
@@ -44,8 +46,9 @@ struct MemoryNeed {
   };
   std::vector<Part> parts;  // the largest first
   int64_t total = 0;
+  int64_t stepping = 0;     // of the total, while steps are computed: without the probe
   int64_t behind_data = 0;  // bytes of them that are allocated when the data's loaders are made
-  int64_t staging = 0;      // beyond them, where the data set does not fit beside them
+  int64_t staging = 0;      // of batches as the data set has them, where it is not on the GPU
 };
 
 // Every number of rows that a shard can have, ascending, for nn::Operations; the rows of the
@@ -56,10 +59,15 @@ struct Rows {
 };
 Rows RowsOf(const JobCut& cut, int64_t samples, int64_t evaluation_samples);
 
-absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts);
+// `staged`: with the staging.
+absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts, bool staged);
+// Staged where the data set will not be copied beside the rest in `free` bytes. The job fits where
+// this total does.
+absl::StatusOr<MemoryNeed> NeedWithin(const JobCut& cut, const MemoryFacts& facts, int64_t free);
 
-// "train.batch=448 (now 512), train.shards=4 (now 8), or 2 workers of a GPU each": each by itself
-// fits into `free`, with something to spare, and is the nearest to what is now. Empty: none does.
+// "train.batch=448 (now 512), train.shards=4 (now 8), or 2 workers with a GPU each": with each by
+// itself, every member fits into `free`, and it is the nearest to what is now. Where nothing fits
+// by itself, both more workers and a smaller batch. Empty: nothing does.
 std::string WhatFits(const JobCut& cut, const MemoryFacts& facts, int64_t free);
 
 // "1.25 GiB".
