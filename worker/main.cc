@@ -246,12 +246,19 @@ int Serve(const Flags& flags, char** arguments, const std::string& device,
   const auto run = [&](Agent& agent) {
     const absl::Status status = agent.Run();
     if (status.ok()) return;
-    if (absl::IsAborted(status)) BeginAnew(arguments, status);
     {
       absl::MutexLock lock(&mutex);
-      if (first.ok()) first = status;
+      if (!first.ok()) return;  // who was first ends the others
+      first = status;
     }
-    shut_down();
+    if (!absl::IsAborted(status)) return shut_down();
+    // The jobs of the other GPUs end with the process, for this reason.
+    std::vector<std::thread> leaving;
+    for (const auto& other : agents) {
+      if (other.get() != &agent) leaving.emplace_back([&] { other->Leave(status); });
+    }
+    for (std::thread& thread : leaving) thread.join();
+    BeginAnew(arguments, status);
   };
   std::vector<std::thread> threads;
   for (size_t i = 1; i < agents.size(); ++i) {

@@ -567,6 +567,30 @@ TEST_F(EmulatedCluster, ALostGpuIsNamedAndItsWorkerBeginsAnew) {
   ExpectSameResult(programs_.End(again), whole);
 }
 
+// Jobs on the other GPUs of a process end with it, and say why.
+TEST_F(EmulatedCluster, ALostGpuIsNamedToTheJobsOfTheOthers) {
+  const std::string spec = Spec("mlp", "steps: 100000, digest_every: 0");
+  setenv(kGpus, "2", 1);
+  programs_.StartServer();
+  programs_.StartWorker("all", "cuda", {}, {absl::StrCat(kFaults, "=", kLost, " gpu=1")});
+  programs_.WaitForWorkers(2);
+  const std::vector<std::string> one_slot = {"--set", "resources.slots=1"};
+  const std::string unhurt = programs_.Submit(spec, one_slot);
+  programs_.WaitForStep(unhurt, 7);
+  const std::string hurt = programs_.Submit(spec, one_slot);
+  constexpr char kWhy[] =
+      "GPU 1 \\(Emulated GPU 1\\) is lost: an illegal memory access was encountered .*";
+  EXPECT_THAT(
+      programs_.End(hurt)["reason"].get<std::string>(),
+      MatchesRegex(absl::StrCat("worker all-gpu1 \\(slot 0\\) failed at step [0-9]+: ", kWhy)));
+  const std::string reason = programs_.End(unhurt)["reason"];
+  std::printf("%s\n", reason.c_str());
+  EXPECT_THAT(reason, MatchesRegex(absl::StrCat("worker all-gpu0 \\(slot 0\\) lost at step [0-9]+: "
+                                                "its process ends: ",
+                                                kWhy)));
+  programs_.WaitForWorkers(2);
+}
+
 TEST_F(EmulatedCluster, ALostGpuIsOneLineOfARun) {
   setenv(kFaults, kLost, 1);
   EXPECT_THAT(Failure(Spec("mlp", kManySteps), "run"),

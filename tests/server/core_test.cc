@@ -448,6 +448,21 @@ TEST_F(CoreTest, AWorkerThatLeavesFailsItsOtherJobs) {
   EXPECT_EQ(job(b).reason(), "worker w0 (slot 1) lost at step 0: its process ends: GPU 0 is lost");
 }
 
+// As where another GPU of its process is lost.
+TEST_F(CoreTest, AWorkerThatLeavesForNoJobSaysWhyToAllOfThem) {
+  std::string id;
+  const auto w = RunningJob(1, &id);
+  v1::WorkerMessage message;
+  message.mutable_ended()->set_outcome(v1::Ended::ERRORED);
+  message.mutable_ended()->set_error("GPU 1 is lost");
+  message.mutable_ended()->set_leaves(true);
+  Give(WorkerSaid{w[0], message});
+  EXPECT_EQ(job(id).state(), v1::FAILED);
+  EXPECT_EQ(job(id).reason(), "worker w0 (slot 0) lost at step 0: its process ends: GPU 1 is lost");
+  EXPECT_EQ(core->DescribeWorkers()[0].state(), "LOST");
+  EXPECT_EQ(closed.at(w[0]).code(), absl::StatusCode::kAborted);
+}
+
 TEST_F(CoreTest, ASilentWorkerIsLostAfterSixSeconds) {
   std::string id;
   const auto w = RunningJob(1, &id);

@@ -132,6 +132,21 @@ class Agent::Impl {
     if (context_ != nullptr) context_->TryCancel();
   }
 
+  void Leave(const absl::Status& why) {
+    v1::WorkerMessage message;  // of no job
+    message.mutable_ended()->set_outcome(v1::Ended::ERRORED);
+    message.mutable_ended()->set_error(std::string(why.message()));
+    message.mutable_ended()->set_leaves(true);
+    SendLast(why, std::move(message));
+    absl::MutexLock lock(&mutex_);
+    mutex_.AwaitWithTimeout(absl::Condition(
+                                +[](Impl* a) ABSL_EXCLUSIVE_LOCKS_REQUIRED(a->mutex_) {
+                                  return a->closed_ || a->context_ == nullptr;
+                                },
+                                this),
+                            kGoodbyePatience);
+  }
+
  private:
   using Stream = grpc::ClientReaderWriter<v1::WorkerMessage, v1::CoordinatorMessage>;
 
@@ -198,6 +213,14 @@ class Agent::Impl {
     std::thread thread;
   };
 
+  // From here on nothing is obeyed, and nothing else is sent.
+  void SendLast(const absl::Status& broken, v1::WorkerMessage message) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (broken_.ok()) broken_ = absl::AbortedError(broken.message());
+    }
+    outbox_.SendLast(std::move(message));
+  }
   bool Stopping() {
     absl::MutexLock lock(&mutex_);
     return stopping_;
@@ -417,12 +440,8 @@ class Agent::Impl {
     if (broken.ok()) {
       outbox_.Send(EndedMessage(r.prepare, std::move(ended)));
     } else {
-      {
-        absl::MutexLock lock(&mutex_);
-        if (broken_.ok()) broken_ = absl::AbortedError(broken.message());
-      }
       ended.set_leaves(true);
-      outbox_.SendLast(EndedMessage(r.prepare, std::move(ended)));
+      SendLast(broken, EndedMessage(r.prepare, std::move(ended)));
     }
     r.done = true;
   }
@@ -468,5 +487,6 @@ Agent::Agent(AgentOptions options, JobFactory factory)
 Agent::~Agent() = default;
 absl::Status Agent::Run() { return impl_->Run(); }
 void Agent::Shutdown() { impl_->Shutdown(); }
+void Agent::Leave(const absl::Status& why) { impl_->Leave(why); }
 
 }  // namespace lockstep::agent

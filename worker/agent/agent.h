@@ -4,7 +4,7 @@
 // generations are dead) and the agent reconnects with back-off under the same incarnation.
 //
 // Knows nothing of training: jobs come from the factory that main.cc gives it.
-// Thread safety: Run on one thread; Shutdown from any; Outbox from any.
+// Thread safety: Run on one thread; Shutdown and Leave from any; Outbox from any.
 #pragma once
 
 #include <cstdint>
@@ -69,10 +69,13 @@ class Agent {
   Agent(const Agent&) = delete;
 
   // Serves until Shutdown (OK). FailedPrecondition: refused for good by the coordinator (the name
-  // is taken, the registration makes no sense); InvalidArgument: the address; Aborted: what a job
-  // says of this process, which should begin anew.
+  // is taken, the registration makes no sense); InvalidArgument: the address; Aborted: what a job,
+  // or Leave, says of this process, which should begin anew.
   absl::Status Run();
   void Shutdown();
+  // Says, as the last that is said, that this process ends and why, so that the jobs here fail with
+  // that reason. Returns when the coordinator has heard it, or after a moment's patience.
+  void Leave(const absl::Status& why);
 
  private:
   class Impl;
