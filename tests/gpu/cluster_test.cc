@@ -631,6 +631,15 @@ TEST_F(EmulatedCluster, TooLittleMemoryIsRefusedWithAdviceThatHolds) {
   }
 }
 
+// Also where nothing can be made at all.
+TEST_F(EmulatedCluster, AGpuWithoutMemorySaysWhatTheJobNeeds) {
+  setenv(kFaults, "memory=1000000", 1);
+  EXPECT_THAT(
+      Failure(Spec("mlp"), "run"),
+      ContainsRegex("GPU 0 \\(Emulated GPU\\) has not enough memory: this needs [0-9.]+ MiB, "
+                    "1.0 MiB of 1.0 MiB are free; "));
+}
+
 // As much as is said to be missing is enough.
 TEST_F(EmulatedCluster, TooLittleMemoryIsNoMoreThanWhatIsMissing) {
   const std::string spec = WideSpec();
@@ -653,6 +662,12 @@ TEST_F(EmulatedCluster, AnAllocationThatFailsSaysWhatItWasFor) {
       Failure(Spec("mlp"), "run"),
       ContainsRegex("no memory for the plan of slot 0: CUDA: allocating [0-9]+ bytes on GPU "
                     "0 \\(Emulated GPU\\), of which [0-9]+ of 4294967296 are free "
+                    "\\(nvidia-smi shows who has the rest\\): out of memory"));
+  setenv(kFaults, "allocation=1", 1);
+  EXPECT_THAT(
+      Failure(Spec("mlp"), "stream"),
+      ContainsRegex("no memory for a stream: CUDA: making a stream with [0-9]+ bytes on GPU "
+                    "0, of which [0-9]+ of 4294967296 are free "
                     "\\(nvidia-smi shows who has the rest\\): out of memory"));
 }
 

@@ -135,7 +135,7 @@ TEST_F(Memory, MoreGpusAndASmallerBatchAreAdvisedTogether) {
   facts_.scratch = [](const std::vector<int64_t>& rows, int shards) -> absl::StatusOr<int64_t> {
     return kMib * (shards * 10 + rows.back());
   };
-  const int64_t free = 200 * kMib;
+  const int64_t free = 216 * kMib;
   const std::string fits = WhatFits(Cut(1000), facts_, free);
   EXPECT_THAT(fits, testing::MatchesRegex(
                         "[2-7] workers with a GPU each and train.batch=[0-9]+ \\(now 1000\\)"));

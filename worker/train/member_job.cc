@@ -142,12 +142,12 @@ class MemberJob::Impl : public StepLoop::CheckpointSink {
     RETURN_IF_ERROR(LoadData(MakeValueRule(graph)));
     ASSIGN_OR_RETURN(program_, nn::Program::Compile(std::move(graph)));
     RETURN_IF_ERROR(MakeDevice());
-    absl::StatusOr<std::unique_ptr<device::Stream>> stream = device_->MakeStream();
-    if (!stream.ok()) return For("a stream", stream.status());
-    stream_ = *std::move(stream);
     device_->UseAlgorithms(FromProto(prepare.algorithms()));
     RETURN_IF_ERROR(MakeOperations());
     RETURN_IF_ERROR(CheckMemory());
+    absl::StatusOr<std::unique_ptr<device::Stream>> stream = device_->MakeStream();
+    if (!stream.ok()) return For("a stream", stream.status());
+    stream_ = *std::move(stream);
     RETURN_IF_ERROR(MakePlans());
     RETURN_IF_ERROR(For("parameters and the optimizer's state", MakeState()));
     RETURN_IF_ERROR(LoadCheckpoint());

@@ -158,6 +158,7 @@ absl::StatusOr<MemoryNeed> NeedOf(const JobCut& cut, const MemoryFacts& facts, b
   const int64_t rounded = program.precision() == device::Precision::kBf16 ? vector / 2 : 0;
   add("parameters and the optimizer's state",
       vector * (1 + facts.optimizer_vectors) + rounded + kFloat * program.statistics().size);
+  add("the stream that the state is made and copied on", facts.stream_bytes);
 
   // Either of these is there at a time: what the loop has, and the probe's.
   const int leaves = (bounds.back() - bounds.front()) * cut.accumulate;

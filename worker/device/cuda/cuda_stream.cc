@@ -47,6 +47,14 @@ absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Make(int ordinal, size_t
   for (cudaEvent_t& place : stream->places_) {
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(&place, cudaEventDisableTiming);
   }
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it does not break the context, and is not the next launch's
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    return ToStatus(error, absl::StrCat("making a stream with ", workspace_bytes, " bytes on GPU ",
+                                        ordinal, ", of which ", free, " of ", total,
+                                        " are free (nvidia-smi shows who has the rest)"));
+  }
   if (error != cudaSuccess) return ToStatus(error, "making a stream");
   return stream;
 }
