@@ -20,6 +20,20 @@ bool IsCount(const ordered_json& object, const char* key) {
   return object.contains(key) && object[key].is_number_integer();
 }
 
+// What is said of a GPU's memory besides.
+bool IsGpuMemory(const ordered_json& memory) {
+  const auto all = [&](const char* key, auto is) {
+    return memory.contains(key) && memory[key].is_array() &&
+           std::all_of(memory[key].begin(), memory[key].end(), is);
+  };
+  return all("parts",
+             [](const ordered_json& part) {
+               return part.contains("what") && part["what"].is_string() && IsCount(part, "bytes");
+             }) &&
+         all("not_counted", [](const ordered_json& what) { return what.is_string(); }) &&
+         memory.contains("at_least") && memory["at_least"].is_boolean();
+}
+
 bool IsExplanation(const ordered_json& worker) {
   if (!worker.is_object() || !worker.contains("layers") || !worker["layers"].is_array() ||
       !IsCount(worker, "parameters") || !IsCount(worker, "flops") || !worker.contains("memory") ||
@@ -30,6 +44,7 @@ bool IsExplanation(const ordered_json& worker) {
                           "activations_bytes", "total_bytes"}) {
     if (!IsCount(worker["memory"], key)) return false;
   }
+  if (worker["memory"].contains("parts") && !IsGpuMemory(worker["memory"])) return false;
   return std::all_of(
       worker["layers"].begin(), worker["layers"].end(), [](const ordered_json& layer) {
         return layer.contains("name") && layer["name"].is_string() && layer.contains("type") &&
@@ -132,13 +147,29 @@ std::string ExplanationText(const ordered_json& json, const std::string& yaml,
                      layers.Render(terminal, "  ");
 
   const ordered_json& memory = json["memory"];
+  const bool gpu = memory.contains("parts");
   Table plan({{""}, {"", kRight}});
-  for (const char* part : {"parameters", "gradients", "optimizer", "activations", "total"}) {
-    plan.AddRow({part, FormatBytes(count(memory[absl::StrCat(part, "_bytes")]))});
+  if (gpu) {
+    for (const ordered_json& part : memory["parts"]) {
+      plan.AddRow({part["what"].get<std::string>(), FormatBytes(count(part["bytes"]))});
+    }
+    plan.AddRow({memory["at_least"].get<bool>() ? "total, at least" : "total",
+                 FormatBytes(count(memory["total_bytes"]))});
+  } else {
+    for (const char* part : {"parameters", "gradients", "optimizer", "activations", "total"}) {
+      plan.AddRow({part, FormatBytes(count(memory[absl::StrCat(part, "_bytes")]))});
+    }
   }
   std::string rows = plan.Render(terminal, "  ");
   rows.erase(0, rows.find('\n') + 1);  // the line of empty titles
-  text += "\n" + terminal.Paint(Color::kBold, "Memory of one slot") +
+  if (gpu) {
+    for (const ordered_json& what : memory["not_counted"]) {
+      absl::StrAppend(&rows, "  not counted: ", what.get<std::string>(), "\n");
+    }
+  }
+  text += "\n" +
+          terminal.Paint(Color::kBold,
+                         gpu ? "Memory of one GPU with all shards" : "Memory of one slot") +
           fmt::format(" ({} segments, {} gradient buckets)\n", count(json["segments"]),
                       count(json["buckets"])) +
           rows;

@@ -89,6 +89,27 @@ TEST(Explanation, ShowsGraphMemoryAndShards) {
   EXPECT_THAT(text, HasSubstr("name: tiny"));
 }
 
+TEST(Explanation, ShowsTheMemoryOfAGpuPartByPart) {
+  ordered_json worker = Worker();
+  worker["memory"].update(ordered_json::parse(R"({
+    "total_bytes":3145728, "at_least":true, "not_counted":["scratch", "a copy"],
+    "parts":[{"what":"activations","bytes":2097152},{"what":"gradients","bytes":1048576}]})"));
+  const auto json = ExplanationJson(Spec(), worker, {1});
+  ASSERT_TRUE(json.ok()) << json.status();
+  EXPECT_THAT(ExplanationText(*json, "name: tiny\n", Terminal()),
+              HasSubstr("Memory of one GPU with all shards (2 segments, 1 gradient buckets)\n"
+                        "  activations      2.0 MiB\n"
+                        "  gradients        1.0 MiB\n"
+                        "  total, at least  3.0 MiB\n"
+                        "  not counted: scratch\n"
+                        "  not counted: a copy\n"));
+  for (const char* missing : {"at_least", "not_counted"}) {
+    ordered_json less = worker;
+    less["memory"].erase(missing);
+    EXPECT_FALSE(ExplanationJson(Spec(), less, {1}).ok()) << missing;
+  }
+}
+
 TEST(Explanation, RefusesWhatIsNone) {
   for (const char* missing : {"layers", "parameters", "memory", "segments"}) {
     ordered_json worker = Worker();

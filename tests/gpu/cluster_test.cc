@@ -640,6 +640,16 @@ TEST_F(EmulatedCluster, AGpuWithoutMemorySaysWhatTheJobNeeds) {
                     "1.0 MiB of 1.0 MiB are free; "));
 }
 
+TEST_F(EmulatedCluster, WhatIsExplainedIsWhatARefusalSays) {
+  const std::string spec = Spec("mlp");
+  const Programs::Result explained = programs_.Lockstep({"explain", spec});
+  std::smatch total;
+  ASSERT_TRUE(std::regex_search(explained.out, total, std::regex("\n  total +([0-9.]+ MiB)\n")))
+      << explained.out << explained.err;
+  setenv(kFaults, "memory=1000000", 1);
+  EXPECT_THAT(Failure(spec, "run"), HasSubstr(absl::StrCat("this needs ", total[1].str(), ", ")));
+}
+
 // As much as is said to be missing is enough.
 TEST_F(EmulatedCluster, TooLittleMemoryIsNoMoreThanWhatIsMissing) {
   const std::string spec = WideSpec();

@@ -51,6 +51,31 @@ TEST(Explain, ShowsTheMemoryThatAPlanTakes) {
   EXPECT_EQ(explained["segments"], plan->segments());
 }
 
+// As far as it can be known without one.
+TEST(Explain, ShowsWhatAGpuNeedsWithoutOne) {
+  setenv("LOCKSTEP_CUDA_MODULE", "/nowhere", 1);
+  const absl::StatusOr<std::string> text =
+      ExplainSpec(WithBatch(100) + "resources: {device: cuda}\n");
+  unsetenv("LOCKSTEP_CUDA_MODULE");
+  ASSERT_TRUE(text.ok()) << text.status();
+  const json memory = json::parse(*text)["memory"];
+  // Every leaf's, and their sum.
+  EXPECT_EQ(memory["gradients_bytes"].get<int64_t>(),
+            (8 + 1) * memory["parameters_bytes"].get<int64_t>());
+  int64_t total = 0;
+  bool same_gradients = false;
+  for (const json& part : memory["parts"]) {
+    total += part["bytes"].get<int64_t>();
+    same_gradients |=
+        part["what"] == "gradients of 8 shards" && part["bytes"] == memory["gradients_bytes"];
+  }
+  EXPECT_TRUE(same_gradients) << memory;
+  EXPECT_EQ(memory["total_bytes"], total);
+  EXPECT_EQ(memory["at_least"], true);
+  EXPECT_THAT(memory["not_counted"][0].get<std::string>(),
+              AllOf(HasSubstr("only a GPU can say"), HasSubstr("/nowhere")));
+}
+
 // What needs more memory than there is, is explained, not tried.
 TEST(Explain, TakesNoMemoryOfItsOwn) {
   const absl::StatusOr<std::string> text = ExplainSpec(WithBatch(1048576));

@@ -12,10 +12,13 @@
 #include "worker/collective/all_reduce.h"
 #include "worker/collective/tree.h"
 #include "worker/data/sampler.h"
+#include "worker/device/gpu_workspace.h"
+#include "worker/device/module/cuda_module.h"
 #include "worker/nn/lowering.h"
 #include "worker/nn/plan.h"
 #include "worker/train/checkpoint.h"
 #include "worker/train/member_job.h"
+#include "worker/train/memory_need.h"
 #include "worker/train/spec_options.h"
 
 namespace lockstep::train {
@@ -35,6 +38,57 @@ std::string InitializerText(const spec::Initializer& init) {
       return absl::StrCat("uniform(", init.scale, ")");
   }
   return "";
+}
+
+absl::StatusOr<std::unique_ptr<device::Device>> FirstGpu() {
+  ASSIGN_OR_RETURN(const device::CudaModule* module, device::LoadCudaModule());
+  const device::CudaReport report = module->report();
+  for (const device::GpuInfo& gpu : report.gpus) {
+    if (gpu.cannot_use.empty()) return module->make_device(gpu.ordinal);
+  }
+  return absl::FailedPreconditionError(report.gpus.empty() ? report.problem
+                                                           : report.gpus.front().cannot_use);
+}
+
+// By the rule that a worker refuses jobs by (memory_need.h), on one GPU that has all shards.
+absl::StatusOr<Json> GpuMemory(const v1::JobSpec& spec,
+                               const std::shared_ptr<const nn::Program>& program,
+                               int optimizer_vectors) {
+  const v1::TrainSpec& train = spec.train();
+  const JobCut cut{train.batch(),      train.evaluate().batch(), train.shards(),
+                   train.accumulate(), {{0, train.shards()}},    0};
+  MemoryFacts facts;
+  facts.program = program.get();
+  // Of data sets whose size only they tell, batches are full.
+  facts.samples = spec.data().train_samples() > 0 ? spec.data().train_samples() : cut.batch;
+  facts.evaluation_samples = spec.data().validation_samples() > 0 ? spec.data().validation_samples()
+                                                                  : cut.evaluation_batch;
+  facts.optimizer_vectors = optimizer_vectors;
+  facts.stream_bytes = device::kGpuWorkspaceBytes;
+  Json unknown = Json::array();
+  absl::StatusOr<std::unique_ptr<device::Device>> gpu = FirstGpu();
+  absl::Status asked = gpu.status();
+  facts.scratch = [&](const std::vector<int64_t>& rows, int most) -> absl::StatusOr<int64_t> {
+    if (!asked.ok()) return 0;
+    const auto operations = nn::Operations::Make(program, **gpu, rows, most);
+    asked = operations.status();
+    return operations.ok() ? static_cast<int64_t>((*operations)->scratch_bytes()) : 0;
+  };
+  ASSIGN_OR_RETURN(const MemoryNeed need, NeedOf(cut, facts, /*staged=*/false));
+  if (!asked.ok()) {
+    unknown.push_back(absl::StrCat("scratch of the layers, which only a GPU can say: ",
+                                   absl::string_view(asked.message())));
+  }
+  unknown.push_back("what CUDA and its libraries take, and packed copies of weights");
+  unknown.push_back("a copy of the data set, or of some batches as it has them");
+  Json parts = Json::array();
+  for (const MemoryNeed::Part& part : need.parts) {
+    parts.push_back({{"what", part.what}, {"bytes", part.bytes}});
+  }
+  return Json{{"total_bytes", need.total},
+              {"parts", std::move(parts)},
+              {"at_least", !asked.ok()},
+              {"not_counted", std::move(unknown)}};
 }
 
 }  // namespace
@@ -92,19 +146,23 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
     offsets.push_back(tensor.offset);
   const int64_t size = program->parameters().size;
   const int64_t flat_bytes = size * static_cast<int64_t>(sizeof(float));
-  // The stack of partial sums that folds all leaves' gradients in order.
+  const bool gpu = spec.resources().device() == "cuda";
   const int leaves = shards * accumulate;
-  const std::vector<uint8_t> present(leaves, 1);
-  const int interleaved = program->has_synchronized_norm() ? accumulate : 1;
-  const int64_t gradients =
-      flat_bytes * collective::MakeStackSchedule(leaves, 0, leaves, present, interleaved).buffers;
-  const int64_t optimizer =
-      flat_bytes *
-      static_cast<int64_t>(optim::SlotNames(MakeCoefficients(spec.optimizer()).type).size());
+  // A GPU keeps every leaf's vector and the sum; a CPU the stack of partial sums that folds them in
+  // order.
+  int64_t gradients = leaves + 1;
+  if (!gpu) {
+    const std::vector<uint8_t> present(leaves, 1);
+    const int interleaved = program->has_synchronized_norm() ? accumulate : 1;
+    gradients = collective::MakeStackSchedule(leaves, 0, leaves, present, interleaved).buffers;
+  }
+  gradients *= flat_bytes;
+  const auto optimizer_vectors =
+      static_cast<int>(optim::SlotNames(MakeCoefficients(spec.optimizer()).type).size());
+  const int64_t optimizer = flat_bytes * optimizer_vectors;
   // As a plan of all shards would have them, without making one: what is too large is what people
   // want explained.
   const int together = accumulate > 1 && !program->has_synchronized_norm() ? 1 : shards;
-  const bool gpu = spec.resources().device() == "cuda";
   const int64_t activations = std::max(
       nn::PlannedActivationBytes(*program, shards, evaluation_rows, /*training=*/false, gpu),
       nn::PlannedActivationBytes(*program, together, rows, /*training=*/true, gpu));
@@ -113,8 +171,13 @@ absl::StatusOr<std::string> ExplainSpec(const std::string& yaml) {
                     {"optimizer_bytes", optimizer},
                     {"activations_bytes", activations},
                     {"total_bytes", flat_bytes + gradients + optimizer + activations}};
-  json["segments"] = nn::Lower(*program, /*training=*/true).segments.size();
-  json["buckets"] = collective::MakeBuckets(size, offsets, kBucketBytes).size();
+  if (gpu) {
+    ASSIGN_OR_RETURN(const Json needed, GpuMemory(spec, program, optimizer_vectors));
+    json["memory"].update(needed);
+  }
+  json["segments"] = nn::Lower(*program, /*training=*/true, gpu, gpu).segments.size();
+  json["buckets"] =
+      collective::MakeBuckets(size, offsets, gpu ? kGpuBucketBytes : kBucketBytes).size();
   return json.dump();
 }
 

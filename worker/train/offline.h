@@ -12,6 +12,9 @@ namespace lockstep::train {
 //   {layers:[{name,type,inputs,output,parameters,flops,activation_bytes}], parameters, flops,
 //    tensors:[{name,shape,offset,init}], memory:{parameters_bytes, gradients_bytes,
 //    optimizer_bytes, activations_bytes, total_bytes}, segments, buckets}
+// Of a job for GPUs the total is what a worker checks before it begins, and memory has also parts:
+// [{what,bytes}], which add up to it, not_counted: [what], and at_least: whether a part is missing
+// that only a GPU can say.
 absl::StatusOr<std::string> ExplainSpec(const std::string& yaml);
 
 // The newest valid checkpoint under `folder` (a run's, or a checkpoint's) scored on its validation

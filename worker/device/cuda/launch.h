@@ -19,11 +19,13 @@
 #include <string>
 #include <utility>
 
+#include "worker/device/gpu_workspace.h"
+
 namespace lockstep::device::cuda {
 
 // Where a kernel is put, and memory for what one call's kernels hand each other: at least
 // kWorkspaceBytes, 256-byte aligned, used by nothing else while they run (a stream runs in order).
-constexpr size_t kWorkspaceBytes = size_t{16} << 20;
+constexpr size_t kWorkspaceBytes = kGpuWorkspaceBytes;
 struct Queue {
   cudaStream_t stream = nullptr;
   void* workspace = nullptr;
