@@ -112,15 +112,18 @@ bool RunUntil(Emulator& e, Running& running, const std::shared_ptr<Record>& reco
   return true;
 }
 
-// Where order is permuted, other streams run a little before one is waited for.
+// Where order is permuted, other streams run a little before one is waited for: those of the
+// thread's device, since other devices' run whatever this one's waits for.
 void RunOthers(Emulator& e, Running& running, bool wait) {
+  const int device = ThreadState().device;
   std::vector<std::shared_ptr<Record>> others;
   {
     const std::lock_guard<std::mutex> lock(e.mutex);
     if (e.options.order.kind != Order::Kind::kPermuted) return;
     for (const auto& weak : e.all_streams) {
       const auto stream = weak.lock();
-      if (stream == nullptr || stream->queue.empty() || Random(e) % 2 == 0) continue;
+      if (stream == nullptr || stream->device != device) continue;
+      if (stream->queue.empty() || Random(e) % 2 == 0) continue;
       auto record = std::make_shared<Record>();
       record->stream = stream;
       const size_t before = Random(e) % (stream->queue.size() + 1);
