@@ -159,6 +159,6 @@ __device__ __forceinline__ void MultiplyWarpgroup(float (&sums)[kColumns / 8][4]
 
 }  // namespace lockstep::device::cuda
 
-#else
+#elif __has_include(<emulated_warpgroup.h>)  // not of a host's file that only asks for the GPU
 #include <emulated_warpgroup.h>
 #endif
